@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets everything up, then lints and tests: scripts/run_tests.sh [arguments for pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/setup.sh
+# What libraries start by name (ninja, for one) must be the venv's as well.
+export PATH="$PWD/.venv/bin:$PATH"
+# All that the tests need is here; without this, libraries would ask a hub first and wait.
+export HF_HUB_OFFLINE=1
+python scripts/prepare_models.py
+
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"

@@ -1,0 +1,94 @@
+"""Starts and stops vLLM engines inside the test process, several after one another.
+
+Also the chi-square test that every sampled path must pass.
+"""
+
+import gc
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+# In this process: an engine starts in seconds, and fixtures can look at its state.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from scipy.stats import chisquare
+from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
+# Far below any level at which a sound sampler fails in the suite's lifetime, far above what a
+# biased one reaches with thousands of draws.
+P_VALUE = 1e-4
+
+
+@contextmanager
+def engine(model: str, ensemble: dict[str, Any] | None = None, **arguments: Any) -> Iterator[LLM]:
+    """An engine for tiny models; with `ensemble`, the plain ensemble of `model` and others."""
+    defaults = dict(
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        kv_cache_memory_bytes=32 << 20,
+        max_num_seqs=64,
+        max_model_len=96,
+        disable_log_stats=False,
+        seed=0,
+    )
+    if ensemble is not None:
+        defaults |= dict(worker_cls=ENSEMBLE_WORKER, additional_config={"ensemble": ensemble})
+    llm = LLM(model, **{**defaults, **arguments})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def generate(
+    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+) -> list[Any]:
+    """The outputs `[num_prompts]` of token prompts."""
+    token_prompts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    return [out.outputs[0] for out in llm.generate(token_prompts, params, use_tqdm=False)]
+
+
+def greedy(num_tokens: int, **kwargs: Any) -> SamplingParams:
+    return SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, **kwargs
+    )
+
+
+def sampled(num_tokens: int, **kwargs: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=num_tokens, ignore_eos=True, detokenize=False, **kwargs)
+
+
+def chi_square_p_value(
+    draws: Sequence[int],
+    probs: torch.Tensor,  # [num_outcomes]
+) -> float:
+    """The p-value of the draws under `probs`; outcomes expected less than 5 times are pooled.
+
+    0.0 where an outcome without probability was drawn.
+    """
+    counts = Counter(draws)
+    probs = (probs.double() / probs.double().sum()).tolist()
+    expected = [p * len(draws) for p in probs]
+    if any(probs[outcome] == 0 for outcome in counts):
+        return 0.0
+    often = [i for i, e in enumerate(expected) if e >= 5]
+    observed_bins = [counts[i] for i in often]
+    expected_bins = [expected[i] for i in often]
+    rest_expected = len(draws) - sum(expected_bins)
+    if rest_expected > 1e-6 * len(draws):
+        observed_bins.append(len(draws) - sum(observed_bins))
+        expected_bins.append(rest_expected)
+    if len(expected_bins) == 1:
+        return 1.0
+    scale = sum(observed_bins) / sum(expected_bins)
+    return float(chisquare(observed_bins, [e * scale for e in expected_bins]).pvalue)

@@ -1,0 +1,65 @@
+"""`EnsembleConfig`: what it takes, what it refuses, and that it survives the way to a worker."""
+
+import json
+
+import pytest
+
+from vllm.ensemble_decode import EnsembleConfig
+
+
+def test_round_trip_through_json():
+    config = EnsembleConfig(
+        extra_model=("a", "b"),
+        ensemble_fn="contrastive_plausible",
+        ensemble_target="logits",
+        alpha=0.2,
+        ensemble_args={"plausibility": 0.3},
+    )
+    data = json.loads(json.dumps(config.to_dict()))
+    assert EnsembleConfig.from_additional_config({"ensemble": data}) == config
+
+
+def test_one_extra_model_may_be_a_string():
+    assert EnsembleConfig(extra_model="a").extra_model == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (dict(ensemble_fn="no_such"), "method.llm.ensemble_fn"),
+        (dict(ensemble_fn="no.such.module:f"), "method.llm.ensemble_fn"),
+        (dict(ensemble_fn="math:pi"), "method.llm.ensemble_fn"),
+        (dict(ensemble_target="logit"), "method.llm.ensemble_target"),
+        (dict(weights=(0.5, 0.3, 0.2)), "method.weights"),
+        (dict(weights=(-1, 2)), "method.weights"),
+        (dict(weights=(0, 0)), "method.weights"),
+        (dict(weights=("x", "y")), "method.weights"),
+        (dict(weights=(float("nan"), 1)), "method.weights"),
+        (dict(alpha=0.1), "method.alpha"),  # "weighted" has no alpha
+        (dict(ensemble_fn="contrastive", alpha=-0.1), "method.alpha"),
+        (dict(ensemble_fn="contrastive", alpha=1.1), "method.alpha"),
+        (dict(ensemble_fn="contrastive", alpha="big"), "method.alpha"),
+        (dict(ensemble_fn="contrastive", weights=(1, 1)), "method.weights"),
+        (
+            dict(ensemble_fn="contrastive_plausible", ensemble_args={"plausibility": 0}),
+            "method.llm.ensemble_args.plausibility",
+        ),
+        (dict(extra_model=()), "method.extra_model"),
+    ],
+)
+def test_bad_values_name_their_key_in_one_line(arguments, key):
+    with pytest.raises(ValueError) as error:
+        EnsembleConfig(**{"extra_model": ("a",), **arguments})
+    assert str(error.value).startswith(f"{key}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("additional", [{}, None, {"ensemble": 3}, {"ensemble": {}}])
+def test_a_missing_config_is_refused(additional):
+    with pytest.raises(ValueError, match="additional_config.ensemble"):
+        EnsembleConfig.from_additional_config(additional)
+
+
+def test_unknown_keys_are_refused():
+    with pytest.raises(ValueError, match="additional_config.ensemble.weight: unknown key"):
+        EnsembleConfig.from_dict({"extra_model": ["a"], "weight": [1, 1]})

@@ -1,0 +1,51 @@
+"""The driver half of the backend: says whether the interpreter is in charge, and puts it there.
+
+Importing it is what Triton does when it looks for backends, before any kernel is defined; that is
+the last moment at which TRITON_INTERPRET takes effect.
+"""
+
+import os
+
+from triton.backends.driver import DriverBase
+
+from triton_cpu_interpreter import is_cpu_build
+
+# Read once: Triton and vLLM ask for the active driver many times.
+_ACTIVE = is_cpu_build()
+
+if _ACTIVE:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+class InterpreterDriver(DriverBase):
+    """Active on the CPU build of vLLM and nowhere else."""
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return _ACTIVE
+
+    @staticmethod
+    def target_name() -> str:
+        return "cpu"
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError("the backend `cpu` has no launcher: kernels are interpreted")
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cpu", 0, 0)
+
+    def get_active_torch_device(self):
+        import torch
+
+        return torch.device("cpu")
+
+    def get_benchmarker(self):
+        from triton.testing import do_bench
+
+        return do_bench
+
+
+# For the reason given in `compiler.py`.
+InterpreterDriver.__abstractmethods__ = frozenset()

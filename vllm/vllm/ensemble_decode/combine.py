@@ -1,0 +1,50 @@
+"""From the members' logits to the ensemble's, for each `ensemble_target`.
+
+Knows where a target sits relative to the sampling parameters; knows neither vLLM's batches
+nor its sampler (`sampler.py` does).
+"""
+
+import torch
+
+from vllm.ensemble_decode.functions import NEG_INF, EnsembleFunction
+
+
+def combine(
+    function: EnsembleFunction,
+    logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
+    probs: bool,
+) -> torch.Tensor:  # [num_rows, vocab_size], float32
+    """Logits whose softmax is the ensemble's distribution.
+
+    Args:
+        function: sees float32 logits, or their softmax where `probs`.
+        logits: raw, or processed by the sampling parameters (-inf where a token is removed).
+        probs: combine probabilities (`ensemble_target: probs`) instead of logits.
+    """
+    logits = logits.float()
+    return _combine_probs(function, logits) if probs else _combine_logits(function, logits)
+
+
+def _combine_logits(function: EnsembleFunction, logits: torch.Tensor) -> torch.Tensor:
+    combined = function(logits, probs=False)
+    # -inf less -inf: a token that no member offers.
+    combined = combined.masked_fill(combined.isnan(), NEG_INF)
+    # Members whose top-k or top-p share no token leave nothing to sample from: the first
+    # member then decides alone.
+    return _or_first(combined, combined > NEG_INF, logits[0])
+
+
+def _combine_probs(function: EnsembleFunction, logits: torch.Tensor) -> torch.Tensor:
+    probs = logits.softmax(dim=-1)
+    # A difference of probabilities can be negative: such a token gets no probability.
+    combined = function(probs, probs=True).nan_to_num(nan=0.0).clamp_(min=0.0)
+    combined = _or_first(combined, combined > 0, probs[0])
+    return (combined / combined.sum(dim=-1, keepdim=True)).log_()
+
+
+def _or_first(
+    combined: torch.Tensor,  # [num_rows, vocab_size]
+    offered: torch.Tensor,  # [num_rows, vocab_size], bool: the token can be sampled
+    first: torch.Tensor,  # [num_rows, vocab_size]
+) -> torch.Tensor:
+    return torch.where(offered.any(dim=-1, keepdim=True), combined, first)

@@ -1,0 +1,65 @@
+"""Model Runner V2 without a GPU: its vocabulary-sized Triton kernels in torch and NumPy.
+
+Triton's interpreter runs every kernel of a step (see `triton_cpu_interpreter`), but takes up to a
+second for one that goes over the vocabulary and cannot run some at all. Those are replaced here,
+through vLLM's own registry for platforms that bring their own kernels.
+"""
+
+import warnings
+from collections.abc import Callable
+
+from vllm.ensemble_decode.cpu import logits, logprobs, rejection, sampling
+
+_REPLACED_KERNELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "vllm.v1.sample.ops.topk_topp_triton": (sampling.topk_topp_kernel,),
+    "vllm.v1.worker.gpu.metrics.logits": (logits.num_nans_kernel,),
+    "vllm.v1.worker.gpu.sample.gumbel": (
+        sampling.temperature_kernel,
+        sampling.gumbel_sample_kernel,
+    ),
+    "vllm.v1.worker.gpu.sample.logit_bias": (logits.bias_kernel,),
+    "vllm.v1.worker.gpu.sample.logprob": (
+        logprobs.topk_log_softmax_kernel,
+        logprobs.ranks_kernel,
+    ),
+    "vllm.v1.worker.gpu.sample.min_p": (sampling.min_p_kernel,),
+    "vllm.v1.worker.gpu.sample.penalties": (logits.penalties_kernel, logits.bincount_kernel),
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils": (
+        rejection.compute_local_logits_stats_kernel,
+        rejection.compute_local_residual_mass_kernel,
+        rejection.resample_kernel,
+    ),
+    "vllm.v1.worker.gpu.structured_outputs": (logits.apply_grammar_bitmask_kernel,),
+}
+
+_registered = False
+
+
+def cpu_kernels() -> dict[str, Callable[..., None]]:
+    """The implementations by the full name of the kernel that each replaces."""
+    return {
+        f"{module}._{kernel.__name__}": kernel
+        for module, kernels in _REPLACED_KERNELS.items()
+        for kernel in kernels
+    }
+
+
+def register_cpu_kernels() -> None:
+    """Replace the kernels in this process. Does nothing on a GPU, nor when called again.
+
+    To be called after `import vllm`, before or after the engine's own modules are imported: the
+    registry also reaches kernels that other modules have imported by name.
+    """
+    global _registered
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    if _registered or not current_platform.is_cpu() or not HAS_TRITON:
+        return
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    with warnings.catch_warnings():
+        # The registry looks at every object of every module, deprecated ones of torch included.
+        warnings.simplefilter("ignore", FutureWarning)
+        register_kernels(cpu_kernels())
+    _registered = True

@@ -1,0 +1,255 @@
+"""The functions that make one score vector out of the members' score vectors.
+
+A function sees scores only: `[num_members, num_rows, vocab_size]`, in the user's order of
+members, float32.  Whether they are logits or probabilities, and what happened to them
+before, is the `ensemble_target`'s affair (`combine.py`).
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+NEG_INF = float("-inf")
+# Parameters with a key of their own; all others are given in `ensemble_args`.
+METHOD_KEYS = ("alpha", "weights")
+
+
+@dataclass(frozen=True)
+class EnsembleFunction:
+    """A function of the members' scores; subclasses declare their parameters as fields.
+
+    Raises (on construction): ValueError, naming the key, for parameters out of range.
+    """
+
+    num_members: int
+
+    # Largest number of members the function has a meaning for.
+    max_members: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        if self.num_members < 2:
+            raise ValueError(
+                "method.extra_model: an ensemble needs at least two members; name another model"
+            )
+        if self.max_members is not None and self.num_members > self.max_members:
+            raise ValueError(
+                f"method.llm.ensemble_fn: '{type(self).__name__}' combines {self.max_members} "
+                f"members, not {self.num_members}; remove members or choose another function"
+            )
+
+    def __call__(
+        self,
+        scores: torch.Tensor,  # [num_members, num_rows, vocab_size]
+        probs: bool,  # scores are probabilities; otherwise logits, -inf where removed
+    ) -> torch.Tensor:  # [num_rows, vocab_size]
+        raise NotImplementedError
+
+
+def _weighted_sum(
+    scores: torch.Tensor,  # [num_members, num_rows, vocab_size]
+    weights: Sequence[float],
+) -> torch.Tensor:  # [num_rows, vocab_size]
+    # Member by member, in the user's order: the order of a float sum is part of the result.
+    # A member of weight 0 is left out, since 0 * -inf is not a number.
+    total = torch.zeros_like(scores[0])
+    for weight, member_scores in zip(weights, scores, strict=True):
+        if weight != 0:
+            total.add_(member_scores, alpha=weight)
+    return total
+
+
+@dataclass(frozen=True)
+class Weighted(EnsembleFunction):
+    """`sum_i w_i x_i`; the weights are taken as they are given (default: 1 / num_members)."""
+
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights is None:
+            weights = (self._default_weight(),) * self.num_members
+        else:
+            weights = _check_weights(self.weights, self.num_members)
+        object.__setattr__(self, "weights", weights)
+
+    def _default_weight(self) -> float:
+        return 1.0 / self.num_members
+
+    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
+        return _weighted_sum(scores, self.weights)
+
+
+@dataclass(frozen=True)
+class Mean(EnsembleFunction):
+    """`sum_i x_i / num_members`: of logits, a geometric mean of the members' distributions."""
+
+    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
+        return _weighted_sum(scores, [1.0 / self.num_members] * self.num_members)
+
+
+@dataclass(frozen=True)
+class Product(Weighted):
+    """Product of experts, `prod_i p_i ** w_i` (default: every `w_i` is 1).
+
+    Hinton 2002, "Training Products of Experts by Minimizing Contrastive Divergence".  On
+    logits it is a sum, since the softmax that follows forgets the members' normalisers.
+    """
+
+    def _default_weight(self) -> float:
+        return 1.0
+
+    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
+        if not probs:
+            return _weighted_sum(scores, self.weights)
+        log_product = _weighted_sum(scores.log(), self.weights)
+        # Only ratios matter to the caller, and the largest product may be below float32.
+        return log_product.sub_(log_product.amax(dim=-1, keepdim=True)).exp_()
+
+
+@dataclass(frozen=True)
+class Contrastive(EnsembleFunction):
+    """Contrastive decoding, `x_expert - alpha * x_amateur`; the first member is the expert.
+
+    Li et al. 2023 (arXiv 2210.15097) and O'Brien and Lewis 2023 (arXiv 2309.09117), without
+    their plausibility mask.  With more than two members the amateur is the mean of the rest.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction("method.alpha", self.alpha, low_open=False)
+
+    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
+        expert, amateurs = scores[0], scores[1:]
+        if self.alpha == 0:
+            return expert.clone()
+        if not probs:
+            amateurs = _floor_removed(amateurs)
+        return expert.sub(amateurs.mean(dim=0), alpha=self.alpha)
+
+
+@dataclass(frozen=True)
+class ContrastivePlausible(Contrastive):
+    """Contrastive decoding among plausible tokens: `p_expert >= plausibility * max p_expert`.
+
+    The adaptive plausibility constraint of Li et al. 2023 (arXiv 2210.15097, section 3.2);
+    all other tokens get no probability.
+    """
+
+    plausibility: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction("method.llm.ensemble_args.plausibility", self.plausibility, low_open=True)
+
+    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
+        contrast = super().__call__(scores, probs)
+        expert = scores[0]
+        best = expert.amax(dim=-1, keepdim=True)
+        # p >= c * max p  <=>  logit >= max logit + log c
+        bar = best * self.plausibility if probs else best + math.log(self.plausibility)
+        return contrast.masked_fill(expert < bar, 0.0 if probs else NEG_INF)
+
+
+@dataclass(frozen=True)
+class Custom(EnsembleFunction):
+    """The user's own `function(scores, **args) -> [num_rows, vocab_size]`."""
+
+    function: Callable[..., torch.Tensor] = None  # type: ignore[assignment]
+
+    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
+        return self.function(scores)
+
+
+ENSEMBLE_FUNCTIONS: dict[str, type[EnsembleFunction]] = {
+    "weighted": Weighted,
+    "mean": Mean,
+    "product": Product,
+    "contrastive": Contrastive,
+    "contrastive_plausible": ContrastivePlausible,
+}
+
+
+def make_function(name: str, num_members: int, args: Mapping[str, Any]) -> EnsembleFunction:
+    """The function of a registry name, or of a dotted path `package.module:function`.
+
+    Raises ValueError with one line that names the configuration key: unknown name, a path
+    that does not import, parameters that the function does not have or cannot take.
+    """
+    if ":" in name:
+        return Custom(num_members, partial(_import_function(name), **args))
+    if name not in ENSEMBLE_FUNCTIONS:
+        raise ValueError(
+            f"method.llm.ensemble_fn: unknown function '{name}'; choose one of "
+            f"{', '.join(ENSEMBLE_FUNCTIONS)}, or write 'package.module:function'"
+        )
+    cls = ENSEMBLE_FUNCTIONS[name]
+    known = {f.name for f in fields(cls)} - {"num_members"}
+    for key in args:
+        if key not in known:
+            takes = f"takes {', '.join(sorted(known))}" if known else "takes no parameters"
+            where = f"method.{key}" if key in METHOD_KEYS else f"method.llm.ensemble_args.{key}"
+            raise ValueError(
+                f"{where}: the ensemble function '{name}' has no parameter '{key}' "
+                f"({takes}); remove it or choose another method.llm.ensemble_fn"
+            )
+    return cls(num_members, **args)
+
+
+def _import_function(path: str) -> Callable[..., torch.Tensor]:
+    module_name, _, attribute = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"method.llm.ensemble_fn: '{path}' does not import ({error}); "
+            "write 'package.module:function' of a module on PYTHONPATH"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"method.llm.ensemble_fn: '{path}' is not callable")
+    return function
+
+
+def _floor_removed(
+    logits: torch.Tensor,  # [..., vocab_size]
+) -> torch.Tensor:
+    """Tokens that top-k, top-p or min-p removed from a subtracted member, at its lowest logit.
+
+    `x - alpha * -inf` would give all probability to what the amateur deems impossible.
+    """
+    removed = logits == NEG_INF
+    lowest = logits.masked_fill(removed, float("inf")).amin(dim=-1, keepdim=True)
+    return torch.where(removed, lowest, logits)
+
+
+def _check_weights(weights: Sequence[float], num_members: int) -> tuple[float, ...]:
+    try:
+        values = tuple(float(w) for w in weights)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"method.weights: {weights!r} is not a list of numbers; give one per member"
+        ) from None
+    if len(values) != num_members:
+        raise ValueError(
+            f"method.weights: {len(values)} weights for {num_members} members; "
+            "give one weight per member, in the order of the members"
+        )
+    if any(not math.isfinite(w) or w < 0 for w in values) or sum(values) == 0:
+        raise ValueError(
+            f"method.weights: {list(values)} is out of range; weights must be finite, "
+            "not negative, and not all 0"
+        )
+    return values
+
+
+def _check_fraction(key: str, value: float, low_open: bool) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError(f"{key}: {value!r} is not a number; give one between 0 and 1")
+    if not (0 < value <= 1 if low_open else 0 <= value <= 1):
+        raise ValueError(f"{key}: {value} is out of range; it must lie between 0 and 1")

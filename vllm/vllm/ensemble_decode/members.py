@@ -1,0 +1,164 @@
+"""The members of an ensemble as vLLM models: checked from their configs, then loaded.
+
+The first member is the engine's own model; the others are loaded beside it, under prefixes of
+their own, so that their attention layers take part in vLLM's KV cache like the first's.
+"""
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.model_executor.model_loader import get_model
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from vllm.ensemble_decode.config import EnsembleConfig
+
+# Speculative methods of Model Runner V2 that need nothing of the target but its logits.
+LOGITS_ONLY_SPECULATION = ("draft_model", "ngram")
+
+# Text on which tokenizers with equal vocabularies, but other merges or normalisation, differ.
+_PROBE = "def f(x):\n    return x + 1\n\nThe naïve café costs €1,234.50  — «ok»? 你好 🙂\t\r\n"
+
+
+def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfig]]:
+    """The ensemble of an engine's configuration, checked before any weight is loaded.
+
+    Returns the ensemble and the model configs of all members, in the user's order.
+    Raises ValueError with one line that names the key and the remedy.
+    """
+    ensemble = EnsembleConfig.from_additional_config(vllm_config.additional_config)
+    _check_engine(vllm_config)
+    members = [vllm_config.model_config]
+    members += [_member_model_config(vllm_config, path) for path in ensemble.extra_model]
+    for member in members:
+        _check_supported(member)
+    _check_vocabularies(members)
+    _check_max_model_len(members)
+    _check_function(ensemble, members[0].get_vocab_size())
+    return ensemble, members
+
+
+def load_members(vllm_config: VllmConfig, members: list[ModelConfig]) -> list[nn.Module]:
+    """Load every member, in the order of `members` (from `check_ensemble`)."""
+    models = [get_model(vllm_config=vllm_config)]
+    for index, member in enumerate(members[1:], start=1):
+        member_config = replace(vllm_config, model_config=member, quant_config=None)
+        # The tag keeps the member's compiled graphs apart, the prefix its attention layers.
+        name = f"member_{index}"
+        with set_model_tag(name):
+            models.append(get_model(vllm_config=member_config, model_config=member, prefix=name))
+    return models
+
+
+def _member_model_config(vllm_config: VllmConfig, path: str) -> ModelConfig:
+    first = vllm_config.model_config
+    return ModelConfig(
+        model=path,
+        tokenizer=path,
+        tokenizer_mode=first.tokenizer_mode,
+        trust_remote_code=first.trust_remote_code,
+        dtype=first.dtype,
+        seed=first.seed,
+        enforce_eager=first.enforce_eager,
+        skip_tokenizer_init=first.skip_tokenizer_init,
+        disable_sliding_window=first.disable_sliding_window,
+    )
+
+
+def _check_engine(vllm_config: VllmConfig) -> None:
+    refuse = {
+        "method.llm.enable_lora: LoRA adapters": vllm_config.lora_config is not None,
+        "method.llm.pipeline_parallel_size: pipeline parallelism": (
+            vllm_config.parallel_config.pipeline_parallel_size > 1
+        ),
+        "method.llm.enable_prompt_embeds: prompt embeddings": (
+            vllm_config.model_config.enable_prompt_embeds
+        ),
+        "method.llm.return_sampling_mask: sampling masks": (
+            vllm_config.model_config.return_sampling_mask
+        ),
+    }
+    for what, present in refuse.items():
+        if present:
+            raise ValueError(f"{what} cannot be combined with an ensemble; leave the option out")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in LOGITS_ONLY_SPECULATION:
+        raise ValueError(
+            f"method.llm.speculative_config.method: '{speculative.method}' reads hidden states "
+            f"that an ensemble does not have; use one of {', '.join(LOGITS_ONLY_SPECULATION)}"
+        )
+    if not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "VLLM_USE_V2_MODEL_RUNNER: ensembles run on Model Runner V2, which this "
+            "configuration turns off; unset the variable, and see vLLM's warning above for what "
+            "V2 does not support"
+        )
+
+
+def _check_supported(member: ModelConfig) -> None:
+    kinds = {
+        "encoder-decoder": member.is_encoder_decoder,
+        "multimodal": member.is_multimodal_model,
+        "pooling": member.runner_type != "generate",
+        "attention-free or hybrid (state-space)": member.is_hybrid or member.is_attention_free,
+    }
+    for kind, present in kinds.items():
+        if present:
+            raise ValueError(
+                f"method.model/extra_model: '{member.model}' cannot be a member ({kind}); "
+                "members must be decoder-only text models with attention"
+            )
+
+
+def _check_vocabularies(members: list[ModelConfig]) -> None:
+    first = members[0]
+    for member in members[1:]:
+        if member.get_vocab_size() != first.get_vocab_size():
+            raise ValueError(
+                f"method.model/extra_model: vocabularies differ in size: '{first.model}' has "
+                f"{first.get_vocab_size()} tokens, '{member.model}' {member.get_vocab_size()}; "
+                "choose members of one family"
+            )
+    if first.skip_tokenizer_init:
+        return
+    reference = _tokenizer_fingerprint(first)
+    for member in members[1:]:
+        if _tokenizer_fingerprint(member) != reference:
+            raise ValueError(
+                f"method.model/extra_model: the tokenizers of '{first.model}' and "
+                f"'{member.model}' disagree; members must share one tokenizer"
+            )
+
+
+def _tokenizer_fingerprint(member: ModelConfig) -> tuple[dict[str, int], list[int]]:
+    tokenizer = cached_tokenizer_from_config(member)
+    return tokenizer.get_vocab(), tokenizer.encode(_PROBE, add_special_tokens=False)
+
+
+def _check_max_model_len(members: list[ModelConfig]) -> None:
+    smallest = min(members[1:], key=lambda member: member.max_model_len)
+    max_model_len = members[0].max_model_len
+    if smallest.max_model_len < max_model_len:
+        raise ValueError(
+            f"method.llm.max_model_len: {max_model_len} is beyond '{smallest.model}', whose "
+            f"longest context is {smallest.max_model_len}; set it to that or less"
+        )
+    for member in members[1:]:
+        member.max_model_len = max_model_len
+
+
+def _check_function(ensemble: EnsembleConfig, vocab_size: int) -> None:
+    """Try the function once, on a uniform distribution: the user's own may not fit."""
+    scores = torch.full((ensemble.num_members, 1, vocab_size), 1.0 / vocab_size)
+    try:
+        shape = ensemble.make_function()(scores, probs=ensemble.combines_probs).shape
+    except Exception as error:  # a function of the user's may raise anything
+        raise ValueError(
+            f"method.llm.ensemble_fn: '{ensemble.ensemble_fn}' fails on scores of shape "
+            f"{list(scores.shape)} ({type(error).__name__}: {error}); mend it, or its ensemble_args"
+        ) from error
+    if shape != scores.shape[1:]:
+        raise ValueError(
+            f"method.llm.ensemble_fn: '{ensemble.ensemble_fn}' turns scores of shape "
+            f"{list(scores.shape)} into {list(shape)}; it must give {list(scores.shape[1:])}"
+        )

@@ -1,0 +1,100 @@
+"""The plain ensemble as one vLLM model: all members run on every token.
+
+vLLM sees one module whose hidden states are the members' side by side, so that its batching,
+KV cache, prefix caching, preemption and CUDA graphs cover all members at once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from vllm.ensemble_decode.combine import combine
+from vllm.ensemble_decode.functions import EnsembleFunction
+
+
+class EnsembleModel(nn.Module):
+    """Members, each a vLLM text-generation model, that share the input and the vocabulary.
+
+    `compute_logits` gives what `EnsembleConfig.ensemble_target` has the sampler work on:
+    the ensemble's logits (`raw-logits`), or all members' (`logits`, `probs`), which
+    `EnsembleSampler` combines once it has applied the sampling parameters to each.
+    """
+
+    def __init__(
+        self,
+        *,
+        vllm_config: object = None,  # vLLM looks for these two names; members carry the config
+        prefix: str = "",
+        members: Sequence[nn.Module],
+        function: EnsembleFunction,
+        samples_members: bool,
+        combines_probs: bool,
+    ) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.function = function
+        self.samples_members = samples_members
+        self.combines_probs = combines_probs
+        # [num_members], set by the first forward pass: some architectures project their last
+        # hidden state, so that no config tells its width.
+        self.hidden_sizes: list[int] = []
+
+    @property
+    def num_members(self) -> int:
+        return len(self.members)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The first member's embeddings; vLLM asks for them of any model that generates."""
+        return self.members[0].embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [num_tokens]
+        positions: torch.Tensor,  # [num_tokens]
+        intermediate_tensors: None = None,
+        inputs_embeds: None = None,
+    ) -> torch.Tensor:  # [num_tokens, sum(hidden_sizes)]
+        hidden_states = [m(input_ids=input_ids, positions=positions) for m in self.members]
+        self.hidden_sizes = [h.shape[-1] for h in hidden_states]
+        return torch.cat(hidden_states, dim=-1)
+
+    def compute_member_logits(
+        self,
+        hidden_states: torch.Tensor,  # [num_rows, sum(hidden_sizes)]
+    ) -> list[torch.Tensor]:  # num_members x [num_rows, vocab_size]
+        split = hidden_states.split(self.hidden_sizes, dim=-1)
+        return [
+            member.compute_logits(hidden.contiguous())
+            for member, hidden in zip(self.members, split, strict=True)
+        ]
+
+    def compute_logits(
+        self,
+        hidden_states: torch.Tensor,  # [num_rows, sum(hidden_sizes)]
+    ) -> torch.Tensor:  # [num_rows, vocab_size] or [num_rows, num_members * vocab_size]
+        logits = self.compute_member_logits(hidden_states)
+        if self.samples_members:
+            return torch.cat(logits, dim=-1)
+        return combine(self.function, torch.stack(logits), probs=False)
+
+    def ensemble_logits(
+        self,
+        logits: torch.Tensor,  # [num_rows, num_members * vocab_size], of `compute_logits`
+    ) -> torch.Tensor:  # [num_rows, vocab_size]
+        """The ensemble's distribution before any sampling parameter (only `samples_members`)."""
+        members = split_members(logits, self.num_members)
+        return combine(self.function, members, self.combines_probs)
+
+    def get_model_state_cls(self) -> type:
+        # Imported late: the model states import vLLM's worker, which a model must not need.
+        from vllm.ensemble_decode.sampler import EnsembleModelState
+
+        return EnsembleModelState
+
+
+def split_members(
+    logits: torch.Tensor,  # [num_rows, num_members * vocab_size]
+    num_members: int,
+) -> torch.Tensor:  # [num_members, num_rows, vocab_size], a view
+    return logits.unflatten(-1, (num_members, -1)).transpose(0, 1)

@@ -1,0 +1,60 @@
+"""Model Runner V2 with an ensemble as its model: loading, and nothing of a step."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms import current_platform
+from vllm.utils.mem_utils import DeviceMemoryProfiler
+
+from vllm.ensemble_decode.members import check_ensemble, load_members
+from vllm.ensemble_decode.model import EnsembleModel
+from vllm.ensemble_decode.sampler import (
+    EnsemblePromptLogprobsWorker,
+    EnsembleStructuredOutputsWorker,
+)
+
+if TYPE_CHECKING or not current_platform.is_cpu():
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunner
+else:
+    from vllm.v1.worker.cpu.model_runner import CPUModelRunner as ModelRunner
+
+
+class EnsembleRunner(ModelRunner):
+    """Loads all members as one model; vLLM's own code runs it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ensemble_config, self.member_configs = check_ensemble(self.vllm_config)
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        if load_dummy_weights:
+            self.load_config.load_format = "dummy"
+        with DeviceMemoryProfiler() as profiler:
+            with self.jit_warmup_registry.activate():
+                members = load_members(self.vllm_config, self.member_configs)
+            config = self.ensemble_config
+            super().load_model(
+                model=EnsembleModel(
+                    members=members,
+                    function=config.make_function(),
+                    samples_members=config.samples_members,
+                    combines_probs=config.combines_probs,
+                )
+            )
+        # vLLM's own figure leaves out a model that it is handed.
+        self.model_memory_usage = profiler.consumed_memory
+        if config.samples_members:
+            self._use_member_logits()
+
+    def _use_member_logits(self) -> None:
+        """Two helpers of a step, which no hook replaces, take the logits of all members."""
+        self.prompt_logprobs_worker = EnsemblePromptLogprobsWorker(
+            self.model, self.max_num_reqs, self.device, self.model_config.logprobs_mode
+        )
+        self.structured_outputs_worker = EnsembleStructuredOutputsWorker(
+            self.model,
+            max_num_logits=self.max_num_reqs * self.decode_query_len,
+            vocab_size=self.vocab_size,
+            device=self.device,
+            mask_stride=self.decode_query_len,
+            num_bonus_tokens=self.model_state.num_new_sampled_tokens_per_step,
+        )

@@ -1,0 +1,146 @@
+"""vLLM's samplers over the logits of all members: `ensemble_target` `logits` and `probs`.
+
+Every sampling parameter is applied by vLLM's own code, once per member; then the members are
+combined, and vLLM draws from the result.  A row of logits holds the members side by side,
+`[num_rows, num_members * vocab_size]`, so that it passes through vLLM's batching, chunking and
+slicing like the logits of one model.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+
+from vllm.ensemble_decode.combine import combine
+from vllm.ensemble_decode.model import EnsembleModel, split_members
+
+
+class EnsembleModelState(DefaultModelState):
+    """Hands vLLM the samplers that fit the ensemble's target."""
+
+    model: EnsembleModel
+
+    def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, RejectionSampler | None] | None:
+        if not self.model.samples_members:
+            return None
+        ensemble_sampler = EnsembleSampler(sampler, self.model)
+        speculative_config = self.vllm_config.speculative_config
+        if speculative_config is None:
+            return ensemble_sampler, None
+        return ensemble_sampler, EnsembleRejectionSampler(
+            ensemble_sampler, speculative_config, self.device
+        )
+
+
+class EnsembleSampler(Sampler):
+    """A `Sampler` whose logits are those of all members (see the module's docstring)."""
+
+    def __init__(self, sampler: Sampler, model: EnsembleModel) -> None:
+        # Takes over the request states of the sampler that the model runner built.
+        vars(self).update(vars(sampler))
+        self.model = model
+        # vLLM reports log-probabilities either of the logits it was given, which here are all
+        # members', or of those that `sample` returns.  So let it always take the latter.
+        self.reports_processed = self.logprobs_mode in PROCESSED_LOGPROBS_MODES
+        self.logprobs_mode = self.logprobs_mode.replace("raw_", "processed_")
+
+    def apply_sampling_params(
+        self,
+        logits: torch.Tensor,  # [num_rows, num_members * vocab_size]
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:  # [num_rows, vocab_size]
+        """Logits of the ensemble's distribution, after the sampling parameters."""
+        members = split_members(logits, self.model.num_members)
+        processed = [
+            super(EnsembleSampler, self).apply_sampling_params(m, *args, **kwargs) for m in members
+        ]
+        return combine(self.model.function, torch.stack(processed), self.model.combines_probs)
+
+    def sample(
+        self,
+        logits: torch.Tensor,  # [num_rows, num_members * vocab_size]
+        expanded_idx_mapping: torch.Tensor,  # [num_rows]
+        idx_mapping: torch.Tensor,  # [num_reqs]
+        idx_mapping_np: np.ndarray,  # [num_reqs]
+        pos: torch.Tensor,  # [num_rows]
+        input_ids: torch.Tensor,  # [num_rows]
+        expanded_local_pos: torch.Tensor,  # [num_rows]
+        seq_lens_upper_bound_np: np.ndarray,  # [num_reqs]
+        return_logprobs: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_rows], [num_rows, vocab_size]
+        """Sampled tokens, and the logits that log-probabilities are reported of."""
+        processed = self.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            input_ids,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        # top_k and top_p are None: they are applied already, to each member.
+        sampled, _ = self._sample_random(
+            processed,
+            expanded_idx_mapping,
+            idx_mapping_np,
+            pos,
+            None,
+            None,
+            use_fused_sampler=False,
+        )
+        return sampled, self.reported(logits, processed) if return_logprobs else processed
+
+    def reported(
+        self,
+        logits: torch.Tensor,  # [num_rows, num_members * vocab_size]
+        processed: torch.Tensor,  # [num_rows, vocab_size]
+    ) -> torch.Tensor:  # [num_rows, vocab_size]
+        return processed if self.reports_processed else self.model.ensemble_logits(logits)
+
+
+class EnsembleRejectionSampler(RejectionSampler):
+    """vLLM's rejection sampler with the ensemble as the target of a proposer outside it."""
+
+    sampler: EnsembleSampler
+
+    def _verify(self, logits: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+        # vLLM takes the first of the three for log-probabilities only.
+        processed, sampled, num_sampled = super()._verify(logits, *args)
+        return self.sampler.reported(logits, processed), sampled, num_sampled
+
+
+class EnsemblePromptLogprobsWorker(PromptLogprobsWorker):
+    """Log-probabilities of the prompt under the ensemble."""
+
+    def __init__(self, model: EnsembleModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model = model
+
+    def compute_prompt_logprobs(self, logits_fn: Any, *args: Any) -> Any:
+        return super().compute_prompt_logprobs(self._ensemble(logits_fn), *args)
+
+    def compute_prompt_token_id_logprobs(self, logits_fn: Any, *args: Any) -> Any:
+        return super().compute_prompt_token_id_logprobs(self._ensemble(logits_fn), *args)
+
+    def _ensemble(self, logits_fn: Any) -> Any:
+        return lambda hidden_states: self.model.ensemble_logits(logits_fn(hidden_states))
+
+
+class EnsembleStructuredOutputsWorker(StructuredOutputsWorker):
+    """Grammar masks, which are sampling parameters too: applied to every member."""
+
+    def __init__(self, model: EnsembleModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model = model
+
+    def apply_grammar_bitmask(self, logits: torch.Tensor, *args: Any) -> None:
+        for member in split_members(logits, self.model.num_members):
+            super().apply_grammar_bitmask(member, *args)
