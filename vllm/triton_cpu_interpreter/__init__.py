@@ -8,6 +8,11 @@ installed, so everything here stays asleep unless the installed vLLM is its CPU 
 
 import importlib.metadata
 
+CANNOT_COMPILE = (
+    "The Triton backend `cpu` interprets kernels and cannot compile them: "
+    "leave TRITON_INTERPRET unset, or set it to 1"
+)
+
 
 def is_cpu_build() -> bool:
     """Whether the stock vLLM beside this package is the CPU build, as pip knows it."""

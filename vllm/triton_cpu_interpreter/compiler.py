@@ -1,10 +1,11 @@
 """The compiler half of the backend, which Triton wants to exist and never calls.
 
-Under TRITON_INTERPRET=1 a kernel is run as Python; only without it would Triton come here, and
-then the error says what is wrong.
+Under TRITON_INTERPRET=1 a kernel is run as Python, and without it the driver refuses before.
 """
 
 from triton.backends.compiler import BaseBackend
+
+from triton_cpu_interpreter import CANNOT_COMPILE
 
 
 class InterpreterBackend(BaseBackend):
@@ -18,13 +19,10 @@ class InterpreterBackend(BaseBackend):
         return "triton-cpu-interpreter"
 
     def parse_options(self, options: dict):
-        raise NotImplementedError(
-            "The Triton backend `cpu` interprets kernels and cannot compile them: "
-            "leave TRITON_INTERPRET unset or set it to 1"
-        )
+        raise NotImplementedError(CANNOT_COMPILE)
 
     def add_stages(self, stages: dict, options, language=None) -> None:
-        self.parse_options(options)
+        raise NotImplementedError(CANNOT_COMPILE)
 
     def load_dialects(self, context) -> None:
         """Nothing is compiled, so no dialect is needed."""

@@ -8,7 +8,7 @@ import os
 
 from triton.backends.driver import DriverBase
 
-from triton_cpu_interpreter import is_cpu_build
+from triton_cpu_interpreter import CANNOT_COMPILE, is_cpu_build
 
 # Read once: Triton and vLLM ask for the active driver many times.
 _ACTIVE = is_cpu_build()
@@ -28,8 +28,12 @@ class InterpreterDriver(DriverBase):
     def target_name() -> str:
         return "cpu"
 
+    def get_current_device(self) -> int:
+        """The first thing Triton asks for when it is about to compile a kernel."""
+        raise NotImplementedError(CANNOT_COMPILE)
+
     def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError("the backend `cpu` has no launcher: kernels are interpreted")
+        raise NotImplementedError(CANNOT_COMPILE)
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
