@@ -382,7 +382,7 @@ def test_logit_bias(compare, vocab_size, check_all_masked):
         return apply_logit_bias(
             make_logits(8, vocab_size),
             torch.tensor([3, 0, 1, 2, 4, 2, 3, 5], dtype=torch.int32),
-            torch.tensor([5, 5, 5, 5, 5, 50, 50, 5]),
+            torch.tensor([5, 5, 18, 5, 5, 19, 50, 5]),  # 20 tokens are due where stops wait
             torch.tensor([0, 3, 0, 1, 0, 2], dtype=torch.int32),
             allowed.int(),
             torch.tensor([3, 0, 0, 2, 0, 0], dtype=torch.int32),
@@ -514,7 +514,9 @@ def log1p(monkeypatch):
     monkeypatch.setattr(rejection_sampler_utils, "tldevice", namespace)
 
 
-def reject(vocab_size, dtype=torch.float32, seed=0, with_draft_logits=True, **options):
+def reject(
+    vocab_size, dtype=torch.float32, seed=0, with_draft_logits=True, num_possible=None, **options
+):
     """Six requests with 3, 2, 0, 3, 3 and 1 drafts: sampled and greedy ones, close to the target
     and far from it, and one whose last draft is a placeholder."""
     generator = torch.Generator().manual_seed(seed)
@@ -527,15 +529,18 @@ def reject(vocab_size, dtype=torch.float32, seed=0, with_draft_logits=True, **op
     local_pos = torch.cat([torch.arange(n + 1) for n in num_drafts.tolist()]).int()
 
     target = make_logits(num_logits, vocab_size, dtype, seed)
+    num_possible = num_possible or vocab_size
     closeness = torch.tensor([0.1, 0.1, 2.0, 0.3, 2.0, 1.0])
     draft_logits = torch.randn(MAX_NUM_REQS, NUM_STEPS, vocab_size, generator=generator)
     draft_logits = (draft_logits * closeness[:, None, None]).to(dtype)
-    draft_sampled = torch.randint(0, vocab_size, (num_logits,), generator=generator).int()
+    draft_sampled = torch.randint(0, num_possible, (num_logits,), generator=generator).int()
     for row, (req, step) in enumerate(zip(expanded.tolist(), local_pos.tolist(), strict=True)):
         if step < NUM_STEPS:
             draft_logits[req, step] += torch.where(target[row].isfinite(), target[row], -9.0)
-        if row + 1 < num_logits and torch.rand((), generator=generator) < 0.7:
-            draft_sampled[row + 1] = target[row].float().argmax()
+            likely = (target[row], draft_logits[req, step])[(row + seed) % 2]
+            if row + 1 < num_logits and torch.rand((), generator=generator) < 0.7:
+                draft_sampled[row + 1] = likely.float().argmax()
+    target[:, num_possible:] = draft_logits[:, :, num_possible:] = -torch.inf
     draft_sampled[int(cu_num_logits[1]) - 1] = -1
     return rejection_sample(
         target,
@@ -573,7 +578,7 @@ def test_rejection_sampling(compare, log1p, use_block_verification, with_draft_l
         kernels = REJECTION_KERNELS
 
     def outcomes():
-        return [reject(50, seed=seed, **options) for seed in range(6)]
+        return [reject(50, seed=seed, **options) for seed in range(8)]
 
     counts = set()
     for (stock, stock_num), (ours, our_num) in zip(*compare(kernels, outcomes), strict=True):
@@ -582,6 +587,13 @@ def test_rejection_sampling(compare, log1p, use_block_verification, with_draft_l
         assert torch.equal(ours[emitted], stock[emitted])
         counts |= set(stock_num.tolist())
     assert counts == {1, 2, 3, 4}
+
+
+def test_rejection_with_a_block_of_impossible_tokens(compare, log1p):
+    """As a padded vocabulary has at its end; the statistics come in blocks of 8192 tokens."""
+    options = {"num_possible": 8000, "use_block_verification": True}
+    _, (sampled, num_sampled) = compare(REJECTION_KERNELS, lambda: reject(8300, **options))
+    assert (sampled[torch.arange(NUM_STEPS + 1) < num_sampled[:, None]] < 8000).all()
 
 
 def test_watermarked_resampling(compare):

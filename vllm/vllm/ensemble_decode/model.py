@@ -55,9 +55,25 @@ class EnsembleModel(nn.Module):
         intermediate_tensors: None = None,
         inputs_embeds: None = None,
     ) -> torch.Tensor:  # [num_tokens, sum(hidden_sizes)]
-        hidden_states = [m(input_ids=input_ids, positions=positions) for m in self.members]
-        self.hidden_sizes = [h.shape[-1] for h in hidden_states]
-        return torch.cat(hidden_states, dim=-1)
+        if not self.hidden_sizes:
+            return self._first_forward(input_ids, positions)
+        hidden_states = None
+        start = 0
+        for member, size in zip(self.members, self.hidden_sizes, strict=True):
+            output = member(input_ids=input_ids, positions=positions)
+            if hidden_states is None:
+                hidden_states = output.new_empty(output.shape[0], sum(self.hidden_sizes))
+            # Copied before the next member runs: in piecewise CUDA graphs the members share one
+            # memory pool, and the next member's graphs overwrite this member's output.
+            hidden_states[:, start : start + size] = output
+            start += size
+        return hidden_states
+
+    def _first_forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        # vLLM's memory profiling, or the first step where there is none: never a CUDA graph.
+        outputs = [m(input_ids=input_ids, positions=positions) for m in self.members]
+        self.hidden_sizes = [output.shape[-1] for output in outputs]
+        return torch.cat(outputs, dim=-1)
 
     def compute_member_logits(
         self,
