@@ -539,7 +539,7 @@ def reject(
             draft_logits[req, step] += torch.where(target[row].isfinite(), target[row], -9.0)
             likely = (target[row], draft_logits[req, step])[(row + seed) % 2]
             if row + 1 < num_logits and torch.rand((), generator=generator) < 0.7:
-                draft_sampled[row + 1] = likely.float().argmax()
+                draft_sampled[row + 1] = likely[:num_possible].float().argmax()
     target[:, num_possible:] = draft_logits[:, :, num_possible:] = -torch.inf
     draft_sampled[int(cu_num_logits[1]) - 1] = -1
     return rejection_sample(
