@@ -3,9 +3,9 @@
 Thin: Hydra reads `configs/`, `harness.run` does the work.
 """
 
-import logging
 import os
 import sys
+from pathlib import Path
 
 # Errors of the configuration are shown by `main` in one line; Hydra's own handler, which cuts
 # the traceback of all others, is left out of the way.
@@ -15,32 +15,41 @@ import hydra
 from dotenv import load_dotenv
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.errors import ConfigError, one_line
 from harness.run import run
 
-logger = logging.getLogger("main_dataset")
+ROOT = Path(__file__).resolve().parent
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="default")
+@hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="default")
 def run_job(config: DictConfig) -> None:
-    run(config, HydraConfig.get().runtime.output_dir)
+    hydra_config = HydraConfig.get()
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    try:
+        run(config, hydra_config.runtime.output_dir if sweep else config.save_path)
+    except ConfigError as error:
+        # Here and not in `main`: Hydra adds lines of its own to an exception that passes it.
+        sys.exit(f"error: {error}")
 
 
 def main() -> None:
-    load_dotenv()
+    # Before anything is imported that reads the environment; torch, vLLM and the hub's client do.
+    load_dotenv(ROOT / ".env")
     try:
         run_job()
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
     except MissingConfigException as error:
         options = [option for option in error.options or () if not option.startswith("_")]
-        choose = f"; choose one of {', '.join(options)}" if options else ""
-        sys.exit(f"error: {one_line(error).split(' Available options')[0]}{choose}")
+        key, _, name = str(error.missing_cfg_file).rpartition("/")
+        sys.exit(f"error: {key}: there is no '{name}'; choose one of {', '.join(options)}")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        print("interrupted; the run directory keeps the finished samples", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A vLLM engine driven request by request: what finishes is handed out at once.
 
-Knows prompts and sampling parameters; knows neither data sets nor files.
+Knows token ids and sampling parameters; knows neither data sets nor files.
 """
 
 import itertools
@@ -9,30 +9,50 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.errors import ConfigError, one_line
-from harness.methods import MethodSpec
+from triton_cpu_interpreter import is_cpu_build
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+# vLLM kills its processes after five seconds; on a busy machine they then leave things behind.
+SHUTDOWN_TIMEOUT_S = 60
 
 
 def configure_process(verbose: bool) -> None:
-    """Settings of the process that vLLM reads when it is imported: call it before.
+    """Settings of the process, read when torch and vLLM are imported: call it before.
 
-    The engine's own log is quiet unless `verbose`.
+    What the environment sets already is kept.
     """
     if not verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        # Hydra's root handler would show what vLLM's own one holds back.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        # vLLM sets its log up only when an engine is configured, and has warnings before.
         logging.getLogger("vllm").setLevel(logging.ERROR)
+    if is_cpu_build():
+        # A process of its own, which on a GPU works while this one prepares the next step, would
+        # share the cores with this one here, and import everything a second time.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # One core is left free, as vLLM does for a process of its own. Threads on every core wait
+        # for one another in loops, and run ten times slower where anything else uses a core.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() - 1)))
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: text, or chat messages for the model's chat template."""
+    """One prompt, and the seed of its samples."""
 
     index: int
-    prompt: str
-    messages: tuple[dict[str, str], ...]
+    prompt_token_ids: list[int]
     seed: int | None
 
 
@@ -48,49 +68,48 @@ class Completion:
 
 
 class Engine:
-    """A vLLM engine for one method.
+    """Requests in, completions out. To be closed: it holds the device's memory.
 
-    Raises (on construction): ConfigError, before any weight is loaded, for what vLLM or the
-    ensemble cannot do.
+    Args:
+        llm_engine: vLLM's engine.
+        sampling_params: vLLM's sampling parameters by name, for every request.
     """
 
-    def __init__(self, spec: MethodSpec, seed: int) -> None:
-        from vllm import LLM
-
-        arguments = {**spec.engine_args, "seed": seed}
-        check_engine_args(arguments)
-        self.llm = LLM(**arguments, use_tqdm_on_load=False, disable_log_stats=False)
-        self.sampling_params = spec.sampling_params
+    def __init__(self, llm_engine: "LLMEngine", sampling_params: dict[str, Any]) -> None:
+        self._llm_engine = llm_engine
+        self._sampling_params = sampling_params
         self._request_ids = map(str, itertools.count())
 
-    def check_lengths(self, requests: Sequence[Request]) -> None:
-        """Raise ConfigError if a prompt leaves no room for a token."""
-        longest = self.llm.llm_engine.vllm_config.model_config.max_model_len
-        for request in requests:
-            num_tokens = len(self._prompt(request)["prompt_token_ids"])
-            if num_tokens >= longest:
-                raise ConfigError(
-                    f"method.llm.max_model_len: example {request.index} has {num_tokens} prompt "
-                    f"tokens and the members read {longest}; raise it, or use other members"
-                )
+    @classmethod
+    def start(cls, config: "VllmConfig", sampling_params: dict[str, Any]) -> "Engine":
+        """Load the weights."""
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        llm_engine = LLMEngine.from_vllm_config(
+            config, UsageContext.LLM_CLASS, disable_log_stats=True
+        )
+        return cls(llm_engine, sampling_params)
+
+    def close(self) -> None:
+        self._llm_engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
 
     def warm_up(self, request: Request, num_tokens: int = 8) -> None:
         """Run everything once that compiles or allocates on first use; leaves no cached prefix."""
         list(self.generate([request], None, max_tokens=num_tokens, min_tokens=0))
-        self.llm.reset_prefix_cache()
-        self.synchronize()
+        self._llm_engine.reset_prefix_cache()
 
     def generate(
         self, requests: Sequence[Request], batch_size: int | None, **overrides: Any
     ) -> Iterator[Completion]:
         """Completions in the order in which they finish, `batch_size` requests in flight."""
-        engine, waiting = self.llm.llm_engine, list(reversed(requests))
+        waiting = list(reversed(requests))
         started: dict[str, tuple[int, float]] = {}
         while waiting or started:
             while waiting and (batch_size is None or len(started) < batch_size):
-                request = waiting.pop()
-                started[self._submit(request, overrides)] = (request.index, time.perf_counter())
-            for output in engine.step():
+                request, start = waiting.pop(), time.perf_counter()
+                started[self._submit(request, overrides)] = (request.index, start)
+            for output in self._llm_engine.step():
                 if output.finished:
                     index, start = started.pop(output.request_id)
                     first = output.outputs[0]
@@ -103,43 +122,14 @@ class Engine:
                     )
 
     def synchronize(self) -> None:
-        """Wait for the device, where the engine lives in this process."""
-        import torch
-
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        """Wait for the device, in whatever process the workers are."""
+        self._llm_engine.collective_rpc("synchronize_device")
 
     def _submit(self, request: Request, overrides: dict[str, Any]) -> str:
         from vllm import SamplingParams
 
-        params = {"seed": request.seed, **self.sampling_params, **overrides}
+        params = {"seed": request.seed, **self._sampling_params, **overrides}
         request_id = next(self._request_ids)
-        self.llm.llm_engine.add_request(request_id, self._prompt(request), SamplingParams(**params))
+        prompt = {"prompt_token_ids": request.prompt_token_ids}
+        self._llm_engine.add_request(request_id, prompt, SamplingParams(**params))
         return request_id
-
-    def _prompt(self, request: Request) -> dict[str, Any]:
-        tokenizer = self.llm.get_tokenizer()
-        if request.messages:
-            token_ids = tokenizer.apply_chat_template(
-                list(request.messages), add_generation_prompt=True, return_dict=False
-            )
-        else:
-            token_ids = tokenizer.encode(request.prompt)
-        return {"prompt_token_ids": token_ids}
-
-
-def check_engine_args(arguments: dict[str, Any]) -> None:
-    """Let vLLM and the ensemble check the arguments while no weight is loaded yet."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm.ensemble_decode.members import check_ensemble
-
-    unknown = set(arguments) - set(EngineArgs.__dataclass_fields__)
-    if unknown:
-        raise ConfigError(f"method.llm.{sorted(unknown)[0]}: vLLM has no such engine argument")
-    try:
-        vllm_config = EngineArgs(**arguments).create_engine_config()
-        if "additional_config" in arguments:
-            check_ensemble(vllm_config)
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from error

@@ -1,10 +1,13 @@
-"""What a model name means: a path, a folder under MODEL_PATH, or an id on the hub."""
+"""What a model name means: a path, a folder under MODEL_PATH, or an id on the hub.
 
+Knows a model's config.json, not its weights.
+"""
+
+import json
 import os
 from pathlib import Path
 
 from harness.errors import ConfigError
-
 
 REPO_ROOT = Path(__file__).parent.parent
 
@@ -43,23 +46,52 @@ def resolve_model(name: object, key: str) -> str:
     )
 
 
+def resolve_member(name: object, key: str) -> str:
+    """A resolved model that reads text only, as members of an ensemble must.
+
+    vLLM would find it out as well, but it imports such models first: that takes long, and fails
+    with pages of text where their packages are missing.
+    """
+    model = resolve_model(name, key)
+    config = json.loads(_config_file(model).read_text(encoding="utf-8"))
+    if any(entry.endswith(("vision_config", "audio_config")) for entry in config):
+        raise ConfigError(
+            f"{key}: '{model}' is multimodal; members must be decoder-only text models"
+        )
+    return model
+
+
+def _config_file(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(model)
+    return (
+        folder / "config.json" if folder.is_dir() else Path(hf_hub_download(model, "config.json"))
+    )
+
+
 def _checked_folder(path: Path, key: str) -> str:
-    if not (path / "config.json").is_file():
+    file = path / "config.json"
+    if not file.is_file():
         raise ConfigError(f"{key}: '{path}' is not a model folder; it has no config.json")
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{key}: '{file}' is not JSON ({error}); mend it") from error
     return str(path)
 
 
 def _hub_problem(name: str) -> str | None:
     """Why the hub has no such model, as far as can be known here; None where it has one."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import file_exists, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        hf_hub_download(name, "config.json")
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
+        # One question only: a download asks again and again where the hub cannot be reached.
+        return None if file_exists(name, "config.json") else "it has no such model"
     except HFValidationError:
         return "not a valid id there"
-    except LocalEntryNotFoundError:
-        return "not in its cache, and it cannot be reached"
     except Exception as error:  # the client raises whatever its transport raises
-        return f"{type(error).__name__} for it there"
-    return None
+        return f"not in its cache, and asking for it failed with {type(error).__name__}"

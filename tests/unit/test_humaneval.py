@@ -15,6 +15,8 @@ CHAT = HumanEval(chat=True)
 SCORED = HumanEval(execute_code=True)
 EXAMPLES = PLAIN.examples()
 PROBLEMS = list(read_problems().values())
+# What a model reads: the problems without the line break at their end.
+PROMPTS = [problem["prompt"].removesuffix("\n") for problem in PROBLEMS]
 
 
 # The examples
@@ -23,12 +25,14 @@ PROBLEMS = list(read_problems().values())
 def test_examples_are_the_problems_in_order():
     assert [example.task_id for example in EXAMPLES] == [f"HumanEval/{i}" for i in range(164)]
     assert [example.reference for example in EXAMPLES] == PROBLEMS
-    assert [example.prompt + "\n" for example in EXAMPLES] == [p["prompt"] for p in PROBLEMS]
+    assert [example.prompt for example in EXAMPLES] == PROMPTS
+    assert not any(prompt[-1].isspace() for prompt in PROMPTS)
 
 
 def test_fewshot_puts_the_worked_examples_before_the_same_problem():
-    for example, problem in zip(HumanEval(use_fewshot=True).examples(), PROBLEMS, strict=True):
-        before = example.prompt.removesuffix("\n\n" + problem["prompt"])
+    examples = HumanEval(use_fewshot=True).examples()
+    for example, problem, prompt in zip(examples, PROBLEMS, PROMPTS, strict=True):
+        before = example.prompt.removesuffix("\n\n" + prompt)
         assert before != example.prompt
         assert before == "\n\n".join(prompt + body for prompt, body in WORKED_EXAMPLES)
         assert example.reference == problem
@@ -37,11 +41,11 @@ def test_fewshot_puts_the_worked_examples_before_the_same_problem():
 @pytest.mark.parametrize("use_fewshot", [False, True])
 def test_chat_turns_alternate_and_end_with_the_problem(use_fewshot):
     task = HumanEval(chat=True, use_fewshot=use_fewshot)
-    for example, problem in zip(task.examples(), PROBLEMS, strict=True):
+    for example, problem, prompt in zip(task.examples(), PROBLEMS, PROMPTS, strict=True):
         roles = [message["role"] for message in example.messages]
         assert roles == ["user", "assistant"] * (3 * use_fewshot) + ["user"]
         assert problem["prompt"] in example.messages[-1]["content"]
-        assert example.prompt == problem["prompt"]
+        assert example.prompt == prompt
 
 
 def test_worked_answers_in_chat_are_read_as_we_ask_for_them():

@@ -1,0 +1,97 @@
+"""vLLM's configuration for a method, with all that can be refused before weights are loaded.
+
+Knows vLLM's and the ensemble's checks, and which key of ours a refusal is about.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import ConfigError, one_line
+from harness.methods import MethodSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def make_engine_config(spec: MethodSpec, seed: int) -> "VllmConfig":
+    """The configuration of an engine that runs `spec`. No weight is loaded.
+
+    Raises:
+        ConfigError: what vLLM or the ensemble cannot do.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from vllm.ensemble_decode.members import check_ensemble
+
+    arguments = {"use_tqdm_on_load": False, **spec.engine_args, "seed": seed}
+    _check_known("method.llm", arguments, EngineArgs.__dataclass_fields__)
+    try:
+        config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+        if "additional_config" in arguments:
+            check_ensemble(config)
+    except (ValueError, OSError) as error:  # OSError: files of a model that are missing
+        raise ConfigError(_named(error, spec)) from error
+    if config.model_config.runner_type != "generate" or config.model_config.is_encoder_decoder:
+        raise ConfigError(
+            f"method.model: '{config.model_config.model}' is no decoder-only language model; "
+            "choose one that generates text from a prompt"
+        )
+    return config
+
+
+def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", tokenizer: Any) -> None:
+    """Raise ConfigError for sampling parameters that an engine of `config` would refuse."""
+    from vllm import SamplingParams
+
+    def check(params: Mapping[str, Any]) -> None:
+        SamplingParams(**params).verify(
+            config.model_config,
+            config.speculative_config,
+            config.structured_outputs_config,
+            tokenizer,
+        )
+
+    known = [key for key in SamplingParams.__struct_fields__ if not key.startswith("_")]
+    _check_known("method.generate", params, known)
+    try:
+        check(params)
+    except Exception as error:  # vLLM's own kinds, and what a value of a wrong type leads to
+        key = f".{culprit}" if (culprit := _culprit(check, params)) else ""
+        raise ConfigError(f"method.generate{key}: {one_line(error)}") from error
+
+
+def _named(error: Exception, spec: MethodSpec) -> str:
+    """The error in one line that begins with a key; vLLM knows no keys of ours."""
+    text = one_line(error)
+    if spec.name == "cd":  # the ensemble knows one name for all members but the first
+        text = text.replace("extra_model", "amateur_model")
+    if text.startswith(("method.", "additional_config.", "VLLM_")):
+        return text
+    details = error.errors()[0] if hasattr(error, "errors") else {}
+    # Either pydantic knows the field, or the text mentions an argument, or there is the class.
+    arguments = sorted(spec.engine_args.keys() - {"model"}, key=len, reverse=True)
+    field = next(iter(details.get("loc", ())), None)
+    field = field or next((name for name in arguments if name in text), None)
+    if field:
+        return f"method.llm.{field}: {text}"
+    draft = "method.draft_model" if spec.name == "sd" else "method.llm.speculative_config"
+    classes = {"ModelConfig": "method.model", "SpeculativeConfig": draft}
+    return f"{classes.get(getattr(error, 'title', ''), 'method.llm')}: {text}"
+
+
+def _check_known(prefix: str, given: Mapping[str, Any], known: Any) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{prefix}.{key}: vLLM has no such parameter; leave it out")
+
+
+def _culprit(check: Callable[[Mapping[str, Any]], None], params: Mapping[str, Any]) -> str | None:
+    """The parameter without which the check passes."""
+    for culprit in params:
+        try:
+            check({key: value for key, value in params.items() if key != culprit})
+        except Exception:
+            continue
+        return culprit
+    return None

@@ -1,0 +1,245 @@
+"""The window of requests in flight, latencies, and the requests that examples become."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from harness import engine as engine_module
+from harness.engine import Engine, Request
+from harness.errors import ConfigError
+from harness.prompts import make_requests
+from tasks import Example
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Clock:
+    """Stands for `time` in the engine's module: one second passes with every step."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class FakeLLMEngine:
+    """A request with prompt `[n]` takes n steps and its tokens are 1 to n."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.running = {}
+        self.params = {}
+        self.most_in_flight = 0
+        self.calls = []
+        self.engine_core = SimpleNamespace(
+            shutdown=lambda timeout: self.calls.append(f"shutdown after {timeout} s")
+        )
+
+    def add_request(self, request_id, prompt, params) -> None:
+        assert request_id not in self.params, "a request id was used twice"
+        self.running[request_id] = [0, prompt["prompt_token_ids"][0]]
+        self.params[request_id] = params
+        self.most_in_flight = max(self.most_in_flight, len(self.running))
+
+    def step(self) -> list:
+        assert self.running, "a step with nothing to do"
+        self.clock.now += 1
+        outputs = []
+        for request_id, state in list(self.running.items()):
+            state[0] += 1
+            done, needed = state
+            completion = SimpleNamespace(
+                text="x" * done, token_ids=tuple(range(1, done + 1)), finish_reason="length"
+            )
+            outputs.append(
+                SimpleNamespace(
+                    request_id=request_id, finished=done == needed, outputs=[completion]
+                )
+            )
+            if done == needed:
+                del self.running[request_id]
+        return outputs
+
+    def reset_prefix_cache(self) -> None:
+        self.calls.append("reset_prefix_cache")
+
+    def collective_rpc(self, method: str) -> None:
+        self.calls.append(method)
+
+
+@pytest.fixture
+def fake(monkeypatch) -> FakeLLMEngine:
+    clock = Clock()
+    monkeypatch.setattr(engine_module, "time", clock)
+    return FakeLLMEngine(clock)
+
+
+def requests(*steps: int) -> list[Request]:
+    return [Request(index, [n], seed=100 + index) for index, n in enumerate(steps)]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "finished", "latencies"),
+    [
+        # one at a time: in order, and none waits for another
+        (1, [0, 1, 2, 3], [5, 1, 2, 1]),
+        # 0 and 1 start; as 1 ends 2 moves up, then 3
+        (2, [1, 2, 3, 0], [1, 2, 1, 5]),
+        (3, [1, 2, 3, 0], [1, 2, 1, 5]),
+        (4, [1, 3, 2, 0], [1, 1, 2, 5]),
+        (9, [1, 3, 2, 0], [1, 1, 2, 5]),
+        (None, [1, 3, 2, 0], [1, 1, 2, 5]),
+    ],
+)
+def test_window_slides_and_latency_starts_with_submission(fake, batch_size, finished, latencies):
+    completions = list(Engine(fake, {}).generate(requests(5, 1, 2, 1), batch_size))
+    assert [completion.index for completion in completions] == finished
+    assert [completion.latency_s for completion in completions] == latencies
+    assert fake.most_in_flight == min(batch_size or 4, 4)
+    by_index = {completion.index: completion for completion in completions}
+    assert by_index[2].token_ids == [1, 2]
+    assert by_index[2].text == "xx"
+    assert by_index[2].finish_reason == "length"
+
+
+def test_completions_are_handed_out_while_others_run(fake):
+    completions = Engine(fake, {}).generate(requests(3, 1), None)
+    assert next(completions).index == 1
+    assert fake.running
+
+
+def test_nothing_to_do_is_done(fake):
+    assert list(Engine(fake, {}).generate([], None)) == []
+
+
+def test_every_request_has_its_seed_unless_one_is_set(fake):
+    list(Engine(fake, {"temperature": 0.5}).generate(requests(1, 1), None))
+    assert [params.seed for params in fake.params.values()] == [100, 101]
+    assert {params.temperature for params in fake.params.values()} == {0.5}
+    fake.params.clear()
+    list(Engine(fake, {"seed": 7}).generate(requests(1, 1), None))
+    assert [params.seed for params in fake.params.values()] == [7, 7]
+
+
+def test_warm_up_is_short_and_leaves_no_prefix(fake):
+    engine = Engine(fake, {"max_tokens": 500, "min_tokens": 400})
+    engine.warm_up(requests(2)[0])
+    (params,) = fake.params.values()
+    assert (params.max_tokens, params.min_tokens) == (8, 0)
+    assert fake.calls == ["reset_prefix_cache"]
+    list(engine.generate(requests(1), None))  # with an id of its own
+
+
+def test_device_is_waited_for_in_the_workers(fake):
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    Engine(fake, {}).synchronize()
+    assert fake.calls == ["synchronize_device"]
+    assert callable(getattr(WorkerBase, fake.calls[0]))
+
+
+def test_close_gives_the_engine_time(fake):
+    Engine(fake, {}).close()
+    assert fake.calls == [f"shutdown after {engine_module.SHUTDOWN_TIMEOUT_S} s"]
+
+
+# Requests of examples
+
+
+class FakeTokenizer:
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def apply_chat_template(self, messages, add_generation_prompt, return_dict) -> list[int]:
+        assert add_generation_prompt and not return_dict
+        if "template" not in vars(self):
+            raise ValueError("there is\n no chat template")
+        return list(self.template.format(**messages[-1]).encode())
+
+
+def example(index: int, prompt: str, **kwargs) -> Example:
+    return Example(index=index, task_id=f"t/{index}", prompt=prompt, reference=None, **kwargs)
+
+
+def test_each_example_has_a_seed_that_does_not_depend_on_the_others():
+    examples = [example(index, "ab") for index in range(5)]
+    all_of_them = make_requests(examples, FakeTokenizer(), 100, seed=3)
+    assert [request.seed for request in all_of_them] == [3, 4, 5, 6, 7]
+    assert make_requests(examples[2:3], FakeTokenizer(), 100, seed=3) == all_of_them[2:3]
+    assert all_of_them[0].prompt_token_ids == [97, 98]
+
+
+def test_prompt_without_room_for_a_token_is_refused():
+    examples = [example(0, "abc"), example(7, "abcd")]
+    assert len(make_requests(examples, FakeTokenizer(), 5, seed=0)) == 2
+    with pytest.raises(ConfigError, match="^method.llm.max_model_len: example 7 has 4 prompt tok"):
+        make_requests(examples, FakeTokenizer(), 4, seed=0)
+
+
+def test_chat_goes_through_the_template():
+    tokenizer = FakeTokenizer()
+    chat = example(0, "unused", messages=({"role": "user", "content": "hi"},))
+    with pytest.raises(ConfigError, match="^dataset.chat: there is no chat template; set it to f"):
+        make_requests([chat], tokenizer, 100, seed=0)
+    tokenizer.template = "<{role}>{content}"
+    (request,) = make_requests([chat], tokenizer, 100, seed=0)
+    assert bytes(request.prompt_token_ids) == b"<user>hi"
+
+
+# The process
+
+
+def run_python(program: str, **environment: str) -> dict:
+    names = ("VLLM_", "TORCH_", "TRANSFORMERS_", "OMP_", "HF_")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(result.stdout)
+
+
+def test_nothing_that_reads_the_environment_is_imported_before_it_is_set():
+    program = "import json, sys, main_dataset\nprint(json.dumps([name for name in sys.modules]))"
+    early = {"torch", "vllm", "transformers", "huggingface_hub"} & set(run_python(program))
+    assert not early
+
+
+PROCESS = """
+import json, os, sys
+from harness import engine
+engine.is_cpu_build = lambda: {cpu}
+engine._num_cores = lambda: 4
+engine.configure_process({verbose})
+print(json.dumps(dict(os.environ)))
+"""
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("cpu", [False, True])
+def test_settings_of_the_process(verbose, cpu):
+    environment = run_python(PROCESS.format(cpu=cpu, verbose=verbose))
+    assert all((environment.get(name) == value) != verbose for name, value in QUIET.items())
+    assert environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == ("0" if cpu else None)
+    assert environment.get("OMP_NUM_THREADS") == ("3" if cpu else None)
+
+
+def test_settings_of_the_user_are_kept():
+    given = dict.fromkeys([*QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS"], "1")
+    environment = run_python(PROCESS.format(cpu=True, verbose=False), **given)
+    assert {name: environment[name] for name in given} == given

@@ -1,0 +1,211 @@
+"""What each method asks of vLLM: members in the user's order, engine arguments, parameters."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tiny_models import llama_config
+
+from harness import methods
+from harness.errors import ConfigError
+from harness.methods import ENSEMBLE_WORKER, METHODS, make_spec
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Model folders without weights; `small` reads 64 tokens, the others 128."""
+    root = tmp_path_factory.mktemp("models")
+    for name in ("large", "other", "third"):
+        llama_config().save_pretrained(root / name)
+    llama_config(max_position_embeddings=64).save_pretrained(root / "small")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def model_path(root, monkeypatch):
+    monkeypatch.setenv("MODEL_PATH", str(root))
+    # What a platform adds has a test of its own.
+    monkeypatch.setattr(methods, "_platform_defaults", dict)
+
+
+def config(name: str, *overrides: str) -> dict:
+    """The group `method` as the command line gives it."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("default", [f"method={name}", *overrides])
+    return OmegaConf.to_container(composed.method, resolve=True)
+
+
+def spec(name: str, *overrides: str) -> methods.MethodSpec:
+    return make_spec(config(name, "method.model=large", *overrides))
+
+
+def test_every_method_has_a_config_of_its_keys():
+    files = {path.stem for path in (CONFIGS / "method").glob("[!_]*.yaml")}
+    assert files == set(METHODS)
+    for name in files:
+        assert config(name)["name"] == name
+        assert config(name).keys() <= {"name", *methods.COMMON_KEYS, *METHODS[name].keys}
+
+
+def test_large_model(root):
+    result = spec("large_model")
+    assert result.members == (str(root / "large"),)
+    assert result.engine_args == {"model": str(root / "large")}
+    assert result.sampling_params == {"temperature": 0}
+    assert result.parameters == {}
+
+
+def test_sd(root):
+    result = spec("sd", "method.draft_model=small", "method.gamma=3")
+    assert result.members == (str(root / "large"),)
+    draft = str(root / "small")
+    assert result.engine_args == {
+        "model": str(root / "large"),
+        "speculative_config": {
+            "method": "draft_model",
+            "model": draft,
+            "num_speculative_tokens": 3,
+        },
+    }
+    assert result.parameters == {"draft_model": draft, "gamma": 3}
+
+
+def test_cd(root):
+    result = spec("cd", "method.amateur_model=small", "method.alpha=0.3")
+    assert result.members == (str(root / "large"), str(root / "small"))
+    assert result.engine_args["model"] == str(root / "large")
+    assert result.engine_args["worker_cls"] == ENSEMBLE_WORKER
+    assert result.engine_args["additional_config"]["ensemble"] == {
+        "extra_model": [str(root / "small")],
+        "ensemble_fn": "contrastive",
+        "ensemble_target": "raw-logits",
+        "alpha": 0.3,
+        "ensemble_args": {},
+    }
+    assert result.parameters["alpha"] == 0.3
+    assert result.parameters["ensemble_fn"] == "contrastive"
+
+
+def test_ensemble_of_a_string(root):
+    result = spec("ensemble", "method.extra_model=other", "method.weights=[0.7,0.3]")
+    assert result.members == (str(root / "large"), str(root / "other"))
+    ensemble = result.engine_args["additional_config"]["ensemble"]
+    assert ensemble["extra_model"] == [str(root / "other")]
+    assert ensemble["weights"] == [0.7, 0.3]
+    assert (ensemble["ensemble_fn"], ensemble["ensemble_target"]) == ("weighted", "probs")
+    assert result.parameters["weights"] == [0.7, 0.3]
+
+
+def test_ensemble_of_a_list_keeps_its_order(root):
+    result = spec("ensemble", "method.extra_model=[third,small,other]")
+    expected = [str(root / name) for name in ("large", "third", "small", "other")]
+    assert list(result.members) == expected
+    ensemble = result.engine_args["additional_config"]["ensemble"]
+    assert ensemble["extra_model"] == expected[1:]
+    assert "weights" not in ensemble
+
+
+def test_parameters_of_the_function_are_passed_on():
+    result = spec(
+        "cd",
+        "method.amateur_model=other",
+        "method.llm.ensemble_fn=contrastive_plausible",
+        "method.llm.ensemble_target=probs",
+        "+method.llm.ensemble_args.plausibility=0.2",
+    )
+    ensemble = result.engine_args["additional_config"]["ensemble"]
+    assert ensemble["ensemble_fn"] == "contrastive_plausible"
+    assert ensemble["ensemble_target"] == "probs"
+    assert ensemble["ensemble_args"] == {"plausibility": 0.2}
+
+
+def test_context_is_that_of_the_smallest_member_unless_given():
+    assert "max_model_len" not in spec("large_model").engine_args
+    short = spec("ensemble", "method.extra_model=[other,small]")
+    assert short.engine_args["max_model_len"] == 64
+    given = spec("ensemble", "method.extra_model=[other,small]", "method.llm.max_model_len=32")
+    assert given.engine_args["max_model_len"] == 32
+
+
+def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch):
+    monkeypatch.setattr(methods, "_platform_defaults", lambda: {"dtype": "float32", "x": 1})
+    result = spec(
+        "large_model",
+        "method.llm.dtype=bfloat16",
+        "+method.llm.block_size=16",
+        "method.generate.top_p=0.9",
+        "+method.generate.prompt_logprobs=2",
+    )
+    # What the user gives has priority over the platform's defaults; null is not passed on.
+    expected = {"dtype": "bfloat16", "x": 1, "block_size": 16}
+    assert {k: v for k, v in result.engine_args.items() if k != "model"} == expected
+    assert result.sampling_params == {"temperature": 0, "top_p": 0.9, "prompt_logprobs": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("sd", ["method.gamma=0"], r"^method\.gamma: 0 is out of range; it must be 1"),
+        ("sd", ["method.gamma=1.5"], r"^method\.gamma: 1\.5"),
+        ("sd", ["method.gamma=true"], r"^method\.gamma: True"),
+        ("sd", ["method.draft_model=nope"], r"^method\.draft_model: no model 'nope'"),
+        ("cd", ["method.amateur_model=nope"], r"^method\.amateur_model: no model 'nope'"),
+        ("cd", ["method.alpha=2"], r"^method\.alpha: 2 is out of range"),
+        ("ensemble", ["method.extra_model=[other,nope]"], r"^method\.extra_model: no model 'nope'"),
+        ("ensemble", ["method.extra_model=[]"], r"^method\.extra_model: \[\] names no other"),
+        ("ensemble", ["method.extra_model=null"], r"^method\.extra_model: None names no other"),
+        ("ensemble", ["method.extra_model=5"], r"^method\.extra_model: 5 names no other"),
+        ("ensemble", ["method.weights=[1,2,3]"], r"^method\.weights: 3 weights for 2 members"),
+        ("ensemble", ["+method.gamma=2"], r"^method\.gamma: ensemble has no such key; it has"),
+        ("ensemble", ["+method.alpha=0.1"], r"^method\.alpha: .* has no parameter 'alpha'"),
+        ("cd", ["method.generate.temperature=-1"], r"^method\.generate\.temperature: -1 is out"),
+        ("cd", ["method.generate.temperature=inf"], r"^method\.generate\.temperature: inf"),
+        ("cd", ["method.generate.temperature=hot"], r"^method\.generate\.temperature: 'hot'"),
+        ("cd", ["+method.generate.n=2"], r"^method\.generate\.n: a run keeps one completion"),
+        ("cd", ["+method.llm.model=other"], r"^method\.llm\.model: a run of cd sets it"),
+        ("cd", ["+method.llm.seed=1"], r"^method\.llm\.seed: a run of cd sets it"),
+        ("cd", ["+method.llm.worker_cls=W"], r"^method\.llm\.worker_cls: a run of cd sets it"),
+        (
+            "sd",
+            ["method.llm.speculative_config={method:ngram}"],
+            r"^method\.llm\.speculative_config: a run of sd sets it",
+        ),
+    ],
+)
+def test_bad_input_names_the_key(name, overrides, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    others = {
+        "sd": "method.draft_model=other",
+        "cd": "method.amateur_model=other",
+        "ensemble": "method.extra_model=other",
+    }
+    with pytest.raises(ConfigError, match=message) as caught:
+        spec(name, others[name], *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_name_is_refused():
+    method = {**config("large_model"), "name": "chef"}
+    with pytest.raises(ConfigError, match="^method: unknown method 'chef'; choose one of large"):
+        make_spec(method)
+
+
+def test_configuration_is_left_as_it_was():
+    method = config("cd", "method.model=large", "method.amateur_model=other")
+    before = deepcopy(method)
+    make_spec(method)
+    assert method == before
+
+
+def test_without_a_gpu_the_defaults_are_those_of_a_cpu(monkeypatch):
+    monkeypatch.undo()
+    from vllm import platforms
+
+    monkeypatch.setattr(platforms.current_platform, "is_cpu", lambda: True)
+    assert methods._platform_defaults()["dtype"] == "float32"
+    monkeypatch.setattr(platforms.current_platform, "is_cpu", lambda: False)
+    assert methods._platform_defaults() == {}

@@ -1,0 +1,150 @@
+"""The run directory: what a run that dies leaves behind, and what is never overwritten."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from harness.errors import MAX_LENGTH, ConfigError, one_line
+from harness.results import RunDirectory, table
+
+TEXT = 'é "quoted"\r\nline 🙂\u2028 and half a character \ud83d'
+SAMPLE = {"index": 0, "completion": TEXT, "token_ids": [1, 2], "score": None}
+
+
+@pytest.fixture
+def directory(tmp_path) -> RunDirectory:
+    run = RunDirectory(tmp_path / "a" / "run")
+    run.create("seed: 0\n")
+    return run
+
+
+def test_nothing_is_written_before_create(tmp_path):
+    run = RunDirectory(tmp_path / "a" / "run")
+    assert list(tmp_path.iterdir()) == []
+    run.create("seed: 0\n")
+    assert (tmp_path / "a" / "run" / "config.yaml").read_text() == "seed: 0\n"
+
+
+def test_samples_come_back_in_the_order_of_the_data_set(directory):
+    for index in (3, 0, 2):
+        directory.append_sample({**SAMPLE, "index": index})
+    assert directory.read_samples() == [{**SAMPLE, "index": index} for index in (0, 2, 3)]
+    assert len(directory.samples.read_text().splitlines()) == 3
+
+
+def test_killed_run_keeps_every_sample_it_had(tmp_path):
+    program = (
+        "import os, signal, sys\n"
+        "from harness.results import RunDirectory\n"
+        "run = RunDirectory(sys.argv[1]); run.create('')\n"
+        "for index in range(3):\n"
+        "    run.append_sample({'index': index, 'completion': 'x' * 100_000})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    path = tmp_path / "run"
+    dead = subprocess.run([sys.executable, "-c", program, path])
+    assert dead.returncode == -signal.SIGKILL
+    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["index"] for sample in samples] == [0, 1, 2]
+    assert {len(sample["completion"]) for sample in samples} == {100_000}
+
+
+def test_existing_run_is_refused(directory):
+    directory.append_sample(SAMPLE)
+    with pytest.raises(ConfigError, match=r"^save_path: '.*run' already holds a run; choose"):
+        RunDirectory(directory.path)
+    assert directory.read_samples() == [SAMPLE]
+
+
+def test_of_two_runs_that_start_together_one_is_refused(tmp_path):
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    first.create("first")
+    first.append_sample(SAMPLE)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        second.create("second")
+    assert (first.path / "config.yaml").read_text() == "first"
+    assert first.read_samples() == [SAMPLE]
+
+
+def test_directory_with_other_files_is_taken(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    RunDirectory(tmp_path).create("")
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "notes.txt", "samples.jsonl"]
+
+
+def test_path_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="^save_path: .* cannot be made, '.*file' is no folder"):
+        RunDirectory(tmp_path / "file" / "run")
+
+
+def test_relative_path_in_a_folder_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    RunDirectory("new/run").create("")
+    assert (tmp_path / "new" / "run" / "samples.jsonl").is_file()
+
+
+def test_scores_replace_the_samples_at_once_or_not_at_all(directory, monkeypatch):
+    directory.append_sample(SAMPLE)
+    scored = {**SAMPLE, "score": 1.0}
+    seen = []
+
+    def replace(source, target):
+        # At this moment the new file is whole, and the old one as it was.
+        seen.append((json.loads(source.read_text()), json.loads(target.read_text())))
+        raise OSError("power cut")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        with pytest.raises(OSError, match="power cut"):
+            directory.write_scores([scored])
+    assert seen == [(scored, SAMPLE)]
+    assert directory.read_samples() == [SAMPLE]
+    directory.write_scores([scored])
+    assert directory.read_samples() == [scored]
+    assert sorted(os.listdir(directory.path)) == ["config.yaml", "samples.jsonl"]
+
+
+def test_summary_is_json(directory):
+    directory.write_summary({"method": "cd", "score": None})
+    summary = json.loads((directory.path / "summary.json").read_text())
+    assert summary == {"method": "cd", "score": None}
+
+
+def test_table_is_aligned():
+    assert table({"method": "cd", "data set": 5}) == "method    cd\ndata set  5"
+
+
+class Model(BaseModel):
+    length: int = Field(default=1, gt=0)
+
+    @model_validator(mode="after")
+    def check(self):
+        if self.length > 9:
+            raise ValueError(f"length {self.length}\n is too much")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("length", "line"),
+    [
+        (0, "Input should be greater than 0"),
+        (10, "length 10 is too much"),
+    ],
+)
+def test_one_line_of_pydantic_is_its_reason(length, line):
+    with pytest.raises(ValidationError) as caught:
+        Model(length=length)
+    assert "\n" in str(caught.value)
+    assert one_line(caught.value) == line
+
+
+def test_one_line_of_anything_is_one_short_line():
+    assert one_line(ValueError("a:\n  b\t c ")) == "a: b c"
+    long = one_line(ValueError("word " * 1000))
+    assert len(long) <= MAX_LENGTH and long.endswith("word ...")

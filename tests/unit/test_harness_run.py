@@ -1,0 +1,271 @@
+"""The order of a run with an engine that only pretends: files, times, scores, and early deaths."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import harness.run
+import main_dataset
+from harness.engine import Completion
+from harness.errors import ConfigError
+from harness.run import run
+from tasks import Example, Task
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Letters(Task):
+    """Completions are lower case; those before the letter `until` are right."""
+
+    name = "letters"
+    metric = "share"
+    max_tokens = 77
+
+    until: str = "b"
+
+    @property
+    def stop(self):
+        return ("!", "?")
+
+    def examples(self):
+        return [
+            Example(index=i, task_id=f"letters/{i}", prompt="ab"[: i + 1], reference=None)
+            for i in range(3)
+        ]
+
+    def postprocess(self, example, text):
+        return text.lower()
+
+    def score(self, example, completion):
+        return float(completion < self.until) if self.execute_code else None
+
+
+class FakeEngine:
+    """Says `A`, `B`, ... in reverse order; takes one second a completion, ten for the warm-up."""
+
+    def __init__(self) -> None:
+        self.calls = []
+        self.now = 0.0
+        self.dies_after = None
+        self.error = None
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def warm_up(self, request) -> None:
+        self.calls.append(("warm_up", request.index))
+        self.now += 10
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+        self.now += 0.25
+
+    def generate(self, requests, batch_size):
+        self.calls.append(("generate", batch_size))
+        for count, request in enumerate(reversed(requests)):
+            if count == self.dies_after:
+                raise self.error
+            self.now += 1
+            index = request.index
+            yield Completion(index, "ABC"[index], [65 + index] * (index + 1), "stop", 0.5)
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path) -> FakeEngine:
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    (tmp_path / "models" / "m" / "config.json").write_text("{}")
+    monkeypatch.setenv("MODEL_PATH", str(tmp_path / "models"))
+    fake = FakeEngine()
+    model_config = SimpleNamespace(max_model_len=100)
+
+    def start(engine_config, sampling_params):
+        fake.calls.append("start")
+        fake.sampling_params = sampling_params
+        return fake
+
+    tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()))
+    replaced = {
+        "make_engine_config": lambda spec, seed: SimpleNamespace(model_config=model_config),
+        "load_tokenizer": lambda model_config: tokenizer,
+        "check_sampling_params": lambda *_: None,
+        "Engine": SimpleNamespace(start=start),
+        "time": fake,
+        "configure_process": lambda verbose: None,
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(harness.run, name, value)
+    return fake
+
+
+def overrides(tmp_path: Path, *more: str) -> list[str]:
+    return [
+        "method=large_model",
+        "method.model=m",
+        f"dataset.name='{__name__}:Letters'",
+        "dataset.size=full",
+        f"save_path={tmp_path / 'run'}",
+        *more,
+    ]
+
+
+def run_letters(tmp_path: Path, *more: str) -> dict:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("default", overrides(tmp_path, *more))
+    return run(config, config.save_path)
+
+
+def read_samples(tmp_path: Path) -> list[dict]:
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_files_of_a_run(engine, tmp_path, capsys):
+    summary = run_letters(tmp_path, "evaluate.execute_code=true", "seed=5", "batch_size=2")
+    samples = read_samples(tmp_path)
+    assert [sample["index"] for sample in samples] == [0, 1, 2]
+    assert samples[1] == {
+        "index": 1,
+        "task_id": "letters/1",
+        "prompt": "ab",
+        "completion": "b",
+        "token_ids": [66, 66],
+        "num_tokens": 2,
+        "finish_reason": "stop",
+        "latency_s": 0.5,
+        "score": 0.0,
+    }
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    expected = {
+        "method": "large_model",
+        "members": [str(tmp_path / "models" / "m")],
+        "num_samples": 3,
+        "metric": "share",
+        "score": 1 / 3,
+        "num_tokens": 6,
+        "batch_size": 2,
+        "seed": 5,
+    }
+    assert {key: summary[key] for key in expected} == expected
+    assert {"torch", "transformers"} < set(summary["versions"])
+    config = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    assert (config.seed, config.method.name) == (5, "large_model")
+    assert config.save_path == str(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "samples.jsonl",
+        "summary.json",
+    }
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines()[-7:])
+    assert (rows["share"], rows["tokens"], rows["time"]) == ("0.333", "6", "3.25 s")
+
+
+def test_warm_up_is_not_timed_and_the_device_is_waited_for(engine, tmp_path):
+    summary = run_letters(tmp_path)
+    assert engine.calls == [
+        "start",
+        ("warm_up", 0),
+        "synchronize",
+        ("generate", None),
+        "synchronize",
+        "close",
+    ]
+    # Three completions and the second wait: all tokens over all of the time.
+    assert summary["total_time_s"] == 3.25
+    assert summary["tokens_per_second"] == 6 / 3.25
+
+
+def test_without_execution_the_score_is_unknown(engine, tmp_path, capsys):
+    assert run_letters(tmp_path)["score"] is None
+    assert {sample["score"] for sample in read_samples(tmp_path)} == {None}
+    assert "not evaluated" in capsys.readouterr().out
+
+
+def test_task_says_what_the_configuration_leaves_open(engine, tmp_path):
+    run_letters(tmp_path)
+    assert engine.sampling_params == {"temperature": 0, "max_tokens": 77, "stop": ["!", "?"]}
+
+
+def test_configuration_goes_before_the_task(engine, tmp_path):
+    run_letters(tmp_path, "method.generate.max_tokens=3", "method.generate.stop=[x]")
+    assert engine.sampling_params == {"temperature": 0, "max_tokens": 3, "stop": ["x"]}
+
+
+def test_options_of_the_task_are_keys_of_the_data_set(engine, tmp_path):
+    summary = run_letters(tmp_path, "+dataset.until=c", "evaluate.execute_code=true")
+    assert summary["score"] == 2 / 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_run_that_dies_keeps_what_it_had(engine, tmp_path, error):
+    engine.dies_after, engine.error = 2, error
+    with pytest.raises(type(error)):
+        run_letters(tmp_path)
+    assert [sample["index"] for sample in read_samples(tmp_path)] == [2, 1]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert engine.calls[-1] == "close"
+    with pytest.raises(ConfigError, match="^save_path: .* already holds a run"):
+        run_letters(tmp_path)
+
+
+def test_interrupted_command_ends_in_one_line(engine, tmp_path, monkeypatch, capsys):
+    engine.dies_after, engine.error = 1, KeyboardInterrupt()
+    monkeypatch.setattr(main_dataset, "load_dotenv", lambda path: None)
+    monkeypatch.setattr(sys, "argv", ["main_dataset.py", *overrides(tmp_path)])
+    with pytest.raises(SystemExit) as exit:
+        main_dataset.main()
+    assert exit.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "interrupted; the run directory keeps the finished samples"
+    assert len(read_samples(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+foo=1", "^foo: unknown key; known are method"),
+        ("+dataset.foo=1", "^dataset.name=.* has no option 'foo'"),
+        ("+evaluate.foo=1", "^dataset.name=.* has no option 'foo'"),
+        ("+method.foo=1", "^method.foo: large_model has no such key"),
+        ("method.llm=null", "^method.llm: None is not a group"),
+        ("method.generate=5", "^method.generate: 5 is not a group"),
+        ("dataset=null", "^dataset: None is not a group"),
+        ("dataset.name=nope", "^dataset.name='nope' is not a task"),
+        ("dataset.size=huge", "^dataset.size='huge' is not a size"),
+        ("dataset.size=0", "^dataset.size=0 is not a size"),
+        ("dataset.chat=1", "^dataset.chat: 1 must be true or false"),
+        ("dataset.use_fewshot=no", "^dataset.use_fewshot: 'no' must be true or false"),
+        ("evaluate.execute_code=no", "^evaluate.execute_code: 'no' must be true or false"),
+        ("verbose=no", "^verbose: 'no' must be true or false"),
+        ("seed=-1", "^seed: -1 must be an integer from 0"),
+        ("seed=2147483648", "^seed: 2147483648 must be an integer from 0"),
+        ("seed=true", "^seed: True must be"),
+        ("batch_size=0", "^batch_size: 0 must be 1 or more, or null"),
+        ("batch_size=1.5", "^batch_size: 1.5 must be"),
+        ("batch_size=true", "^batch_size: True must be"),
+        ("save_path=null", "^save_path: None must be a path"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_done(engine, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        run_letters(tmp_path, override)
+    assert engine.calls == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompt_that_is_too_long_is_refused_before_the_engine_starts(engine, tmp_path, monkeypatch):
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=2))
+    monkeypatch.setattr(harness.run, "make_engine_config", lambda spec, seed: config)
+    with pytest.raises(ConfigError, match="^method.llm.max_model_len: example 1 has 2 prompt"):
+        run_letters(tmp_path)
+    assert engine.calls == []
+    assert not (tmp_path / "run").exists()
