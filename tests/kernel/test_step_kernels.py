@@ -723,10 +723,8 @@ def make_verification(
         seeds=torch.randint(-(2**63), 2**63 - 1, (MAX_NUM_REQS,), generator=generator),
         pos=state.integers(2000, num_logits, dtype=torch.int64),
         rates=torch.tensor([0.9, 0.8, 0.7, 0.6]) if mode == "synthetic" else None,
-        cumulative_log_p=torch.minimum(normal(num_logits) * 0.3, torch.tensor(0.0))
-        if mode == "block"
-        else None,
-        local_residual_mass=normal(num_logits, NUM_BLOCKS).abs() / NUM_BLOCKS
+        cumulative_log_p=-normal(num_logits).abs() if mode == "block" else None,
+        local_residual_mass=normal(num_logits, NUM_BLOCKS).abs() * normal(num_logits, 1).exp() / 9
         if mode == "block" and with_draft_logits
         else None,
     )

@@ -89,5 +89,5 @@ def bad_words_kernel(
         tokens = bad_word_token_ids[req, : offsets[-1]].tolist()
         for start, end in zip(offsets, offsets[1:], strict=False):
             *prefix, last = tokens[start:end]
-            if len(prefix) <= len(output) and output[len(output) - len(prefix) :] == prefix:
+            if output[len(output) - len(prefix) :] == prefix:
                 logits[row, last] = -torch.inf

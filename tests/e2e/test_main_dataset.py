@@ -1,0 +1,454 @@
+"""The command line with tiny models: what a run writes and shows, and what it refuses.
+
+Real processes all. Those that go through `Command.fork` start as copies of a process that has
+imported vLLM already, which takes longer than all they do.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from omegaconf import OmegaConf
+from tiny_models import (
+    llama_config,
+    qwen2_config,
+    save_byte_tokenizer,
+    save_model,
+    save_noisy_copy,
+)
+from transformers import LlavaConfig, PretrainedConfig, T5Config
+
+import main_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB_SIZE = 257
+# Room for the longest of the first five prompts, in bytes, and few tokens more.
+CONTEXT = 520
+NAMES = ("VLLM_", "TORCH_", "TRANSFORMERS_", "OMP_", "HYDRA_")
+
+LARGE = "method=large_model method.model=llama-2-7b"
+SD = "method=sd method.model=llama-2-7b method.draft_model=llama-2-7b-68m"
+CD = "method=cd method.model=llama-2-7b method.amateur_model=llama-2-7b-68m"
+ENSEMBLE = "method=ensemble method.model=llama-2-7b method.extra_model=llama-2-7b-68m"
+SHORT = "dataset.size=2 method.generate.max_tokens=12"
+
+
+def save_config(path: Path, config: PretrainedConfig, architecture: str | None = None) -> None:
+    """A model without weights: enough to be refused."""
+    config.architectures = [architecture or "LlamaForCausalLM"]
+    config.save_pretrained(path)
+    save_byte_tokenizer(str(path))
+
+
+def swap_two_tokens(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A MODEL_PATH with models that run, and with others that must be refused."""
+    root = tmp_path_factory.mktemp("models")
+    base = llama_config(VOCAB_SIZE, max_position_embeddings=CONTEXT, eos_token_id=0)
+    for large, small in (("llama-2-7b", "llama-2-7b-68m"), ("smollm2-135m", "smollm2-135m-8l")):
+        source = save_model(root / large, base, seed=1)
+        save_noisy_copy(root / small, source, seed=2)
+        for name in (large, small):
+            assert save_byte_tokenizer(str(root / name)) == VOCAB_SIZE
+    save_config(root / "wide", llama_config(VOCAB_SIZE + 7, max_position_embeddings=CONTEXT))
+    save_config(root / "swapped", base)
+    swap_two_tokens(root / "swapped")
+    save_config(root / "short", llama_config(VOCAB_SIZE, max_position_embeddings=512))
+    sizes = dict(d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
+    save_config(root / "t5", T5Config(vocab_size=VOCAB_SIZE, **sizes), "T5ForConditionalGeneration")
+    llava = LlavaConfig(text_config=base, image_token_index=256)
+    save_config(root / "llava", llava, "LlavaForConditionalGeneration")
+    qwen2_config(VOCAB_SIZE).save_pretrained(root / "untokenized")
+    return root
+
+
+@dataclass
+class Result:
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+class Command:
+    """`main_dataset.py` in a folder of its own, with the models of `root`."""
+
+    def __init__(self, root: Path, cwd: Path) -> None:
+        self.cwd = cwd
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(NAMES)}
+        self.environment = {**clean, "MODEL_PATH": str(root), "HF_HUB_OFFLINE": "1"}
+
+    def run(self, *arguments: str, **environment: str) -> Result:
+        """As a user calls it."""
+        start = time.perf_counter()
+        process = subprocess.run(
+            [sys.executable, ROOT / "main_dataset.py", *arguments],
+            cwd=self.cwd,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        seconds = time.perf_counter() - start
+        return Result(process.returncode, process.stdout, process.stderr, seconds)
+
+    def start(self, *arguments: str) -> multiprocessing.process.BaseProcess:
+        process = FORKSERVER.Process(
+            target=call_main, args=(list(arguments), self.environment, self.cwd)
+        )
+        process.start()
+        return process
+
+    def fork(self, *arguments: str) -> Result:
+        """The same in a process that begins with vLLM imported."""
+        start = time.perf_counter()
+        process = self.start(*arguments)
+        process.join(timeout=120)
+        assert process.exitcode is not None, "it does not end"
+        return Result(
+            process.exitcode,
+            (self.cwd / "stdout").read_text(),
+            (self.cwd / "stderr").read_text(),
+            time.perf_counter() - start,
+        )
+
+    def run_directories(self) -> list[Path]:
+        return [path.parent for path in self.cwd.rglob("config.yaml")]
+
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+PRELOADED = [
+    "vllm.v1.engine.llm_engine",
+    "vllm.engine.arg_utils",
+    "vllm.ensemble_decode.members",
+    "vllm.ensemble_decode.worker",
+    "vllm.v1.worker.cpu_worker",
+    "main_dataset",
+]
+
+
+def call_main(arguments: list[str], environment: dict[str, str], cwd: Path) -> None:
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(cwd / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["main_dataset.py", *arguments]
+    main_dataset.main()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forkserver() -> None:
+    """Starts importing at once, beside the tests that need no copy of it."""
+    from multiprocessing import forkserver
+
+    from harness.engine import configure_process
+
+    FORKSERVER.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):
+        for name in [name for name in os.environ if name.startswith(NAMES)]:
+            del os.environ[name]
+        configure_process(verbose=False)
+        forkserver.ensure_running()
+
+
+@pytest.fixture
+def command(root, tmp_path) -> Command:
+    return Command(root, tmp_path)
+
+
+def read_samples(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def check_files(run: Path, method: str, num_samples: int) -> dict:
+    """What every run must have written; returns its summary."""
+    assert sorted(os.listdir(run)) == ["config.yaml", "samples.jsonl", "summary.json"]
+    samples = read_samples(run)
+    assert [sample["index"] for sample in samples] == list(range(num_samples))
+    for sample in samples:
+        assert sample["task_id"] == f"HumanEval/{sample['index']}"
+        assert sample["prompt"].startswith(("from typing", "\n\ndef", "def"))
+        assert isinstance(sample["completion"], str)
+        assert 0 < sample["num_tokens"] == len(sample["token_ids"])
+        assert all(0 <= token < VOCAB_SIZE for token in sample["token_ids"])
+        assert sample["finish_reason"] in ("stop", "length")
+        assert sample["latency_s"] > 0
+        assert "score" in sample
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["method"] == OmegaConf.load(run / "config.yaml").method.name == method
+    assert (summary["dataset"], summary["num_samples"]) == ("humaneval", num_samples)
+    assert summary["num_tokens"] == sum(sample["num_tokens"] for sample in samples)
+    assert summary["total_time_s"] >= max(sample["latency_s"] for sample in samples)
+    rate = summary["num_tokens"] / summary["total_time_s"]
+    assert summary["tokens_per_second"] == pytest.approx(rate)
+    assert {"torch", "transformers", "speculative-ensemble"} < set(summary["versions"])
+    assert summary["seed"] == OmegaConf.load(run / "config.yaml").seed
+    assert "score" in summary
+    return summary
+
+
+def check_screen(result: Result, summary: dict, run: Path) -> None:
+    """A line that says where the results are, a progress bar, a table: nothing else."""
+    assert result.status == 0, result.stderr
+    assert result.stdout.splitlines()[0] == f"results go to {run}"
+    rows = dict(re.split(r"  +", line) for line in result.stdout.splitlines()[1:])
+    assert rows == {
+        "method": summary["method"],
+        "members": ", ".join(summary["members"]),
+        "data set": f"humaneval ({summary['num_samples']} samples)",
+        "pass@1": "not evaluated" if summary["score"] is None else f"{summary['score']:.3f}",
+        "tokens": str(summary["num_tokens"]),
+        "time": f"{summary['total_time_s']:.2f} s",
+        "speed": f"{summary['tokens_per_second']:.2f} tokens/s",
+    }
+    bars = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip()]
+    assert all(bar.startswith("humaneval:") for bar in bars), result.stderr
+    assert "100%" in bars[-1] and "tokens/s" in bars[-1]
+
+
+# As a user calls it
+
+
+def test_command_line_of_the_readme(command, root):
+    result = command.run(
+        "dataset.name=humaneval",
+        "dataset.size=tiny",
+        "method=sd",
+        'method.model="llama-2-7b"',
+        'method.draft_model="llama-2-7b-68m"',
+        "method.gamma=5",
+        "method.generate.temperature=0",
+    )
+    assert result.status == 0, result.stderr
+    (run,) = command.run_directories()
+    assert run.parent == command.cwd / "outputs" / "humaneval-sd"
+    summary = check_files(run, "sd", num_samples=5)
+    assert summary["members"] == [str(root / "llama-2-7b")]
+    assert summary["draft_model"] == str(root / "llama-2-7b-68m")
+    assert summary["gamma"] == 5
+    assert summary["score"] is None
+    assert summary["generate"]["temperature"] == 0
+    check_screen(result, summary, run.relative_to(command.cwd))
+
+
+def test_without_arguments_two_default_models_run_cd(command, root):
+    # A relative MODEL_PATH counts from the repository, wherever the command is called.
+    result = command.run(MODEL_PATH=os.path.relpath(root, ROOT))
+    assert result.status == 0, result.stderr
+    (run,) = command.run_directories()
+    assert run.parent == command.cwd / "outputs" / "humaneval-cd"
+    summary = check_files(run, "cd", num_samples=5)
+    names = [Path(member).resolve() for member in summary["members"]]
+    assert names == [root / "smollm2-135m", root / "smollm2-135m-8l"]
+    assert (summary["alpha"], summary["ensemble_fn"]) == (0.1, "contrastive")
+    check_screen(result, summary, run.relative_to(command.cwd))
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def runs(root, tmp_path_factory) -> dict[str, Path]:
+    """Run directories of short runs, by name."""
+    jobs = {
+        "large_model": LARGE,
+        "sd": f"{SD} method.gamma=3",
+        "cd": f"{CD} method.alpha=0.4",
+        "cd of alpha 0": f"{CD} method.alpha=0 batch_size=1 evaluate.execute_code=true",
+        "ensemble": f"{ENSEMBLE} method.weights=[0.7,0.3] method.generate.temperature=1 seed=3",
+        "ensemble again": f"{ENSEMBLE} method.weights=[0.7,0.3] method.generate.temperature=1 "
+        "seed=3 batch_size=1",
+        "other seed": f"{ENSEMBLE} method.weights=[0.7,0.3] method.generate.temperature=1 seed=30",
+    }
+    runs = {}
+    for name, job in jobs.items():
+        command = Command(root, tmp_path_factory.mktemp("run"))
+        runs[name] = command.cwd / "run"
+        result = command.fork(*f"{job} {SHORT} save_path=run".split())
+        assert result.status == 0, f"{name}: {result.stderr}"
+        check_output(result, runs[name])
+    return runs
+
+
+def check_output(result: Result, run: Path) -> None:
+    method = OmegaConf.load(run / "config.yaml").method.name
+    summary = check_files(run, method, num_samples=2)
+    if summary["score"] is not None:  # with a warning before the bar
+        warning, _, result.stderr = result.stderr.partition("\n")
+        assert warning.startswith("evaluate.execute_code=true: code written by a language model")
+    check_screen(result, summary, Path("run"))
+
+
+def completions(run: Path) -> list[str]:
+    return [sample["completion"] for sample in read_samples(run)]
+
+
+def tokens(run: Path) -> list[list[int]]:
+    return [sample["token_ids"] for sample in read_samples(run)]
+
+
+def test_members_and_parameters_are_recorded(runs, root):
+    summaries = {name: json.loads((run / "summary.json").read_text()) for name, run in runs.items()}
+    both = [str(root / "llama-2-7b"), str(root / "llama-2-7b-68m")]
+    assert summaries["large_model"]["members"] == summaries["sd"]["members"] == both[:1]
+    assert summaries["cd"]["members"] == summaries["ensemble"]["members"] == both
+    assert summaries["ensemble"]["weights"] == [0.7, 0.3]
+    assert summaries["cd"]["alpha"] == 0.4
+
+
+def test_at_temperature_0_only_the_ensemble_changes_the_text(runs):
+    plain = completions(runs["large_model"])
+    assert completions(runs["sd"]) == plain
+    assert completions(runs["cd of alpha 0"]) == plain
+    assert completions(runs["cd"]) != plain
+    assert tokens(runs["sd"]) == tokens(runs["cd of alpha 0"]) == tokens(runs["large_model"])
+
+
+def test_seed_decides_and_batches_do_not(runs):
+    assert tokens(runs["ensemble"]) == tokens(runs["ensemble again"])
+    first, second = tokens(runs["ensemble"])
+    other_first, other_second = tokens(runs["other seed"])
+    assert first != other_first and second != other_second
+
+
+def test_executed_code_is_scored(runs):
+    # Random models write no programs.
+    assert [sample["score"] for sample in read_samples(runs["cd of alpha 0"])] == [0.0, 0.0]
+    assert json.loads((runs["cd of alpha 0"] / "summary.json").read_text())["score"] == 0.0
+    assert {sample["score"] for sample in read_samples(runs["cd"])} == {None}
+
+
+def test_one_request_at_a_time_does_not_wait_for_others(runs):
+    run = runs["cd of alpha 0"]
+    summary = json.loads((run / "summary.json").read_text())
+    latencies = [sample["latency_s"] for sample in read_samples(run)]
+    assert summary["batch_size"] == 1
+    assert sum(latencies) <= summary["total_time_s"]
+
+
+def test_interrupted_run_keeps_its_samples(command):
+    arguments = f"{CD} dataset.size=5 batch_size=1 method.generate.max_tokens=64 save_path=run"
+    process = command.start(*arguments.split())
+    samples = command.cwd / "run" / "samples.jsonl"
+    deadline = time.monotonic() + 60
+    while not samples.exists() or not samples.read_bytes():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=60)
+    assert process.exitcode == 130
+    last = (command.cwd / "stderr").read_text().splitlines()[-1]
+    assert last.startswith("interrupted; the run directory keeps the finished samples")
+    assert 1 <= len(read_samples(command.cwd / "run")) < 5
+    assert not (command.cwd / "run" / "summary.json").exists()
+
+
+# Bad input
+
+# Refused before vLLM is imported, which takes seconds.
+AT_ONCE = {
+    "method=nope": r"method: there is no 'nope'; choose one of cd, ensemble, large_model, sd",
+    "dataset.name=nope": r"dataset\.name='nope' is not a task: known are humaneval",
+    "dataset.size=huge": r"dataset\.size='huge' is not a size: use tiny, small, full",
+    "batch_size=0": r"batch_size: 0 must be 1 or more, or null",
+    "foo=1": r"Could not override 'foo'",
+    "+foo=1": r"foo: unknown key; known are method",
+    "method.gama=5": r"Could not override 'method\.gama'",
+    "method.model": r"Error parsing override 'method\.model'",
+    f"{LARGE} method.model=nope": r"method\.model: no model 'nope': looked for .*MODEL_PATH.*hub",
+    f"{SD} method.gamma=0": r"method\.gamma: 0 is out of range; it must be",
+    f"{CD} method.generate.temperature=-0.1": r"method\.generate\.temperature: -0\.1 is out of",
+    f"{CD} method.amateur_model=llava": r"method\.amateur_model: '.*llava' is multimodal; members",
+    f"{CD} save_path=/dev/null/run": r"save_path: '/dev/null/run' cannot be made.*choose another",
+}
+
+# Refused by vLLM's or the ensemble's own checks, before weights are loaded.
+BY_THE_ENGINE = {
+    f"{ENSEMBLE} method.llm.ensemble_fn=nope": r"method\.llm\.ensemble_fn: unknown function 'nope'"
+    r"; choose one of weighted",
+    f"{ENSEMBLE} method.llm.ensemble_fn=no.module:f": r"method\.llm\.ensemble_fn: .* not import",
+    f"{ENSEMBLE} method.llm.ensemble_target=nope": r"method\.llm\.ensemble_target: unknown target "
+    r"'nope'; choose one of raw-logits, logits, probs",
+    f"{ENSEMBLE} method.extra_model=[llama-2-7b-68m,wide]": r"method\.model/extra_model: "
+    r"vocabularies differ in size: .*257.*wide' 264; choose",
+    f"{CD} method.amateur_model=swapped": r"method\.model/amateur_model: the tokenizers of .* "
+    r"disagree; members must share one",
+    f"{SD} method.draft_model=wide": r"method\.draft_model: .*same vocabulary size",
+    f"{ENSEMBLE} method.weights=[1,1,1]": r"method\.weights: 3 weights for 2 members; give one",
+    f"{ENSEMBLE} method.weights=[-1,2]": r"method\.weights: .* out of range; weights must be",
+    f"{CD} method.alpha=1.1": r"method\.alpha: 1\.1 is out of range; it must lie between 0 and 1",
+    f"{CD} method.amateur_model=short method.llm.max_model_len=515": r"method\.llm\.max_model_len: "
+    r"515 is beyond '.*short', whose longest context is 512; set it to that or less",
+    f"{CD} method.llm.max_model_len=9999": r"method\.llm\.max_model_len: .*9999.* is greater than",
+    f"{LARGE} method.llm.max_model_len=100": r"method\.llm\.max_model_len: example 0 has 347",
+    f"{CD} +method.llm.pipeline_parallel_size=2": r"method\.llm\.pipeline_parallel_size: .*leave",
+    f"{CD} method.amateur_model=t5": r"method\.model/amateur_model: '.*t5' cannot be a member "
+    r"\(encoder-decoder\); members must be",
+    f"{LARGE} method.model=t5": r"method\.model: '.*t5' is no decoder-only language model; choose",
+    f"{LARGE} method.model=untokenized": r"method\.model: '.*untokenized' has no tokenizer",
+    f"{CD} +method.generate.foo=1": r"method\.generate\.foo: vLLM has no such parameter; leave",
+    f"{CD} method.generate.top_p=1.5": r"method\.generate\.top_p: .*must be in \(0, 1\]",
+    f"{CD} method.generate.stop_token_ids=[999]": r"method\.generate\.stop_token_ids: .*999",
+    f"{LARGE} method.llm.gpu_memory_utilization=7": r"method\.llm\.gpu_memory_utilization: .*less",
+    f"{LARGE} method.llm.quantization=nope": r"method\.llm\.quantization: Unknown .* nope",
+    f"{CD} dataset.chat=true": r"dataset\.chat: .*set it to false",
+}
+# The same, but as a user calls it.
+BY_THE_ENGINE_FROM_THE_START = {
+    f"{CD} method.amateur_model=wide": r"method\.model/amateur_model: vocabularies differ in size",
+    f"{CD} +method.llm.enable_lora=true": r"method\.llm\.enable_lora: LoRA adapters .*leave the",
+    f"{CD} +method.llm.foo=1": r"method\.llm\.foo: vLLM has no such parameter; leave it out",
+}
+
+
+def check_refused(command: Command, result: Result, message: str) -> None:
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert re.match(f"error: {message}", lines[0]), lines[0]
+    assert result.status != 0
+    assert result.stdout == ""
+    assert {path.name for path in command.cwd.iterdir()} <= {"stdout", "stderr"}
+
+
+@pytest.mark.parametrize(("arguments", "message"), AT_ONCE.items())
+def test_bad_input_is_refused_at_once(command, arguments, message):
+    result = command.run(*arguments.split())
+    check_refused(command, result, message)
+    assert result.seconds < 10
+
+
+@pytest.mark.parametrize(("arguments", "message"), BY_THE_ENGINE.items())
+def test_bad_input_is_refused_before_weights_are_loaded(command, arguments, message):
+    check_refused(command, command.fork(*arguments.split()), message)
+
+
+@pytest.mark.parametrize(("arguments", "message"), BY_THE_ENGINE_FROM_THE_START.items())
+def test_bad_input_is_refused_as_a_user_sees_it(command, arguments, message):
+    check_refused(command, command.run(*arguments.split()), message)
+
+
+def test_existing_run_is_refused_and_kept(command, runs):
+    before = {file.name: file.read_bytes() for file in runs["cd"].iterdir()}
+    result = command.run(*f"{CD} save_path={runs['cd']}".split())
+    check_refused(command, result, r"save_path: '.*run' already holds a run; choose another")
+    assert before == {file.name: file.read_bytes() for file in runs["cd"].iterdir()}
