@@ -30,6 +30,7 @@ def make_engine_config(spec: MethodSpec, seed: int) -> "VllmConfig":
         config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
         if "additional_config" in arguments:
             check_ensemble(config)
+        _check_draft_model(config, spec)
     except (ValueError, OSError) as error:  # OSError: files of a model that are missing
         raise ConfigError(_named(error, spec)) from error
     if config.model_config.runner_type != "generate" or config.model_config.is_encoder_decoder:
@@ -59,6 +60,17 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
     except Exception as error:  # vLLM's own kinds, and what a value of a wrong type leads to
         key = f".{culprit}" if (culprit := _culprit(check, params)) else ""
         raise ConfigError(f"method.generate{key}: {one_line(error)}") from error
+
+
+def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
+    """With another tokenizer a draft's proposals mean something else, and none is accepted."""
+    from vllm.ensemble_decode.members import check_vocabularies
+
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method == "draft_model":
+        is_key = "draft_model" in spec.parameters
+        key = "method.draft_model" if is_key else "method.llm.speculative_config.model"
+        check_vocabularies([config.model_config, speculative.draft_model_config], key)
 
 
 def _named(error: Exception, spec: MethodSpec) -> str:

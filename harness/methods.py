@@ -159,6 +159,8 @@ def _spec(
     given = {k: v for k, v in _set_only(method["llm"]).items() if k not in ENSEMBLE_KEYS}
     for key in given.keys() & {*RUN_KEYS, *engine_args}:
         raise ConfigError(f"method.llm.{key}: a run of {method['name']} sets it; leave it out")
+    if "speculative_config" in given:
+        given["speculative_config"] = _speculative_config(given["speculative_config"])
     generate = _set_only(method["generate"])
     if generate.get("n", 1) != 1:
         raise ConfigError("method.generate.n: a run keeps one completion per example; leave it out")
@@ -169,6 +171,15 @@ def _spec(
         sampling_params=generate,
         parameters=parameters,
     )
+
+
+def _speculative_config(config: object) -> dict[str, Any]:
+    key = "method.llm.speculative_config"
+    if not isinstance(config, dict):
+        raise ConfigError(f"{key}: {config!r} does not name parameters; write {{name: value, ...}}")
+    if config.get("model") is None:
+        return config
+    return {**config, "model": resolve_model(config["model"], f"{key}.model")}
 
 
 def _set_only(group: Mapping[str, Any]) -> dict[str, Any]:

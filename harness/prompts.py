@@ -42,6 +42,11 @@ def make_requests(
     requests = []
     for example in examples:
         token_ids = _encode(tokenizer, example)
+        if not token_ids:
+            raise ConfigError(
+                f"method.model: its tokenizer makes no tokens of example {example.index}; mend the "
+                "files of the tokenizer"
+            )
         if len(token_ids) >= max_model_len:
             raise ConfigError(
                 f"method.llm.max_model_len: example {example.index} has {len(token_ids)} prompt "

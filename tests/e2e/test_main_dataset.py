@@ -12,19 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from omegaconf import OmegaConf
-from tiny_models import (
-    llama_config,
-    qwen2_config,
-    save_byte_tokenizer,
-    save_model,
-    save_noisy_copy,
-)
+from tiny_models import llama_config, save_byte_tokenizer, save_model, save_noisy_copy
 from transformers import LlavaConfig, PretrainedConfig, T5Config
 
 import main_dataset
@@ -76,7 +71,7 @@ def root(tmp_path_factory) -> Path:
     save_config(root / "t5", T5Config(vocab_size=VOCAB_SIZE, **sizes), "T5ForConditionalGeneration")
     llava = LlavaConfig(text_config=base, image_token_index=256)
     save_config(root / "llava", llava, "LlavaForConditionalGeneration")
-    qwen2_config(VOCAB_SIZE).save_pretrained(root / "untokenized")
+    base.save_pretrained(root / "untokenized")
     return root
 
 
@@ -280,14 +275,16 @@ def runs(root, tmp_path_factory) -> dict[str, Path]:
         "seed=3 batch_size=1",
         "other seed": f"{ENSEMBLE} method.weights=[0.7,0.3] method.generate.temperature=1 seed=30",
     }
-    runs = {}
-    for name, job in jobs.items():
-        command = Command(root, tmp_path_factory.mktemp("run"))
-        runs[name] = command.cwd / "run"
-        result = command.fork(*f"{job} {SHORT} save_path=run".split())
-        assert result.status == 0, f"{name}: {result.stderr}"
-        check_output(result, runs[name])
-    return runs
+    commands = {name: Command(root, tmp_path_factory.mktemp("run")) for name in jobs}
+
+    def run(name: str) -> Result:
+        return commands[name].fork(*f"{jobs[name]} {SHORT} save_path=run".split())
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for name, result in zip(jobs, pool.map(run, jobs), strict=True):
+            assert result.status == 0, f"{name}: {result.stderr}"
+            check_output(result, commands[name].cwd / "run")
+    return {name: command.cwd / "run" for name, command in commands.items()}
 
 
 def check_output(result: Result, run: Path) -> None:
@@ -414,7 +411,7 @@ BY_THE_ENGINE = {
     f"{CD} dataset.chat=true": r"dataset\.chat: .*set it to false",
 }
 # The same, but as a user calls it.
-BY_THE_ENGINE_FROM_THE_START = {
+AS_A_USER = {
     f"{CD} method.amateur_model=wide": r"method\.model/amateur_model: vocabularies differ in size",
     f"{CD} +method.llm.enable_lora=true": r"method\.llm\.enable_lora: LoRA adapters .*leave the",
     f"{CD} +method.llm.foo=1": r"method\.llm\.foo: vLLM has no such parameter; leave it out",
@@ -442,9 +439,14 @@ def test_bad_input_is_refused_before_weights_are_loaded(command, arguments, mess
     check_refused(command, command.fork(*arguments.split()), message)
 
 
-@pytest.mark.parametrize(("arguments", "message"), BY_THE_ENGINE_FROM_THE_START.items())
-def test_bad_input_is_refused_as_a_user_sees_it(command, arguments, message):
-    check_refused(command, command.run(*arguments.split()), message)
+def test_bad_input_is_refused_as_a_user_sees_it(root, tmp_path_factory):
+    commands = [Command(root, tmp_path_factory.mktemp("bad")) for _ in AS_A_USER]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        results = pool.map(
+            lambda command, arguments: command.run(*arguments.split()), commands, AS_A_USER
+        )
+        for command, result, message in zip(commands, results, AS_A_USER.values(), strict=True):
+            check_refused(command, result, message)
 
 
 def test_existing_run_is_refused_and_kept(command, runs):

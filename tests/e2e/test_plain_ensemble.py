@@ -178,6 +178,7 @@ PARAMETERS = [
     dict(temperature=0.9, min_p=0.1),
 ]
 NUM_DRAWS = 1500
+THREE_WEIGHTS = [0.5, 0.3, 0.2]
 
 
 def raw_logits_target(logits: list[torch.Tensor], params: dict) -> torch.Tensor:
@@ -191,15 +192,14 @@ def logits_target(logits: list[torch.Tensor], params: dict) -> torch.Tensor:
 
 
 def probs_target(logits: list[torch.Tensor], params: dict) -> torch.Tensor:
-    return sum(
-        w * process(x, **params).softmax(-1) for w, x in zip([0.6, 0.4], logits, strict=True)
-    )
+    weights = THREE_WEIGHTS if len(logits) == 3 else [0.6, 0.4]
+    return sum(w * process(x, **params).softmax(-1) for w, x in zip(weights, logits, strict=True))
 
 
 SAMPLING_CASES = {
     "raw-logits": (dict(ensemble_fn="contrastive", alpha=0.3), raw_logits_target),
     "logits": (dict(ensemble_fn="weighted", weights=[0.6, 0.4]), logits_target),
-    "probs": (dict(ensemble_fn="weighted", weights=[0.6, 0.4]), probs_target),
+    "probs": (dict(ensemble_fn="weighted", weights=THREE_WEIGHTS), probs_target),
 }
 
 
@@ -207,8 +207,10 @@ SAMPLING_CASES = {
 def test_sampling_follows_the_ensemble_distribution(target, models, references):
     """First tokens and, given the likeliest first token, second ones; all parameters in a batch."""
     function, distribution = SAMPLING_CASES[target]
-    ensemble = {**function, "extra_model": [models["qwen2"]], "ensemble_target": target}
-    members = [references["llama"], references["qwen2"]]
+    names = ["llama", "qwen2", "gpt2"] if target == "probs" else ["llama", "qwen2"]
+    extra = [models[name] for name in names[1:]]
+    ensemble = {**function, "extra_model": extra, "ensemble_target": target}
+    members = [references[name] for name in names]
     prompt = PROMPTS[3]
     with engine(models["llama"], ensemble) as llm:
         outputs = generate(

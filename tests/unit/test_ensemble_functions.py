@@ -110,3 +110,11 @@ def _nan_function(scores):
 def test_own_function_that_gives_nan_falls_back_to_the_first_member():
     result = distribution("test_ensemble_functions:_nan_function", LOGITS, False)
     torch.testing.assert_close(result, LOGITS[0].softmax(-1))
+
+
+def test_product_of_experts_survives_low_temperatures():
+    """Where the members' probabilities vanish in float32, their product does not."""
+    logits = torch.tensor([[[12.0, 0.5, 0.0]], [[0.0, 0.5, 12.0]]]) / 0.1
+    expected = torch.tensor([[0.5, 0.0, 0.5]])
+    for probs in (False, True):
+        torch.testing.assert_close(distribution("product", logits, probs), expected)

@@ -182,6 +182,11 @@ def test_prompt_without_room_for_a_token_is_refused():
         make_requests(examples, FakeTokenizer(), 4, seed=0)
 
 
+def test_tokenizer_that_makes_nothing_is_refused():
+    with pytest.raises(ConfigError, match="^method.model: its tokenizer makes no tokens of exampl"):
+        make_requests([example(0, "")], FakeTokenizer(), 5, seed=0)
+
+
 def test_chat_goes_through_the_template():
     tokenizer = FakeTokenizer()
     chat = example(0, "unused", messages=({"role": "user", "content": "hi"},))

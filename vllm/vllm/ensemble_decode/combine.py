@@ -22,7 +22,11 @@ def combine(
         probs: combine probabilities (`ensemble_target: probs`) instead of logits.
     """
     logits = logits.float()
-    return _combine_probs(function, logits) if probs else _combine_logits(function, logits)
+    if not probs:
+        return _combine_logits(function, logits)
+    if function.log_space:
+        return _combine_logits(function, logits.log_softmax(dim=-1))
+    return _combine_probs(function, logits)
 
 
 def _combine_logits(function: EnsembleFunction, logits: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,11 @@ class EnsembleConfig:
         extra = self.extra_model
         members = (extra,) if isinstance(extra, str) else tuple(extra or ())
         object.__setattr__(self, "extra_model", members)
+        if not isinstance(self.ensemble_args, Mapping):
+            raise ValueError(
+                f"method.llm.ensemble_args: {self.ensemble_args!r} does not name parameters; "
+                "write {name: value, ...}"
+            )
         if self.ensemble_target not in ENSEMBLE_TARGETS:
             raise ValueError(
                 f"method.llm.ensemble_target: unknown target '{self.ensemble_target}'; "

@@ -28,18 +28,13 @@ class EnsembleFunction:
 
     num_members: int
 
-    # Largest number of members the function has a meaning for.
-    max_members: ClassVar[int | None] = None
+    # Of probabilities it takes the logarithms, as logits: `x_i = log p_i`.
+    log_space: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.num_members < 2:
             raise ValueError(
                 "method.extra_model: an ensemble needs at least two members; name another model"
-            )
-        if self.max_members is not None and self.num_members > self.max_members:
-            raise ValueError(
-                f"method.llm.ensemble_fn: '{type(self).__name__}' combines {self.max_members} "
-                f"members, not {self.num_members}; remove members or choose another function"
             )
 
     def __call__(
@@ -96,19 +91,14 @@ class Mean(EnsembleFunction):
 class Product(Weighted):
     """Product of experts, `prod_i p_i ** w_i` (default: every `w_i` is 1).
 
-    Hinton 2002, "Training Products of Experts by Minimizing Contrastive Divergence".  On
-    logits it is a sum, since the softmax that follows forgets the members' normalisers.
+    Hinton 2002, "Training Products of Experts by Minimizing Contrastive Divergence".  A sum of
+    logarithms: the probabilities themselves would vanish in float32 at low temperatures.
     """
+
+    log_space: ClassVar[bool] = True
 
     def _default_weight(self) -> float:
         return 1.0
-
-    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
-        if not probs:
-            return _weighted_sum(scores, self.weights)
-        log_product = _weighted_sum(scores.log(), self.weights)
-        # Only ratios matter to the caller, and the largest product may be below float32.
-        return log_product.sub_(log_product.amax(dim=-1, keepdim=True)).exp_()
 
 
 @dataclass(frozen=True)
@@ -182,6 +172,11 @@ def make_function(name: str, num_members: int, args: Mapping[str, Any]) -> Ensem
     Raises ValueError with one line that names the configuration key: unknown name, a path
     that does not import, parameters that the function does not have or cannot take.
     """
+    if not isinstance(name, str):
+        raise ValueError(
+            f"method.llm.ensemble_fn: {name!r} is not a name; choose one of "
+            f"{', '.join(ENSEMBLE_FUNCTIONS)}, or write 'package.module:function'"
+        )
     if ":" in name:
         return Custom(num_members, partial(_import_function(name), **args))
     if name not in ENSEMBLE_FUNCTIONS:
@@ -206,9 +201,9 @@ def _import_function(path: str) -> Callable[..., torch.Tensor]:
     module_name, _, attribute = path.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the user's module may raise anything
         raise ValueError(
-            f"method.llm.ensemble_fn: '{path}' does not import ({error}); "
+            f"method.llm.ensemble_fn: '{path}' does not import ({type(error).__name__}: {error}); "
             "write 'package.module:function' of a module on PYTHONPATH"
         ) from error
     if not callable(function):

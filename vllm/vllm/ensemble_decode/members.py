@@ -11,6 +11,7 @@ from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.model_executor.model_loader import get_model
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from vllm.ensemble_decode.combine import combine
 from vllm.ensemble_decode.config import EnsembleConfig
 
 # Speculative methods of Model Runner V2 that need nothing of the target but its logits.
@@ -32,7 +33,7 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     members += [_member_model_config(vllm_config, path) for path in ensemble.extra_model]
     for member in members:
         _check_supported(member)
-    _check_vocabularies(members)
+    check_vocabularies(members)
     _check_max_model_len(members)
     _check_function(ensemble, members[0].get_vocab_size())
     return ensemble, members
@@ -52,7 +53,10 @@ def load_members(vllm_config: VllmConfig, members: list[ModelConfig]) -> list[nn
 
 def _member_model_config(vllm_config: VllmConfig, path: str) -> ModelConfig:
     first = vllm_config.model_config
+    # What the user asked for, not what the first member's checkpoint happens to be.
+    from_checkpoint = getattr(first.hf_config, "quantization_config", None) is not None
     return ModelConfig(
+        quantization=None if from_checkpoint else first.quantization,
         model=path,
         tokenizer=path,
         tokenizer_mode=first.tokenizer_mode,
@@ -76,6 +80,16 @@ def _check_engine(vllm_config: VllmConfig) -> None:
         ),
         "method.llm.return_sampling_mask: sampling masks": (
             vllm_config.model_config.return_sampling_mask
+        ),
+        "method.llm.hf_overrides: overrides of one model's config": bool(
+            vllm_config.model_config.hf_overrides
+        ),
+        "method.llm.watermark_config: watermarks": (
+            getattr(vllm_config, "watermark_config", None) is not None
+        ),
+        "method.llm.speculative_config.enable_adaptive_verification: adaptive verification": (
+            vllm_config.speculative_config is not None
+            and vllm_config.speculative_config.enable_adaptive_verification
         ),
     }
     for what, present in refuse.items():
@@ -110,12 +124,16 @@ def _check_supported(member: ModelConfig) -> None:
             )
 
 
-def _check_vocabularies(members: list[ModelConfig]) -> None:
+def check_vocabularies(members: list[ModelConfig], key: str = "method.model/extra_model") -> None:
+    """Refuse models whose vocabularies differ in size or whose tokenizers disagree.
+
+    Raises ValueError with one line that begins with `key`.
+    """
     first = members[0]
     for member in members[1:]:
         if member.get_vocab_size() != first.get_vocab_size():
             raise ValueError(
-                f"method.model/extra_model: vocabularies differ in size: '{first.model}' has "
+                f"{key}: vocabularies differ in size: '{first.model}' has "
                 f"{first.get_vocab_size()} tokens, '{member.model}' {member.get_vocab_size()}; "
                 "choose members of one family"
             )
@@ -125,7 +143,7 @@ def _check_vocabularies(members: list[ModelConfig]) -> None:
     for member in members[1:]:
         if _tokenizer_fingerprint(member) != reference:
             raise ValueError(
-                f"method.model/extra_model: the tokenizers of '{first.model}' and "
+                f"{key}: the tokenizers of '{first.model}' and "
                 f"'{member.model}' disagree; members must share one tokenizer"
             )
 
@@ -148,10 +166,12 @@ def _check_max_model_len(members: list[ModelConfig]) -> None:
 
 
 def _check_function(ensemble: EnsembleConfig, vocab_size: int) -> None:
-    """Try the function once, on a uniform distribution: the user's own may not fit."""
-    scores = torch.full((ensemble.num_members, 1, vocab_size), 1.0 / vocab_size)
+    """Try the function once, on uniform distributions: the user's own may not fit."""
+    scores = torch.full((ensemble.num_members, 2, vocab_size), 1.0 / vocab_size)
+    function = ensemble.make_function()
     try:
-        shape = ensemble.make_function()(scores, probs=ensemble.combines_probs).shape
+        shape = function(scores, probs=ensemble.combines_probs).shape
+        combine(function, scores, ensemble.combines_probs)
     except Exception as error:  # a function of the user's may raise anything
         raise ValueError(
             f"method.llm.ensemble_fn: '{ensemble.ensemble_fn}' fails on scores of shape "
