@@ -1,8 +1,9 @@
-"""Model Runner V2 without a GPU: its vocabulary-sized Triton kernels in torch and NumPy.
+"""Model Runner V2 without a GPU: the Triton kernels of its steps in torch and NumPy.
 
-Triton's interpreter runs every kernel of a step (see `triton_cpu_interpreter`), but takes up to a
-second for one that goes over the vocabulary and cannot run some at all. Those are replaced here,
-through vLLM's own registry for platforms that bring their own kernels.
+Triton's interpreter runs kernels without a GPU (see `triton_cpu_interpreter`), but takes up to a
+second for one that goes over the vocabulary, a millisecond for each request in any other, and
+cannot run some at all. The kernels of our steps are replaced here, through vLLM's own registry for
+platforms that bring their own.
 """
 
 import warnings

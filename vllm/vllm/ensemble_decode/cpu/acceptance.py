@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.sampling import _takes_launch_options
+from vllm.ensemble_decode.cpu.rows import takes_launch_options
 from vllm.ensemble_decode.cpu.steps import segments
 
 _NUM_PHILOX_ROUNDS = 10
@@ -99,7 +99,7 @@ def draft_log_probs(
     return target_log_prob, draft_logit / temps[:, None] - draft[1][drafts.row]
 
 
-@_takes_launch_options
+@takes_launch_options
 def compute_cumulative_log_p_kernel(
     cumulative_log_p: torch.Tensor,  # [num_logits]
     target_logits: torch.Tensor,  # [num_logits, >= vocab_size]
@@ -145,7 +145,7 @@ def compute_cumulative_log_p_kernel(
             out[drafts.row[written, step]] = log_p[written]
 
 
-@_takes_launch_options
+@takes_launch_options
 def rejection_kernel(
     sampled: torch.Tensor,  # [num_reqs, num_speculative_steps + 1]
     _sampled_stride: int,

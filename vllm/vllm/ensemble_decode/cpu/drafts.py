@@ -8,7 +8,7 @@ so the number of requests is taken from a tensor that has it.
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.sampling import _takes_launch_options
+from vllm.ensemble_decode.cpu.rows import takes_launch_options
 from vllm.ensemble_decode.cpu.steps import segments, unroll
 
 
@@ -62,7 +62,7 @@ def fill(out: torch.Tensor, values: np.ndarray, size: int, padding: int) -> None
     out.numpy()[values.size : size] = padding
 
 
-@_takes_launch_options
+@takes_launch_options
 def ngram_scan_kernel(
     token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
     _token_ids_stride: int,
@@ -93,7 +93,7 @@ def ngram_scan_kernel(
         scratch[row].numpy()[:] = scores.reshape(-1, BLOCK_L).max(axis=1)
 
 
-@_takes_launch_options
+@takes_launch_options
 def ngram_finalize_kernel(
     token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
     _token_ids_stride: int,
@@ -145,7 +145,7 @@ def gather_draft_sampled_kernel(
     pos.numpy()[:num_logits] = positions
 
 
-@_takes_launch_options
+@takes_launch_options
 def flatten_sampled_kernel(
     flat_sampled: torch.Tensor,  # [num_logits]
     sampled: torch.Tensor,  # [num_reqs, num_speculative_steps + 1]

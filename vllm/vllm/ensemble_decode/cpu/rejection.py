@@ -1,8 +1,8 @@
 """The vocabulary-sized parts of vLLM's rejection sampler: statistics, residual mass, resampling.
 
 Each function takes a kernel's launch arguments in the kernel's order and writes to the same
-tensors. `_` stands before an argument that only a GPU needs. What decides about the drafts works
-on the statistics by block and stays with the interpreted kernels.
+tensors. `_` stands before an argument that only a GPU needs. What decides about the drafts from
+these statistics is in `acceptance.py`.
 """
 
 import numpy as np

@@ -4,6 +4,9 @@ NumPy and not torch, although both have the operations: at one row of a vocabula
 splits the work over its threads, and waiting for a core that is busy costs milliseconds.
 """
 
+import inspect
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -54,3 +57,11 @@ def bits_of(
     """Bit i of the row. The words are little-endian wherever vLLM runs, and so their bytes are."""
     octets = packed.contiguous().numpy().view(np.uint8)
     return np.unpackbits(octets, count=num_bits, bitorder="little").view(bool)
+
+
+def takes_launch_options(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Hide `**options` from the dispatcher, which asks whether the names are the kernel's own."""
+    signature = inspect.signature(kernel)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    kernel.__signature__ = signature.replace(parameters=named)
+    return kernel

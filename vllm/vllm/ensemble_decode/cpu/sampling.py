@@ -4,14 +4,17 @@ Each function takes a kernel's launch arguments in the kernel's order and writes
 tensors. `_` stands before an argument that only a GPU needs.
 """
 
-import inspect
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
 from vllm.ensemble_decode.cpu.noise import DRAFT_NOISE_SALT, block_argmax, gumbel_noise
-from vllm.ensemble_decode.cpu.rows import copy_row, float_row, per_token, put_back
+from vllm.ensemble_decode.cpu.rows import (
+    copy_row,
+    float_row,
+    per_token,
+    put_back,
+    takes_launch_options,
+)
 
 
 def temperature_kernel(
@@ -99,15 +102,7 @@ def min_p_kernel(
         put_back(logits, row, scores)
 
 
-def _takes_launch_options(kernel: Callable[..., None]) -> Callable[..., None]:
-    """Hide `**options` from the dispatcher, which asks whether the names are the kernel's own."""
-    signature = inspect.signature(kernel)
-    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    kernel.__signature__ = signature.replace(parameters=named)
-    return kernel
-
-
-@_takes_launch_options
+@takes_launch_options
 def topk_topp_kernel(
     LOGITS: torch.Tensor,  # float32 [batch_size, vocab_size]
     LOGITS_STRIDE_0: int,

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.sampling import _takes_launch_options
+from vllm.ensemble_decode.cpu.rows import takes_launch_options
 
 
 def segments(
@@ -250,7 +250,7 @@ def get_num_sampled_and_rejected_kernel(
     num_rejected.numpy()[:num_reqs] = (num_logits - sampled) * sampling
 
 
-@_takes_launch_options
+@takes_launch_options
 def post_update_kernel(
     idx_mapping: torch.Tensor,  # [num_reqs], negative on rows to skip
     num_computed_tokens: torch.Tensor,  # [max_num_reqs]
