@@ -346,7 +346,7 @@ def test_one_request_at_a_time_does_not_wait_for_others(runs):
 
 
 def test_interrupted_run_keeps_its_samples(command):
-    arguments = f"{CD} dataset.size=50 batch_size=1 method.generate.max_tokens=64 save_path=run"
+    arguments = f"{CD} dataset.size=10 batch_size=1 method.generate.max_tokens=64 save_path=run"
     process = command.start(*arguments.split())
     samples = command.cwd / "run" / "samples.jsonl"
     deadline = time.monotonic() + 60
@@ -358,7 +358,7 @@ def test_interrupted_run_keeps_its_samples(command):
     assert process.exitcode == 130
     last = (command.cwd / "stderr").read_text().splitlines()[-1]
     assert last.startswith("interrupted; the run directory keeps the finished samples")
-    assert 1 <= len(read_samples(command.cwd / "run")) < 50
+    assert 1 <= len(read_samples(command.cwd / "run")) < 10
     assert not (command.cwd / "run" / "summary.json").exists()
 
 
