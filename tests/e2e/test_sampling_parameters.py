@@ -205,3 +205,16 @@ def test_text_parameters(target, text_models):
         regex = StructuredOutputsParams(regex="[a-z]{12}")
         assert word not in text(structured_outputs=regex, bad_words=[word])
         assert text(structured_outputs=regex, stop=[word]) == ascii_text[: ascii_text.index(word)]
+
+
+def test_processed_logprobs_are_of_what_is_sampled(models, references):
+    """With `logprobs_mode` `processed_logprobs`: after the sampling parameters of each member."""
+    ensemble = dict(extra_model=models[1:], ensemble_fn="weighted", weights=WEIGHTS)
+    prompt, temperature = PROMPTS[0], 0.5
+    with engine(models[0], ensemble, logprobs_mode="processed_logprobs") as llm:
+        params = SamplingParams(temperature=temperature, max_tokens=1, logprobs=5, seed=0)
+        row = generate(llm, [prompt], params)[0].logprobs[0]
+    members = [(next_logits(m, prompt) / temperature).softmax(-1) for m in references]
+    expected = sum(w * p for w, p in zip(WEIGHTS, members, strict=True)).log()
+    for token, value in row.items():
+        assert value.logprob == pytest.approx(float(expected[token]), abs=1e-4)
