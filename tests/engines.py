@@ -22,14 +22,25 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
+CHEF_WORKER = "vllm.chef.worker.ChefWorker"
 # Far below any level at which a sound sampler fails in the suite's lifetime, far above what a
 # biased one reaches with thousands of draws.
 P_VALUE = 1e-4
 
 
 @contextmanager
-def engine(model: str, ensemble: dict[str, Any] | None = None, **arguments: Any) -> Iterator[LLM]:
-    """An engine for tiny models; with `ensemble`, the plain ensemble of `model` and others."""
+def engine(
+    model: str,
+    ensemble: dict[str, Any] | None = None,
+    chef: dict[str, Any] | None = None,
+    window: int = 1,
+    **arguments: Any,
+) -> Iterator[LLM]:
+    """An engine for tiny models.
+
+    With `ensemble`, the plain ensemble of `model` and others; with `chef` besides, its members
+    take turns, and `window` tokens are carried from step to step.
+    """
     defaults = dict(
         skip_tokenizer_init=True,
         dtype="float32",
@@ -42,6 +53,16 @@ def engine(model: str, ensemble: dict[str, Any] | None = None, **arguments: Any)
     )
     if ensemble is not None:
         defaults |= dict(worker_cls=ENSEMBLE_WORKER, additional_config={"ensemble": ensemble})
+    if chef is not None:
+        defaults |= dict(
+            worker_cls=CHEF_WORKER,
+            additional_config={"ensemble": ensemble, "chef": chef},
+            speculative_config={
+                "method": "draft_model",
+                "model": ensemble["extra_model"][-1],
+                "num_speculative_tokens": window,
+            },
+        )
     llm = LLM(model, **{**defaults, **arguments})
     try:
         yield llm

@@ -37,6 +37,11 @@ class EnsembleFunction:
                 "method.extra_model: an ensemble needs at least two members; name another model"
             )
 
+    @property
+    def counted(self) -> tuple[bool, ...]:
+        """By member, whether its scores have any influence."""
+        return (True,) * self.num_members
+
     def __call__(
         self,
         scores: torch.Tensor,  # [num_members, num_rows, vocab_size]
@@ -74,6 +79,10 @@ class Weighted(EnsembleFunction):
 
     def _default_weight(self) -> float:
         return 1.0 / self.num_members
+
+    @property
+    def counted(self) -> tuple[bool, ...]:
+        return tuple(weight != 0 for weight in self.weights)
 
     def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
         return _weighted_sum(scores, self.weights)

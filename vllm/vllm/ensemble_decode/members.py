@@ -41,14 +41,18 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
 
 def load_members(vllm_config: VllmConfig, members: list[ModelConfig]) -> list[nn.Module]:
     """Load every member, in the order of `members` (from `check_ensemble`)."""
-    models = [get_model(vllm_config=vllm_config)]
-    for index, member in enumerate(members[1:], start=1):
-        member_config = replace(vllm_config, model_config=member, quant_config=None)
-        # The tag keeps the member's compiled graphs apart, the prefix its attention layers.
-        name = f"member_{index}"
-        with set_model_tag(name):
-            models.append(get_model(vllm_config=member_config, model_config=member, prefix=name))
-    return models
+    return [load_member(vllm_config, members, index) for index in range(len(members))]
+
+
+def load_member(vllm_config: VllmConfig, members: list[ModelConfig], index: int) -> nn.Module:
+    """Load one member of `members` (from `check_ensemble`)."""
+    if index == 0:
+        return get_model(vllm_config=vllm_config)
+    member_config = replace(vllm_config, model_config=members[index], quant_config=None)
+    # The tag keeps the member's compiled graphs apart, the prefix its attention layers.
+    name = f"member_{index}"
+    with set_model_tag(name):
+        return get_model(vllm_config=member_config, model_config=members[index], prefix=name)
 
 
 def _member_model_config(vllm_config: VllmConfig, path: str) -> ModelConfig:

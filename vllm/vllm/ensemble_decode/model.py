@@ -13,12 +13,10 @@ from vllm.ensemble_decode.combine import combine
 from vllm.ensemble_decode.functions import EnsembleFunction
 
 
-class EnsembleModel(nn.Module):
-    """Members, each a vLLM text-generation model, that share the input and the vocabulary.
+class MemberGroup(nn.Module):
+    """Members, each a vLLM text-generation model, that run together on the same input.
 
-    `compute_logits` gives what `EnsembleConfig.ensemble_target` has the sampler work on:
-    the ensemble's logits (`raw-logits`), or all members' (`logits`, `probs`), which
-    `EnsembleSampler` combines once it has applied the sampling parameters to each.
+    Their hidden states are put side by side, and so are their logits.
     """
 
     def __init__(
@@ -27,15 +25,9 @@ class EnsembleModel(nn.Module):
         vllm_config: object = None,  # vLLM looks for these two names; members carry the config
         prefix: str = "",
         members: Sequence[nn.Module],
-        function: EnsembleFunction,
-        samples_members: bool,
-        combines_probs: bool,
     ) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.function = function
-        self.samples_members = samples_members
-        self.combines_probs = combines_probs
         # [num_members], set by the first forward pass: some architectures project their last
         # hidden state, so that no config tells its width.
         self.hidden_sizes: list[int] = []
@@ -57,6 +49,8 @@ class EnsembleModel(nn.Module):
     ) -> torch.Tensor:  # [num_tokens, sum(hidden_sizes)]
         if not self.hidden_sizes:
             return self._first_forward(input_ids, positions)
+        if self.num_members == 1:
+            return self.members[0](input_ids=input_ids, positions=positions)
         hidden_states = None
         start = 0
         for member, size in zip(self.members, self.hidden_sizes, strict=True):
@@ -88,10 +82,41 @@ class EnsembleModel(nn.Module):
     def compute_logits(
         self,
         hidden_states: torch.Tensor,  # [num_rows, sum(hidden_sizes)]
-    ) -> torch.Tensor:  # [num_rows, vocab_size] or [num_rows, num_members * vocab_size]
+    ) -> torch.Tensor:  # [num_rows, num_members * vocab_size]
         logits = self.compute_member_logits(hidden_states)
+        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
+
+
+class EnsembleModel(MemberGroup):
+    """All members of an ensemble, which share the vocabulary.
+
+    `compute_logits` gives what `EnsembleConfig.ensemble_target` has the sampler work on:
+    the ensemble's logits (`raw-logits`), or all members' (`logits`, `probs`), which
+    `EnsembleSampler` combines once it has applied the sampling parameters to each.
+    """
+
+    def __init__(
+        self,
+        *,
+        vllm_config: object = None,
+        prefix: str = "",
+        members: Sequence[nn.Module],
+        function: EnsembleFunction,
+        samples_members: bool,
+        combines_probs: bool,
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, members=members)
+        self.function = function
+        self.samples_members = samples_members
+        self.combines_probs = combines_probs
+
+    def compute_logits(
+        self,
+        hidden_states: torch.Tensor,  # [num_rows, sum(hidden_sizes)]
+    ) -> torch.Tensor:  # [num_rows, vocab_size] or [num_rows, num_members * vocab_size]
         if self.samples_members:
-            return torch.cat(logits, dim=-1)
+            return super().compute_logits(hidden_states)
+        logits = self.compute_member_logits(hidden_states)
         return combine(self.function, torch.stack(logits), probs=False)
 
     def ensemble_logits(

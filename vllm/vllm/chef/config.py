@@ -1,0 +1,189 @@
+"""How a speculative ensemble takes turns: plain data in `additional_config["chef"]`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+
+from vllm.chef.turns import Turns, chef_turns, sd_turns, spread_gamma
+from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.members import check_ensemble
+
+CONFIG_KEY = "chef"
+POLICIES = ("chef", "sd")
+
+
+@dataclass(frozen=True)
+class ChefConfig:
+    """Turns as the user asks for them.
+
+    Args:
+        policy: `chef`, members take turns; `sd`, the last member always proposes.
+        gamma: tokens that a member proposes in its turn. A number: of the cheapest member, the
+            others propose one. A list: one entry per member in the user's order.
+        turn_order: the members' places in the user's order, in the order of their calls. None
+            leaves it to `chef_turns`.
+
+    Raises:
+        ValueError: one line that names the key, for any value that cannot be meant.
+    """
+
+    gamma: int | tuple[int, ...] = 1
+    policy: str = "chef"
+    turn_order: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(
+                f"additional_config.{CONFIG_KEY}.policy: unknown policy '{self.policy}'; "
+                f"choose one of {', '.join(POLICIES)}"
+            )
+        is_list = isinstance(self.gamma, Sequence) and not isinstance(self.gamma, str)
+        for gamma in self.gamma if is_list else [self.gamma]:
+            if type(gamma) is not int or gamma < 1:
+                raise ValueError(f"method.gamma: {gamma!r} is out of range; it must be 1 or more")
+        if is_list:
+            object.__setattr__(self, "gamma", tuple(self.gamma))
+            if self.policy == "sd":
+                raise ValueError(
+                    f"method.gamma: {list(self.gamma)} is a list, and only the last member "
+                    "proposes; give one number"
+                )
+        if self.turn_order is not None:
+            self._check_order()
+
+    def _check_order(self) -> None:
+        order = self.turn_order
+        if not isinstance(order, Sequence) or any(type(member) is not int for member in order):
+            raise ValueError(
+                f"method.turn_order: {order!r} is no list of members; name each by its place, "
+                "from 0"
+            )
+        if self.policy == "sd":
+            raise ValueError("method.turn_order: the last member always proposes; leave it out")
+        object.__setattr__(self, "turn_order", tuple(order))
+
+    def make_turns(self, costs: Sequence[float], scores: Sequence[bool]) -> Turns:
+        """The turns of members with these relative costs; `scores` as in `Turns`.
+
+        Raises:
+            ValueError: one line that names the key and the remedy.
+        """
+        num_members = len(costs)
+        if sum(scores) < 2:
+            raise ValueError(
+                "method.weights: fewer than two members have a say; take turns with those that "
+                "have, or run method=sd"
+            )
+        if not scores[0]:
+            raise ValueError(
+                "method.weights: the first member has weight 0, and decides where the others "
+                "leave no token; put it in another place"
+            )
+        if self.policy == "sd":
+            if not all(scores):
+                raise ValueError(
+                    "method.weights: every member of *_sd has a say; leave a member of weight 0 "
+                    "out, or propose with it through method.draft_model"
+                )
+            return sd_turns(num_members, self.gamma)
+        gammas = spread_gamma(self.gamma, costs) if isinstance(self.gamma, int) else self.gamma
+        if len(gammas) != num_members:
+            raise ValueError(
+                f"method.gamma: {list(gammas)} has {len(gammas)} entries for {num_members} "
+                "members; give one each, in the order of the members"
+            )
+        return chef_turns(gammas, costs, scores, self.turn_order)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the inverse of `from_additional_config`."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in data.items()
+            if value is not None
+        }
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> "ChefConfig":
+        data = additional_config.get(CONFIG_KEY) if isinstance(additional_config, dict) else None
+        if not isinstance(data, Mapping):
+            raise ValueError(
+                f"additional_config.{CONFIG_KEY}: missing; a chef worker needs "
+                f'additional_config={{"{CONFIG_KEY}": {{"gamma": ...}}, "ensemble": {{...}}}}'
+            )
+        known = [f.name for f in fields(cls)]
+        for key in data:
+            if key not in known:
+                raise ValueError(
+                    f"additional_config.{CONFIG_KEY}.{key}: unknown key; "
+                    f"known are {', '.join(known)}"
+                )
+        return cls(**data)
+
+
+def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfig], Turns]:
+    """The ensemble, its members and their turns, checked before any weight is loaded.
+
+    Raises ValueError with one line that names the key and the remedy.
+    """
+    ensemble, members = check_ensemble(vllm_config)
+    config = ChefConfig.from_additional_config(vllm_config.additional_config)
+    turns = config.make_turns([relative_cost(m) for m in members], ensemble.make_function().counted)
+    _check_carrier(vllm_config, turns)
+    _check_budget(vllm_config, turns)
+    return ensemble, members, turns
+
+
+def relative_cost(member: ModelConfig) -> float:
+    """About the member's number of weights that a token reads, from its config alone."""
+    config = member.hf_text_config
+    hidden = member.get_hidden_size()
+    head_size = member.get_head_size()
+    num_heads = getattr(config, "num_attention_heads", 1)
+    attention = 2 * hidden * head_size * (num_heads + member.get_total_num_kv_heads())
+    width = getattr(config, "intermediate_size", None) or 4 * hidden
+    layers = getattr(config, "num_hidden_layers", 1)
+    return layers * (attention + 3 * hidden * width) + hidden * member.get_vocab_size()
+
+
+def max_scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
+    """Tokens that a step may schedule, so that no member's pass is longer than vLLM compiles for.
+
+    The last member sees, besides what is scheduled, what the others proposed in the same step;
+    vLLM's scheduler itself allows for one such token per request.
+    """
+    scheduler = vllm_config.scheduler_config
+    more = max(0, turns.num_before(len(turns) - 1) - 1)
+    return scheduler.max_num_batched_tokens - scheduler.max_num_seqs * more
+
+
+def _check_carrier(vllm_config: VllmConfig, turns: Turns) -> None:
+    """vLLM carries a window from step to step as the draft tokens of a draft model."""
+    speculative = vllm_config.speculative_config
+    given = None if speculative is None else speculative.num_speculative_tokens
+    if speculative is None or speculative.method != "draft_model" or given != turns.window:
+        raise ValueError(
+            "method.llm.speculative_config: turns need "
+            '{"method": "draft_model", "model": <one of the other members>, '
+            f'"num_speculative_tokens": {turns.window}}}'
+        )
+    for option in ("parallel_drafting", "use_local_argmax_reduction"):
+        if getattr(speculative, option, False):
+            raise ValueError(
+                f"method.llm.speculative_config.{option}: cannot be combined with turns; "
+                "leave it out"
+            )
+
+
+def _check_budget(vllm_config: VllmConfig, turns: Turns) -> None:
+    scheduler = vllm_config.scheduler_config
+    limit = max_scheduled_tokens(vllm_config, turns)
+    scheduled = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    if limit < 1 or scheduled > max(limit, 0):
+        raise ValueError(
+            f"method.llm.max_num_scheduled_tokens: with these turns it may be {max(limit, 0)} at "
+            "most (max_num_batched_tokens less max_num_seqs times what the members before the "
+            "last propose, less one); set it, lower max_num_seqs or raise max_num_batched_tokens"
+        )

@@ -1,0 +1,135 @@
+"""Model Runner V2 whose steps are cycles of turns."""
+
+from typing import Any
+
+import torch
+from vllm.utils.mem_utils import DeviceMemoryProfiler
+from vllm.v1.core.sched.output import GrammarOutput
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.structured_outputs import grammar_invalid_drafts
+
+from vllm.chef.config import check_chef
+from vllm.chef.speculator import ChefSpeculator
+from vllm.chef.state import begin_cycle
+from vllm.chef.verifier import StepScores, Verifier
+from vllm.ensemble_decode.members import load_member
+from vllm.ensemble_decode.model import MemberGroup
+from vllm.ensemble_decode.runner import ModelRunner
+
+
+class ChefRunner(ModelRunner):
+    """vLLM's runner with the first turn's members as its model and the others in the speculator.
+
+    `sample` holds the whole cycle but the last turn's proposals, which vLLM makes (`propose`)
+    while the step's tokens travel to the host.
+    """
+
+    speculator: ChefSpeculator
+    model: MemberGroup
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ensemble_config, self.member_configs, self.turns = check_chef(self.vllm_config)
+        self.speculator = ChefSpeculator(
+            self.vllm_config,
+            self.device,
+            self.member_configs,
+            self.turns,
+            self.req_states.all_token_ids.gpu,
+        )
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        if load_dummy_weights:
+            self.load_config.load_format = "dummy"
+        with DeviceMemoryProfiler() as profiler:
+            with self.jit_warmup_registry.activate():
+                first = self.turns[0].members
+                members = [load_member(self.vllm_config, self.member_configs, m) for m in first]
+            super().load_model(model=MemberGroup(members=members))
+        # vLLM's own figure leaves out a model that it is handed.
+        self.model_memory_usage = profiler.consumed_memory
+        self.verifier = Verifier(
+            self.ensemble_config, self.turns, self.speculator.state, self.sampler
+        )
+        self.speculator.verifier = self.verifier
+
+    def sample(
+        self,
+        hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+        input_batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        scores, num_acceptable = self._first_turn(hidden_states, input_batch, grammar_output)
+        speculator = self.speculator
+        cycle = begin_cycle(
+            speculator.state, input_batch, self.req_states.prefill_len.gpu, num_acceptable
+        )
+        speculator.begin(cycle)
+        logprobs = self.verifier.decide(0, scores, cycle)
+        if not self.turns.draws:
+            self._propose_first(scores)
+        last = len(self.turns) - 1
+        for turn in range(1, len(self.turns)):
+            logits = speculator.read(turn)
+            settled = cycle.settled
+            if self.turns.is_scorer(turn):
+                logprobs = self.verifier.decide(turn, scores, cycle)
+            speculator.propose_first(turn, logits, settled)
+            if turn < last:
+                speculator.propose_more(turn)
+        return self._output(logprobs)
+
+    def _first_turn(
+        self,
+        hidden_states: torch.Tensor,
+        batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+    ) -> tuple[StepScores, torch.Tensor | None]:
+        """Scores of the first turn's members, and the drafts `[num_reqs]` a grammar allows."""
+        logits = self.model.compute_member_logits(hidden_states[batch.logits_indices])
+        mask = num_acceptable = None
+        if grammar_output is not None:
+            requests = grammar_output.structured_output_request_ids
+            mask = torch.zeros_like(logits[0], dtype=torch.float32)
+            self.structured_outputs_worker.apply_grammar_bitmask(
+                mask, batch, requests, grammar_output.grammar_bitmask
+            )
+            invalid = grammar_invalid_drafts(batch, requests, grammar_output.num_acceptable_drafts)
+            if invalid is not None:
+                num_acceptable = _count_rows(~invalid, batch) - 1
+        first_row = batch.cu_num_logits[: batch.num_reqs].long()
+        return StepScores(logits, first_row, mask), num_acceptable
+
+    def _propose_first(self, scores: StepScores) -> None:
+        """The first turn's member proposes the token past the window."""
+        cycle = self.speculator.cycle
+        rows = scores.first_row + cycle.end.clamp(max=cycle.num_drafts)
+        logits = scores.logits[0][rows]
+        if scores.mask is not None:
+            logits = logits + scores.mask[rows]
+        where = cycle.active & ~cycle.settled & self.speculator.has_room
+        cycle.append(self.verifier.propose(logits, cycle), where, 0)
+
+    def _output(self, logprobs: Any) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        cycle = self.speculator.cycle
+        num_sampled = (cycle.num_decided * cycle.active).int()
+        num_rejected = ((cycle.num_drafts + 1) * cycle.active).int() - num_sampled
+        output = SamplerOutput(
+            sampled_token_ids=cycle.tokens[:, : self.turns.window + 1].contiguous(),
+            logprobs_tensors=logprobs,
+            num_nans=None,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+            sampling_mask_tensors=None,
+        )
+        return output, num_sampled, num_rejected
+
+
+def _count_rows(
+    rows: torch.Tensor,  # [num_rows] bool
+    batch: InputBatch,
+) -> torch.Tensor:  # [num_reqs]
+    offsets = batch.cu_num_logits[: batch.num_reqs + 1].long()
+    before = torch.cat([offsets.new_zeros(1), rows.cumsum(0)])
+    return before[offsets[1:]] - before[offsets[:-1]]

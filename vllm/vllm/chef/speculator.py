@@ -1,0 +1,257 @@
+"""The turns of an engine step after the first: members read what is new to them, and propose.
+
+Runs models; knows distributions only through the verifier.  vLLM calls it as the speculator of a
+draft model, whose draft tokens carry the window from step to step.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+
+from vllm.chef.state import Cycle, ProposalState, end_cycle
+from vllm.chef.turns import Turns
+from vllm.chef.verifier import Verifier
+from vllm.ensemble_decode.members import load_member
+
+
+class ChefSpeculator(StandaloneARSpeculator):
+    """Loads and calls the members whose turns come after the first.
+
+    `begin` starts the step's cycle; `read` and `propose_more` are the two halves of a turn;
+    `propose` is vLLM's, and ends the cycle.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        members: list[ModelConfig],
+        turns: Turns,
+        all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
+    ) -> None:
+        super().__init__(vllm_config, device)
+        self.member_configs = members
+        self.turns = turns
+        self.all_token_ids = all_token_ids
+        self.num_extra_query_per_req = turns.num_before(len(turns) - 1)
+        max_num_tokens = self.max_num_tokens + self.max_num_reqs * self.num_extra_query_per_req
+        self.input_buffers = InputBuffers(self.max_num_reqs, max_num_tokens, device)
+        self.state: ProposalState
+        self.verifier: Verifier
+        self.cycle: Cycle | None = None
+
+    def load_draft_model(
+        self, target_model: nn.Module, target_attn_layer_names: set[str]
+    ) -> nn.Module:
+        models = [
+            load_member(self.vllm_config, self.member_configs, turn.members[0])
+            for turn in self.turns.turns[1:]
+        ]
+        self.state = ProposalState(
+            self.turns,
+            self.max_num_reqs,
+            self.vocab_size,
+            self.vllm_config.model_config.head_dtype,
+            self.device,
+        )
+        return nn.ModuleList(models)
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        super().set_attn(*args, **kwargs)
+        self.slot_mappings = torch.empty(
+            self.block_tables.num_kv_cache_groups,
+            self.input_buffers.max_num_tokens,
+            dtype=torch.int64,
+            device=self.device,
+        )
+
+    def begin(self, cycle: Cycle) -> None:
+        self.cycle = cycle
+
+    @property
+    def has_room(self) -> torch.Tensor:  # [num_reqs] bool
+        """Whether the context of a request can take one more token."""
+        return self.cycle.last_position + 1 < self.max_model_len
+
+    def read(self, turn: int) -> torch.Tensor:  # [num_reqs, vocab_size]
+        """Run the turn's member over all that is new to it, and keep its scores there.
+
+        Returns its logits of the token past the end of each request.
+        """
+        cycle = self.cycle
+        extra = self.turns.num_before(turn)
+        num_reqs, num_tokens, query_start = self._prepare_tokens(cycle, extra)
+        query_start_np = cycle.batch.query_start_loc_np[: num_reqs + 1]
+        query_start_np = query_start_np + extra * self.arange_np[: num_reqs + 1]
+        hidden_states = self._run(turn, cycle, num_tokens, query_start_np, extra)
+
+        # The columns that the member has to score, at most, back from the one past the end.
+        count = self.turns.num_unscored(turn)
+        columns = cycle.end[:, None] - torch.arange(count - 1, -1, -1, device=self.device)
+        positions = cycle.first[:, None] + columns
+        rows = query_start[:-1, None] + positions - 1 - self._start(cycle, extra)[:, None]
+        rows = torch.maximum(rows, query_start[:-1, None])
+        logits = self._logits(turn, hidden_states[rows.flatten()])
+        is_new = positions >= self.state.scored[cycle.slots, turn, None]
+        self._keep(turn, positions, logits, is_new & (columns >= 0) & cycle.active[:, None])
+        return logits[:, -1]
+
+    def propose_first(self, turn: int, logits: torch.Tensor, settled_before: torch.Tensor) -> None:
+        """Propose from what `read` returned, where no token has been settled since."""
+        cycle = self.cycle
+        fresh = cycle.active & (cycle.settled == settled_before) & self.has_room
+        cycle.append(self.verifier.propose(logits, cycle), fresh, turn)
+
+    def propose_more(self, turn: int) -> None:
+        """The turn's passes of one token."""
+        cycle = self.cycle
+        for step in range(self.turns.num_passes(turn)):
+            wanted = cycle.active & (cycle.new_lengths[:, turn] < self.turns[turn].gamma)
+            wanted &= self.has_room
+            logits = self._read_one(turn, cycle, step)
+            position = cycle.first + cycle.end
+            self._keep(turn, position[:, None], logits[:, None], wanted[:, None])
+            cycle.append(self.verifier.propose(logits, cycle), wanted, turn)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        *args: Any,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:  # [num_reqs, window]
+        """End the step: the last turn's proposals, and the window for the next step."""
+        if dummy_run:
+            return self._dummy_run(input_batch)
+        self.propose_more(len(self.turns) - 1)
+        cycle, self.cycle = self.cycle, None
+        return end_cycle(self.state, cycle)
+
+    def _prepare_tokens(self, cycle: Cycle, extra: int) -> tuple[int, int, torch.Tensor]:
+        """The tokens of the engine step with `extra` more each: what has been decided and proposed
+        since. Behind the end of a request come tokens that are overwritten later.
+
+        Returns num_reqs, num_tokens and query_start_loc `[num_reqs + 1]`.
+        """
+        batch, buffers, num_reqs = cycle.batch, self.input_buffers, cycle.num_reqs
+        num_tokens = int(batch.query_start_loc_np[num_reqs]) + num_reqs * extra
+        query_start = batch.query_start_loc[: num_reqs + 1].long()
+        query_start = query_start + extra * self.arange_gpu[: num_reqs + 1]
+        request = torch.repeat_interleave(
+            self.arange_gpu[:num_reqs], query_start.diff(), output_size=num_tokens
+        ).long()
+        offset = torch.arange(num_tokens, device=self.device) - query_start[request]
+        positions = self._start(cycle, extra)[request] + offset
+        column = positions - cycle.first[request]
+        known = self.all_token_ids[cycle.slots[request], positions].long()
+        pending = cycle.tokens[request, column.clamp(0, cycle.tokens.shape[1] - 1)]
+        pending = pending.masked_fill(column >= cycle.end[request], 0)
+        buffers.input_ids[:num_tokens] = torch.where(column < 0, known, pending)
+        buffers.positions[:num_tokens] = positions
+        self._fill_query_start(query_start, num_reqs)
+        buffers.seq_lens[:num_reqs] = self._start(cycle, extra) + query_start.diff()
+        buffers.seq_lens[num_reqs:] = 0
+        return num_reqs, num_tokens, query_start
+
+    def _start(self, cycle: Cycle, extra: int) -> torch.Tensor:  # [num_reqs]
+        """Position of the first token that a turn reads: as the engine step, or before it where
+        the context would end; reading a token again changes nothing."""
+        query_lens = cycle.batch.query_start_loc[: cycle.num_reqs + 1].long().diff() + extra
+        return torch.minimum(cycle.start, (self.max_model_len - query_lens).clamp(min=0))
+
+    def _read_one(self, turn: int, cycle: Cycle, step: int) -> torch.Tensor:
+        """The member's logits `[num_reqs, vocab_size]` after the last token of each request."""
+        buffers, num_reqs = self.input_buffers, cycle.num_reqs
+        buffers.input_ids[:num_reqs] = cycle.last_token(self.all_token_ids)
+        position = cycle.last_position.clamp(max=self.max_model_len - 1)
+        buffers.positions[:num_reqs] = position
+        buffers.seq_lens[:num_reqs] = position + 1
+        self._fill_query_start(self.arange_gpu[: num_reqs + 1], num_reqs)
+        extra = self.turns.num_before(turn) + 1 + step
+        query_start_np = self.arange_np[: num_reqs + 1]
+        return self._logits(turn, self._run(turn, cycle, num_reqs, query_start_np, extra))[:, 0]
+
+    def _run(
+        self, turn: int, cycle: Cycle, num_tokens: int, query_start_np: np.ndarray, extra: int
+    ) -> torch.Tensor:  # [num_tokens, hidden_size]
+        """One pass of the turn's member over the first `num_tokens` of the input buffers."""
+        buffers, num_reqs = self.input_buffers, cycle.num_reqs
+        slot_mappings = self.block_tables.compute_slot_mappings(
+            cycle.slots,
+            buffers.query_start_loc[: num_reqs + 1],
+            buffers.positions[:num_tokens],
+            num_tokens,
+            out=self.slot_mappings,
+        )
+        attn_metadata = self._build_attn_metadata(
+            batch_desc=BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs
+            ),
+            num_reqs=num_reqs,
+            query_start_loc_np=query_start_np,
+            seq_lens_cpu_upper_bound=cycle.batch.seq_lens_cpu_upper_bound,
+            step=extra,
+            slot_mappings=slot_mappings,
+        )
+        return self._run_member(
+            turn,
+            num_tokens,
+            attn_metadata,
+            build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config),
+        )
+
+    def _run_member(
+        self, turn: int, num_tokens: int, attn_metadata: Any, slot_mappings: Any
+    ) -> torch.Tensor:
+        members, self.model = self.model, self.model[turn - 1]
+        try:
+            return self._run_model(
+                self.input_buffers.input_ids[:num_tokens],
+                self.input_buffers.positions[:num_tokens],
+                attn_metadata,
+                slot_mappings,
+                None,
+            )
+        finally:
+            self.model = members
+
+    def _logits(self, turn: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[num_reqs, num_rows, vocab_size]` of `[num_reqs * num_rows, hidden_size]`."""
+        logits = self.model[turn - 1].compute_logits(hidden_states)
+        # What is proposed from must be what is kept to judge the proposal by.
+        return logits.to(self.state.scores.dtype).unflatten(0, (self.cycle.num_reqs, -1))
+
+    def _keep(
+        self,
+        turn: int,
+        positions: torch.Tensor,  # [num_reqs, num_rows]
+        logits: torch.Tensor,  # [num_reqs, num_rows, vocab_size]
+        keep: torch.Tensor,  # [num_reqs, num_rows] bool
+    ) -> None:
+        slots = self.cycle.slots
+        self.state.scores[turn - 1][slots[:, None], self.state.ring(positions, keep)] = logits
+        scored = torch.where(keep, positions + 1, 0).amax(dim=1)
+        self.state.scored[slots, turn] = torch.maximum(self.state.scored[slots, turn], scored)
+
+    def _fill_query_start(self, query_start: torch.Tensor, num_reqs: int) -> None:
+        buffer = self.input_buffers.query_start_loc
+        buffer[: num_reqs + 1] = query_start
+        buffer[num_reqs + 1 :] = query_start[-1]
+
+    def _dummy_run(self, input_batch: InputBatch) -> torch.Tensor:
+        """Every member once over as many tokens, for vLLM's memory profile and compilation."""
+        num_tokens = input_batch.num_tokens + input_batch.num_reqs * self.num_extra_query_per_req
+        num_tokens = min(num_tokens, self.max_num_tokens)
+        for turn in range(1, len(self.turns)):
+            hidden_states = self._run_member(turn, num_tokens, None, None)
+            self.model[turn - 1].compute_logits(hidden_states[: input_batch.num_reqs])
+        return self.draft_tokens[: input_batch.num_reqs]

@@ -1,0 +1,183 @@
+"""What is pending: the windows of all requests, and the members' scores on them.
+
+Knows positions and columns; knows neither models nor distributions.  A *column* is a position
+counted from the request's first undecided token; everything is device data.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm.chef.turns import Turns
+
+NO_POSITION = torch.iinfo(torch.int64).max
+
+
+class ProposalState:
+    """Kept from step to step, per slot of a request.
+
+    Scores are kept by position, in a ring, so that nothing moves when tokens are committed. The
+    ring's last row takes what nobody needs, in the place of a mask.
+    """
+
+    def __init__(
+        self,
+        turns: Turns,
+        max_num_reqs: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.turns = turns
+        num_turns = len(turns)
+        # Live at once, at most: the step's window, the first turn's proposal, the window of the
+        # next step, and the position past its end.
+        self.ring_size = 2 * turns.window + 2
+        self.lengths = torch.zeros(max_num_reqs, num_turns, dtype=torch.int64, device=device)
+        """[max_num_reqs, num_turns] tokens of each turn's segment in the window"""
+        self.scored = torch.zeros(max_num_reqs, num_turns, dtype=torch.int64, device=device)
+        """[max_num_reqs, num_turns] the first position that the turn's members have not scored"""
+        self.scores = torch.zeros(
+            num_turns - 1,
+            max_num_reqs,
+            self.ring_size + 1,
+            vocab_size,
+            dtype=dtype,
+            device=device,
+        )
+        """[num_turns - 1, max_num_reqs, ring_size + 1, vocab_size] raw logits of the turns after
+        the first, whose own are the engine step's"""
+
+    def ring(
+        self,
+        positions: torch.Tensor,
+        keep: torch.Tensor | None = None,  # as positions, bool
+    ) -> torch.Tensor:  # as positions
+        """Rows of the ring; where not `keep`, the row that nobody reads."""
+        rows = positions.remainder(self.ring_size)
+        return rows if keep is None else rows.masked_fill(~keep, self.ring_size)
+
+
+@dataclass
+class Cycle:
+    """The step at hand: one call of every turn.
+
+    `columns` of a request: its window as the step found it, the first turn's proposal, then what
+    the turns after propose; a replacement takes the place of what it replaces and of all behind.
+    """
+
+    batch: InputBatch
+    num_turns: int
+    slots: torch.Tensor  # [num_reqs] slots of the requests
+    active: torch.Tensor  # [num_reqs] bool, False: the prompt goes on in the next step
+    start: torch.Tensor  # [num_reqs] position of the first token of the engine step
+    first: torch.Tensor  # [num_reqs] position of column 0
+    num_drafts: torch.Tensor  # [num_reqs] columns for which the engine step has rows
+    lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step found
+    tokens: torch.Tensor  # [num_reqs, num_columns + 1], the last column is never read
+    end: torch.Tensor  # [num_reqs] number of columns in use
+    new_lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step leaves
+    num_accepted: torch.Tensor  # [num_reqs] columns whose proposal was accepted
+    replaced: torch.Tensor  # [num_reqs] bool: the column after those has another token now
+    settled: torch.Tensor  # [num_reqs] bool: no more columns are decided in this cycle
+    num_decided: torch.Tensor  # [num_reqs] columns that are decided, hence the step's output
+
+    @property
+    def num_reqs(self) -> int:
+        return self.slots.shape[0]
+
+    @property
+    def last_position(self) -> torch.Tensor:  # [num_reqs]
+        return self.first + self.end - 1
+
+    def last_token(
+        self,
+        all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
+    ) -> torch.Tensor:  # [num_reqs]
+        pending = self.tokens.gather(1, (self.end - 1).clamp(min=0)[:, None])[:, 0]
+        known = all_token_ids[self.slots, (self.first - 1).clamp(min=0)].long()
+        return torch.where(self.end > 0, pending, known)
+
+    def append(self, tokens: torch.Tensor, where: torch.Tensor, turn: int) -> None:
+        """Put a token that `turn` proposes behind all others, for the requests `where`."""
+        column = self.end.masked_fill(~where, self.tokens.shape[1] - 1)
+        self.tokens.scatter_(1, column[:, None], tokens[:, None])
+        self.end += where
+        lengths = self.lengths if turn == 0 else self.new_lengths
+        lengths[:, turn] += where
+
+    def accept(self, num_accepted: torch.Tensor, where: torch.Tensor) -> None:
+        """Commit the first `num_accepted` columns, for the requests `where`."""
+        self.num_accepted = torch.where(where, num_accepted, self.num_accepted)
+        self.num_decided = torch.where(where, num_accepted, self.num_decided)
+
+    def settle(self, tokens: torch.Tensor, where: torch.Tensor, state: ProposalState) -> None:
+        """Commit a token of the ensemble's after the accepted ones, and drop all behind it."""
+        column = self.num_accepted.masked_fill(~where, self.tokens.shape[1] - 1)
+        self.tokens.scatter_(1, column[:, None], tokens[:, None])
+        self.end = torch.where(where, column + 1, self.end)
+        self.num_decided = torch.where(where, column + 1, self.num_decided)
+        self.new_lengths.masked_fill_(where[:, None], 0)
+        self.settled = self.settled | where
+        # The scores at its own column depend on what stands before it, those behind on the token.
+        valid = torch.where(where, self.first + column + 1, NO_POSITION)
+        state.scored[self.slots] = torch.minimum(state.scored[self.slots], valid[:, None])
+
+
+def begin_cycle(
+    state: ProposalState,
+    batch: InputBatch,
+    prefill_len: torch.Tensor,  # [max_num_reqs]
+    num_acceptable: torch.Tensor | None = None,  # [num_reqs] drafts that a grammar allows
+) -> Cycle:
+    """The cycle of an engine step, with the windows that vLLM scheduled for it."""
+    num_reqs, slots = batch.num_reqs, batch.idx_mapping[: batch.num_reqs]
+    cu_num_logits = batch.cu_num_logits[: num_reqs + 1].long()
+    query_start = batch.query_start_loc[: num_reqs + 1].long()
+    seq_lens = batch.seq_lens[:num_reqs].long()
+    num_drafts = cu_num_logits.diff() - 1
+    first = seq_lens - num_drafts
+    # vLLM may schedule less than the whole window: at the end of a context, or nothing at all
+    # after a preemption. What is left out falls.
+    limit = num_drafts if num_acceptable is None else torch.minimum(num_drafts, num_acceptable)
+    ends = torch.minimum(state.lengths[slots, 1:].cumsum(1), limit[:, None])
+    zero = ends.new_zeros(num_reqs, 1)
+    lengths = torch.cat([zero, ends.diff(dim=1, prepend=zero)], dim=1)
+    end = ends[:, -1].clone()
+    # Scores past the window are of other tokens now; without a window, of another request even.
+    valid = torch.where(end > 0, first + end + 1, first)
+    state.scored[slots] = torch.minimum(state.scored[slots], valid[:, None])
+
+    window, num_columns = state.turns.window, state.ring_size - 1
+    tokens = slots.new_zeros(num_reqs, num_columns + 1)
+    # Column k is the input token behind row k of the engine step's logits.
+    rows = cu_num_logits[:-1, None] + torch.arange(1, window + 1, device=slots.device)
+    rows = torch.minimum(rows, cu_num_logits[1:, None] - 1)
+    tokens[:, :window] = batch.input_ids[batch.logits_indices[rows]]
+    return Cycle(
+        batch=batch,
+        num_turns=len(state.turns),
+        slots=slots,
+        active=seq_lens >= prefill_len[slots],
+        start=seq_lens - query_start.diff(),
+        first=first,
+        num_drafts=num_drafts,
+        lengths=lengths,
+        tokens=tokens,
+        end=end,
+        new_lengths=torch.zeros_like(lengths),
+        num_accepted=torch.zeros_like(end),
+        replaced=torch.zeros_like(end, dtype=torch.bool),
+        settled=torch.zeros_like(end, dtype=torch.bool),
+        num_decided=torch.zeros_like(end),
+    )
+
+
+def end_cycle(state: ProposalState, cycle: Cycle) -> torch.Tensor:  # [num_reqs, window]
+    """Keep what is pending for the next step, and return its tokens, filled up with 0."""
+    columns = torch.arange(state.turns.window, device=cycle.slots.device)
+    columns = cycle.num_decided[:, None] + columns
+    tokens = cycle.tokens.gather(1, columns.clamp(max=cycle.tokens.shape[1] - 1))
+    state.lengths[cycle.slots] = cycle.new_lengths * cycle.active[:, None]
+    return tokens.masked_fill(columns >= cycle.end[:, None], 0)

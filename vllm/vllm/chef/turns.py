@@ -1,0 +1,140 @@
+"""Whose turn it is: the order in which members are called, and how many tokens each proposes.
+
+Plain data; knows neither models nor scores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One call: `members` (places in the user's order) run together and propose `gamma` tokens."""
+
+    members: tuple[int, ...]
+    gamma: int
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A cycle of calls. The first turn opens the engine's step, the others follow in it.
+
+    Args:
+        turns: the first proposes one token (chef), or none (`*_sd`); then the token past the
+            window is drawn from the ensemble once the last scorer has scored it. Each other
+            turn has one member, which proposes one token or more.
+        scores: by member, whether the ensemble counts it. One that it does not count proposes,
+            and is never waited for.
+    """
+
+    turns: tuple[Turn, ...]
+    scores: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def __getitem__(self, turn: int) -> Turn:
+        return self.turns[turn]
+
+    @property
+    def window(self) -> int:
+        """Tokens carried from one step to the next, at most: what the first turn has not seen."""
+        return sum(turn.gamma for turn in self.turns[1:])
+
+    @property
+    def draws(self) -> bool:
+        """Whether the token past the window is drawn from the ensemble, not proposed."""
+        return self.turns[0].gamma == 0
+
+    @property
+    def last_scorer(self) -> int:
+        """The turn that ends the step's decisions."""
+        return max(turn for turn in range(len(self)) if self.is_scorer(turn))
+
+    def is_scorer(self, turn: int) -> bool:
+        return any(self.scores[member] for member in self.turns[turn].members)
+
+    def num_before(self, turn: int) -> int:
+        """Tokens that the step's turns before this one propose, at most."""
+        return sum(t.gamma for t in self.turns[:turn])
+
+    def num_unscored(self, turn: int) -> int:
+        """Positions that the turn's members have not scored when it is called, at most: what the
+        other turns proposed, and the one past the end."""
+        others = (t.gamma for at, t in enumerate(self.turns) if at != turn)
+        return 1 + sum(others)
+
+    def num_passes(self, turn: int) -> int:
+        """Passes of one token after the turn's first: one less than it proposes, since the first
+        gives the first proposal; where tokens are drawn, the drawn one goes through before."""
+        return self.turns[turn].gamma - (not self.draws)
+
+    def num_decidable(self, turn: int) -> int:
+        """Segments that all scorers have scored after this turn, counted in the order of the
+        window as the step finds it: those of turns 1, 2, ..., and the first turn's last."""
+        if not self.is_scorer(turn):
+            return 0
+        later = [at for at in range(turn + 1, len(self)) if self.is_scorer(at)]
+        return later[0] if later else len(self)
+
+    def max_decided(self, turn: int) -> int:
+        """Tokens that are decided by the end of this turn, at most."""
+        count = self.num_decidable(turn)
+        gammas = [t.gamma for t in (*self.turns[1:], self.turns[0])]
+        return sum(gammas[:count])
+
+
+def sd_turns(num_members: int, gamma: int) -> Turns:
+    """`*_sd`: the last member always proposes; the others only score, in one call."""
+    *others, last = range(num_members)
+    return Turns((Turn(tuple(others), 0), Turn((last,), gamma)), (True,) * num_members)
+
+
+def chef_turns(
+    gammas: Sequence[int],
+    costs: Sequence[float],
+    scores: Sequence[bool],
+    order: Sequence[int] | None = None,
+) -> Turns:
+    """Turns of one member each.
+
+    Args:
+        gammas, costs, scores: by member, in the user's order; `costs` are relative.
+        order: the members in the order of their calls. None: the costliest that proposes one
+            token opens, and the others follow by the tokens they propose, those with most last.
+
+    Raises:
+        ValueError: one line that names the key and the remedy.
+    """
+    if order is None:
+        first = primary(gammas, costs, scores)
+        others = [member for member in range(len(gammas)) if member != first]
+        order = [first, *sorted(others, key=lambda member: gammas[member])]
+    elif sorted(order) != list(range(len(gammas))):
+        raise ValueError(
+            f"method.turn_order: {list(order)} must name each member once, by its place from 0 to "
+            f"{len(gammas) - 1}"
+        )
+    elif gammas[order[0]] != 1 or not scores[order[0]]:
+        raise ValueError(
+            f"method.turn_order: member {order[0]} cannot open the step, which a member of the "
+            "ensemble with gamma 1 must do; begin with another, or set its gamma to 1"
+        )
+    return Turns(tuple(Turn((member,), gammas[member]) for member in order), tuple(scores))
+
+
+def primary(gammas: Sequence[int], costs: Sequence[float], scores: Sequence[bool]) -> int:
+    """The member that opens the step: the costliest scorer of those that propose one token."""
+    candidates = [m for m in range(len(gammas)) if gammas[m] == 1 and scores[m]]
+    if not candidates:
+        raise ValueError(
+            f"method.gamma: {list(gammas)} has no 1; the member that opens a cycle proposes one "
+            "token, so give the largest member gamma 1"
+        )
+    return max(candidates, key=lambda member: costs[member])
+
+
+def spread_gamma(gamma: int, costs: Sequence[float]) -> list[int]:
+    """One number for all members: the cheapest proposes `gamma` tokens, the others one each."""
+    cheapest = min(reversed(range(len(costs))), key=lambda member: costs[member])
+    return [gamma if member == cheapest else 1 for member in range(len(costs))]
