@@ -52,10 +52,7 @@ def residual(p: Distribution, r: Distribution) -> Sequence[float]:
 def verify(
     token: int, p: Distribution, r: Distribution, rng: Random, accept=acceptance, replace=residual
 ) -> tuple[bool, int]:
-    """Whether `token`, drawn from `p`, is accepted; and what is emitted, which is drawn from `r`.
-
-    Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1.
-    """
+    """Accepted or not, and the token to emit: one from `r` (arXiv 2211.17192, algorithm 1)."""
     probability = accept(token, p, r)
     if draw([1 - probability, probability], rng):
         return True, token
@@ -99,7 +96,7 @@ class Chef:
         return out
 
     def _call(self, i: int, replaced_before: bool) -> bool:
-        """Turn `i`; returns whether it replaced a token, as an earlier call of the cycle may have."""
+        """One turn; whether it replaced a token, as an earlier one of the cycle may have done."""
         for member in self.turns[i].members:
             self._forward(member)
         replaced = self.scoring[i] and self._decide(self._segments_scored_by_all(i))

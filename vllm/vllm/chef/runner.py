@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.structured_outputs import grammar_invalid_drafts
 from vllm.chef.config import check_chef
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.state import begin_cycle
+from vllm.chef.stats import TurnStats
 from vllm.chef.verifier import StepScores, Verifier
 from vllm.ensemble_decode.members import load_member
 from vllm.ensemble_decode.model import MemberGroup
@@ -53,6 +54,7 @@ class ChefRunner(ModelRunner):
             self.ensemble_config, self.turns, self.speculator.state, self.sampler
         )
         self.speculator.verifier = self.verifier
+        self.speculator.stats = TurnStats(self.turns, self.device)
 
     def sample(
         self,

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm.chef.state import Cycle, ProposalState, end_cycle
+from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import Verifier
 from vllm.ensemble_decode.members import load_member
@@ -46,6 +47,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.input_buffers = InputBuffers(self.max_num_reqs, max_num_tokens, device)
         self.state: ProposalState
         self.verifier: Verifier
+        self.stats: TurnStats
         self.cycle: Cycle | None = None
 
     def load_draft_model(
@@ -134,6 +136,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             return self._dummy_run(input_batch)
         self.propose_more(len(self.turns) - 1)
         cycle, self.cycle = self.cycle, None
+        self.stats.add(cycle)
         return end_cycle(self.state, cycle)
 
     def _prepare_tokens(self, cycle: Cycle, extra: int) -> tuple[int, int, torch.Tensor]:
