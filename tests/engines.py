@@ -21,6 +21,8 @@ from scipy.stats import chisquare
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+from vllm.chef.frontend import allow_all_sampling_params
+
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
 CHEF_WORKER = "vllm.chef.worker.ChefWorker"
 # Far below any level at which a sound sampler fails in the suite's lifetime, far above what a
@@ -56,6 +58,7 @@ def engine(
     if chef is not None:
         defaults |= dict(
             worker_cls=CHEF_WORKER,
+            max_num_scheduled_tokens=256,
             additional_config={"ensemble": ensemble, "chef": chef},
             speculative_config={
                 "method": "draft_model",
@@ -64,6 +67,8 @@ def engine(
             },
         )
     llm = LLM(model, **{**defaults, **arguments})
+    if ensemble is not None:
+        allow_all_sampling_params(llm.llm_engine)
     try:
         yield llm
     finally:

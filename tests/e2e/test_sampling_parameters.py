@@ -1,7 +1,8 @@
 """vLLM's sampling parameters on ensembles: each at its place relative to the combination.
 
 `raw-logits` applies them to the combined logits, `logits` and `probs` to every member's.  Greedy
-decoding shows which, since a parameter of either place picks other tokens.
+decoding shows which, since a parameter of either place picks other tokens.  Members that take turns
+must come out the same.
 """
 
 import math
@@ -17,6 +18,7 @@ from tiny_models import (
     qwen2_config,
     save_byte_tokenizer,
     save_model,
+    save_noisy_copy,
 )
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
@@ -27,13 +29,21 @@ TARGETS = ["raw-logits", "logits", "probs"]
 WEIGHTS = [0.6, 0.4]
 
 
+POLICIES = {"plain": {}, "chef": dict(chef={"gamma": [1, 2]}, window=2)}
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def policy(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def models(policy: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("models")
-    return [
-        save_model(root / "llama", llama_config(), seed=0),
-        save_model(root / "qwen2", qwen2_config(), seed=1),
-    ]
+    first = save_model(root / "llama", llama_config(), seed=0)
+    if policy == "plain":
+        return [first, save_model(root / "qwen2", qwen2_config(), seed=1)]
+    return [first, save_noisy_copy(root / "noisy", first, seed=1)]  # some proposals are accepted
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +57,11 @@ def target(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def llm(target: str, models: list[str]) -> LLM:
+def llm(target: str, policy: str, models: list[str]) -> LLM:
     ensemble = dict(
         extra_model=models[1:], ensemble_fn="weighted", weights=WEIGHTS, ensemble_target=target
     )
-    with engine(models[0], ensemble, max_num_seqs=16) as llm:
+    with engine(models[0], ensemble, max_num_seqs=16, **POLICIES[policy]) as llm:
         yield llm
 
 
@@ -168,22 +178,24 @@ def test_seeds_repeat_a_sample(llm):
 
 
 @pytest.fixture(scope="module")
-def text_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def text_models(policy: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("text-models")
     paths = [
         save_model(root / str(seed), llama_config(vocab_size=257, layers=1 + seed), seed)
         for seed in range(2)
     ]
+    if policy == "chef":
+        paths[1] = save_noisy_copy(root / "noisy", paths[0], seed=1)
     for path in paths:
         save_byte_tokenizer(path)
     return paths
 
 
 @pytest.mark.parametrize("target", ["raw-logits", "probs"])
-def test_text_parameters(target, text_models):
+def test_text_parameters(target, policy, text_models):
     """What needs a tokenizer: stop strings, bad words and structured outputs."""
     ensemble = dict(extra_model=text_models[1:], ensemble_fn="mean", ensemble_target=target)
-    arguments = dict(skip_tokenizer_init=False, max_num_seqs=4)
+    arguments = dict(skip_tokenizer_init=False, max_num_seqs=4, **POLICIES[policy])
     with engine(text_models[0], ensemble, **arguments) as llm:
 
         def text(**params) -> str:
@@ -207,11 +219,12 @@ def test_text_parameters(target, text_models):
         assert text(structured_outputs=regex, stop=[word]) == ascii_text[: ascii_text.index(word)]
 
 
-def test_processed_logprobs_are_of_what_is_sampled(models, references):
+def test_processed_logprobs_are_of_what_is_sampled(policy, models, references):
     """With `logprobs_mode` `processed_logprobs`: after the sampling parameters of each member."""
     ensemble = dict(extra_model=models[1:], ensemble_fn="weighted", weights=WEIGHTS)
     prompt, temperature = PROMPTS[0], 0.5
-    with engine(models[0], ensemble, logprobs_mode="processed_logprobs") as llm:
+    arguments = dict(logprobs_mode="processed_logprobs", **POLICIES[policy])
+    with engine(models[0], ensemble, **arguments) as llm:
         params = SamplingParams(temperature=temperature, max_tokens=1, logprobs=5, seed=0)
         row = generate(llm, [prompt], params)[0].logprobs[0]
     members = [(next_logits(m, prompt) / temperature).softmax(-1) for m in references]

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.structured_outputs import grammar_invalid_drafts
 
 from vllm.chef.config import check_chef
+from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.state import begin_cycle
 from vllm.chef.stats import TurnStats
@@ -55,6 +56,13 @@ class ChefRunner(ModelRunner):
         )
         self.speculator.verifier = self.verifier
         self.speculator.stats = TurnStats(self.turns, self.device)
+        self.prompt_logprobs_worker = TurnPromptLogprobsWorker(
+            self.ensemble_config, self.max_num_reqs, self.device, self.model_config.logprobs_mode
+        )
+        self.prompt_logprobs_worker.members = [
+            (self.turns[0].members, self.model.compute_member_logits),
+            *self.speculator.logits_functions(),
+        ]
 
     def sample(
         self,
@@ -67,6 +75,8 @@ class ChefRunner(ModelRunner):
         cycle = begin_cycle(
             speculator.state, input_batch, self.req_states.prefill_len.gpu, num_acceptable
         )
+        prompt_logprobs = self.prompt_logprobs_worker
+        prompt_logprobs.hidden_states = [hidden_states]
         speculator.begin(cycle)
         logprobs = self.verifier.decide(0, scores, cycle)
         if not self.turns.draws:
@@ -74,6 +84,8 @@ class ChefRunner(ModelRunner):
         last = len(self.turns) - 1
         for turn in range(1, len(self.turns)):
             logits = speculator.read(turn)
+            if prompt_logprobs.is_asked:
+                prompt_logprobs.hidden_states.append(speculator.step_hidden_states(turn))
             settled = cycle.settled
             if self.turns.is_scorer(turn):
                 logprobs = self.verifier.decide(turn, scores, cycle)

@@ -94,6 +94,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         query_start_np = cycle.batch.query_start_loc_np[: num_reqs + 1]
         query_start_np = query_start_np + extra * self.arange_np[: num_reqs + 1]
         hidden_states = self._run(turn, cycle, num_tokens, query_start_np, extra)
+        self.read_states = hidden_states, query_start
 
         # The columns that the member has to score, at most, back from the one past the end.
         count = self.turns.num_unscored(turn)
@@ -105,6 +106,25 @@ class ChefSpeculator(StandaloneARSpeculator):
         is_new = positions >= self.state.scored[cycle.slots, turn, None]
         self._keep(turn, positions, logits, is_new & (columns >= 0) & cycle.active[:, None])
         return logits[:, -1]
+
+    def step_hidden_states(self, turn: int) -> torch.Tensor:  # [num_tokens, hidden_size]
+        """What `read` has just computed, at the tokens of the engine step."""
+        hidden_states, query_start = self.read_states
+        batch, num_reqs = self.cycle.batch, self.cycle.num_reqs
+        query_lens = batch.query_start_loc[: num_reqs + 1].long().diff()
+        num_tokens = int(batch.query_start_loc_np[num_reqs])
+        start = self._start(self.cycle, self.turns.num_before(turn))
+        # The turn may have begun before the engine step's first token.
+        shift = self.cycle.start - start + query_start[:-1] - batch.query_start_loc[:num_reqs]
+        shift = torch.repeat_interleave(shift, query_lens, output_size=num_tokens)
+        return hidden_states[torch.arange(num_tokens, device=self.device) + shift]
+
+    def logits_functions(self) -> list[tuple[tuple[int, ...], Any]]:
+        """(members, their logits from the turn's hidden states) of the turns after the first."""
+        return [
+            (turn.members, lambda hidden, model=model: [model.compute_logits(hidden)])
+            for turn, model in zip(self.turns.turns[1:], self.model, strict=True)
+        ]
 
     def propose_first(self, turn: int, logits: torch.Tensor, settled_before: torch.Tensor) -> None:
         """Propose from what `read` returned, where no token has been settled since."""
