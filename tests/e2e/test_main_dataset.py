@@ -209,6 +209,14 @@ def check_screen(result: Result, summary: dict, run: Path) -> None:
     assert result.status == 0, result.stderr
     assert result.stdout.splitlines()[0] == f"results go to {run}"
     rows = dict(re.split(r"  +", line) for line in result.stdout.splitlines()[1:])
+    shown = {name: rows.pop(name, None) for name in ("acceptance", "tokens a cycle", "calls")}
+    if "tokens_per_cycle" in summary:
+        assert shown["tokens a cycle"] == f"{summary['tokens_per_cycle']:.3f}"
+        assert all(
+            0 <= float(share) <= 1 for share in shown["acceptance"].split(", ") if share != "-"
+        )
+    assert (shown["acceptance"] is None) == ("acceptance" not in summary)
+    assert (shown["calls"] is None) == ("calls" not in summary)
     assert rows == {
         "method": summary["method"],
         "members": ", ".join(summary["members"]),
@@ -243,6 +251,8 @@ def test_command_line_of_the_readme(command, root):
     assert summary["members"] == [str(root / "llama-2-7b")]
     assert summary["draft_model"] == str(root / "llama-2-7b-68m")
     assert summary["gamma"] == 5
+    assert 0 <= summary["acceptance"] <= 1 <= summary["tokens_per_cycle"] <= 6
+    assert len(summary["acceptance_by_position"]) == 5
     assert summary["score"] is None
     assert summary["generate"]["temperature"] == 0
     check_screen(result, summary, run.relative_to(command.cwd))
@@ -271,6 +281,12 @@ def runs(root, tmp_path_factory) -> dict[str, Path]:
         "large_model": LARGE,
         "sd": f"{SD} method.gamma=3",
         "cd": f"{CD} method.alpha=0.4",
+        "cd with a draft model": f"{CD} method.alpha=0.4 method.draft_model=llama-2-7b "
+        "method.gamma=2",
+        "cd_chef": f"{CD} method=cd_chef method.alpha=0.4 method.gamma=3",
+        # The distribution of `cd`, so that it tells whether the text is right.
+        "ensemble_sd": f"{ENSEMBLE} method=ensemble_sd method.llm.ensemble_fn=contrastive "
+        "method.llm.ensemble_target=raw-logits method.alpha=0.4 method.gamma=2",
         "cd of alpha 0": f"{CD} method.alpha=0 batch_size=1 evaluate.execute_code=true",
         "ensemble": f"{ENSEMBLE} method.weights=[0.7,0.3] method.generate.temperature=1 seed=3",
         "ensemble again": f"{ENSEMBLE} method.weights=[0.7,0.3] method.generate.temperature=1 "
@@ -323,6 +339,39 @@ def test_at_temperature_0_only_the_ensemble_changes_the_text(runs):
     assert tokens(runs["sd"]) == tokens(runs["cd of alpha 0"]) == tokens(runs["large_model"])
 
 
+def test_at_temperature_0_who_proposes_does_not_change_the_text(runs):
+    plain = tokens(runs["cd"])
+    for name in ("cd with a draft model", "cd_chef", "ensemble_sd"):
+        assert tokens(runs[name]) == plain, name
+        assert completions(runs[name]) == completions(runs["cd"])
+
+
+def test_what_became_of_proposals_is_recorded(runs, root):
+    fields = {"gamma", "turn_order", "tokens_per_cycle", "calls", "acceptance"}
+    summaries = {name: json.loads((run / "summary.json").read_text()) for name, run in runs.items()}
+    assert not {*fields, "draft_model"} & summaries["cd"].keys()
+
+    drafted = summaries["cd with a draft model"]
+    assert (drafted["draft_model"], drafted["gamma"]) == (str(root / "llama-2-7b"), 2)
+    assert 0 <= drafted["acceptance"] <= 1 <= drafted["tokens_per_cycle"] <= 3
+
+    chef = summaries["cd_chef"]
+    assert chef["members"] == summaries["cd"]["members"]
+    # Of two members that cost the same the last one is taken for the cheaper.
+    assert (chef["gamma"], chef["turn_order"]) == ([1, 3], [0, 1])
+    assert all(0 <= acceptance <= 1 for acceptance in chef["acceptance"])
+    assert [len(positions) for positions in chef["acceptance_by_position"]] == [1, 3]
+    assert chef["calls"][1] == 3 * chef["calls"][0]
+    cycles = chef["calls"][0]
+    # What is decided past the end of a request counts as well.
+    assert 1 <= chef["num_tokens"] / cycles <= chef["tokens_per_cycle"] + 1e-9 <= 5
+
+    sd = summaries["ensemble_sd"]
+    assert (sd["gamma"], sd["turn_order"]) == (2, [0, 1])
+    assert sd["acceptance"][0] is None and 0 <= sd["acceptance"][1] <= 1
+    assert [len(positions) for positions in sd["acceptance_by_position"]] == [0, 2]
+
+
 def test_seed_decides_and_batches_do_not(runs):
     assert tokens(runs["ensemble"]) == tokens(runs["ensemble again"])
     first, second = tokens(runs["ensemble"])
@@ -366,7 +415,7 @@ def test_interrupted_run_keeps_its_samples(command):
 
 # Refused before vLLM is imported, which takes seconds.
 AT_ONCE = {
-    "method=nope": r"method: there is no 'nope'; choose one of cd, ensemble, large_model, sd",
+    "method=nope": r"method: there is no 'nope'; choose one of cd, cd_chef, cd_sd, ensemble, ",
     "dataset.name=nope": r"dataset\.name='nope' is not a task: known are humaneval",
     "dataset.size=huge": r"dataset\.size='huge' is not a size: use tiny, small, full",
     "batch_size=0": r"batch_size: 0 must be 1 or more, or null",
@@ -400,6 +449,9 @@ BY_THE_ENGINE = {
     r"515 is beyond '.*short', whose longest context is 512; set it to that or less",
     f"{CD} method.llm.max_model_len=9999": r"method\.llm\.max_model_len: .*9999.* is greater than",
     f"{LARGE} method.llm.max_model_len=100": r"method\.llm\.max_model_len: example 0 has 347",
+    f"{CD} method=cd_chef method.gamma=[2,3]": r"method\.gamma: \[2, 3\] has no 1; .*gamma 1",
+    f"{CD} method=cd_chef method.amateur_model=wide": r"method\.model/amateur_model: .*same voc",
+    f"{CD} method.draft_model=wide": r"method\.draft_model: .*same vocabulary size",
     f"{CD} +method.llm.pipeline_parallel_size=2": r"method\.llm\.pipeline_parallel_size: .*leave",
     f"{CD} method.amateur_model=t5": r"method\.model/amateur_model: '.*t5' cannot be a member "
     r"\(encoder-decoder\); members must be",

@@ -90,10 +90,9 @@ class ChefSpeculator(StandaloneARSpeculator):
         """
         cycle = self.cycle
         extra = self.turns.num_before(turn)
-        num_reqs, num_tokens, query_start = self._prepare_tokens(cycle, extra)
-        query_start_np = cycle.batch.query_start_loc_np[: num_reqs + 1]
-        query_start_np = query_start_np + extra * self.arange_np[: num_reqs + 1]
-        hidden_states = self._run(turn, cycle, num_tokens, query_start_np, extra)
+        query_start_np = self._query_start_np(cycle, extra)
+        query_start = self._prepare_tokens(cycle, extra, int(query_start_np[-1]))
+        hidden_states = self._run(turn, cycle, query_start_np, extra)
         self.read_states = hidden_states, query_start
 
         # The columns that the member has to score, at most, back from the one past the end.
@@ -159,21 +158,22 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.stats.add(cycle)
         return end_cycle(self.state, cycle)
 
-    def _prepare_tokens(self, cycle: Cycle, extra: int) -> tuple[int, int, torch.Tensor]:
+    def _prepare_tokens(
+        self, cycle: Cycle, extra: int, num_tokens: int
+    ) -> torch.Tensor:  # [num_reqs + 1]
         """The tokens of the engine step with `extra` more each: what has been decided and proposed
         since. Behind the end of a request come tokens that are overwritten later.
 
-        Returns num_reqs, num_tokens and query_start_loc `[num_reqs + 1]`.
+        Returns query_start_loc.
         """
-        batch, buffers, num_reqs = cycle.batch, self.input_buffers, cycle.num_reqs
-        num_tokens = int(batch.query_start_loc_np[num_reqs]) + num_reqs * extra
-        query_start = batch.query_start_loc[: num_reqs + 1].long()
-        query_start = query_start + extra * self.arange_gpu[: num_reqs + 1]
+        buffers, num_reqs = self.input_buffers, cycle.num_reqs
+        query_lens, start = self._query_lens(cycle, extra), self._start(cycle, extra)
+        query_start = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)])
         request = torch.repeat_interleave(
-            self.arange_gpu[:num_reqs], query_start.diff(), output_size=num_tokens
+            self.arange_gpu[:num_reqs], query_lens, output_size=num_tokens
         ).long()
         offset = torch.arange(num_tokens, device=self.device) - query_start[request]
-        positions = self._start(cycle, extra)[request] + offset
+        positions = start[request] + offset
         column = positions - cycle.first[request]
         known = self.all_token_ids[cycle.slots[request], positions].long()
         pending = cycle.tokens[request, column.clamp(0, cycle.tokens.shape[1] - 1)]
@@ -181,15 +181,24 @@ class ChefSpeculator(StandaloneARSpeculator):
         buffers.input_ids[:num_tokens] = torch.where(column < 0, known, pending)
         buffers.positions[:num_tokens] = positions
         self._fill_query_start(query_start, num_reqs)
-        buffers.seq_lens[:num_reqs] = self._start(cycle, extra) + query_start.diff()
+        buffers.seq_lens[:num_reqs] = start + query_lens
         buffers.seq_lens[num_reqs:] = 0
-        return num_reqs, num_tokens, query_start
+        return query_start
+
+    def _query_lens(self, cycle: Cycle, extra: int) -> torch.Tensor:  # [num_reqs]
+        query_lens = cycle.batch.query_start_loc[: cycle.num_reqs + 1].long().diff()
+        return (query_lens + extra).clamp(max=self.max_model_len)
+
+    def _query_start_np(self, cycle: Cycle, extra: int) -> np.ndarray:  # [num_reqs + 1]
+        query_lens = np.diff(cycle.batch.query_start_loc_np[: cycle.num_reqs + 1]) + extra
+        query_start = np.zeros(cycle.num_reqs + 1, dtype=np.int32)
+        np.cumsum(np.minimum(query_lens, self.max_model_len), out=query_start[1:])
+        return query_start
 
     def _start(self, cycle: Cycle, extra: int) -> torch.Tensor:  # [num_reqs]
         """Position of the first token that a turn reads: as the engine step, or before it where
         the context would end; reading a token again changes nothing."""
-        query_lens = cycle.batch.query_start_loc[: cycle.num_reqs + 1].long().diff() + extra
-        return torch.minimum(cycle.start, (self.max_model_len - query_lens).clamp(min=0))
+        return torch.minimum(cycle.start, self.max_model_len - self._query_lens(cycle, extra))
 
     def _read_one(self, turn: int, cycle: Cycle, step: int) -> torch.Tensor:
         """The member's logits `[num_reqs, vocab_size]` after the last token of each request."""
@@ -201,13 +210,18 @@ class ChefSpeculator(StandaloneARSpeculator):
         self._fill_query_start(self.arange_gpu[: num_reqs + 1], num_reqs)
         extra = self.turns.num_before(turn) + 1 + step
         query_start_np = self.arange_np[: num_reqs + 1]
-        return self._logits(turn, self._run(turn, cycle, num_reqs, query_start_np, extra))[:, 0]
+        return self._logits(turn, self._run(turn, cycle, query_start_np, extra))[:, 0]
 
     def _run(
-        self, turn: int, cycle: Cycle, num_tokens: int, query_start_np: np.ndarray, extra: int
+        self,
+        turn: int,
+        cycle: Cycle,
+        query_start_np: np.ndarray,  # [num_reqs + 1]
+        extra: int,
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
-        """One pass of the turn's member over the first `num_tokens` of the input buffers."""
+        """One pass of the turn's member over what is in the input buffers."""
         buffers, num_reqs = self.input_buffers, cycle.num_reqs
+        num_tokens = int(query_start_np[-1])
         slot_mappings = self.block_tables.compute_slot_mappings(
             cycle.slots,
             buffers.query_start_loc[: num_reqs + 1],

@@ -1,0 +1,123 @@
+"""Members that take turns sample from the ensemble's distribution, whatever is accepted.
+
+A narrow vocabulary, so that few draws show a bias; several sampling parameters in one batch.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from engines import P_VALUE, chi_square_p_value, engine, generate, sampled
+from test_plain_ensemble import process
+from tiny_models import llama_config, load_reference, next_logits, save_model, save_noisy_copy
+
+import vllm.chef.verifier
+
+VOCAB_SIZE = 12
+NUM_DRAWS = 1000
+NUM_TOKENS = 4
+PROMPT = [1, 2, 3, 4]
+PARAMETERS = [
+    dict(temperature=1.0),
+    dict(temperature=0.6, top_p=0.8),
+    dict(temperature=1.5, top_k=5, repetition_penalty=1.3),
+    dict(temperature=0.9, min_p=0.1),
+]
+WEIGHTS = {2: [0.6, 0.4], 3: [0.5, 0.3, 0.2]}
+# target, number of members, turns, tokens carried from step to step
+CASES = {
+    "raw-logits": ("raw-logits", 2, dict(gamma=[1, 2]), 2),
+    "logits": ("logits", 2, dict(gamma=1), 1),
+    "probs": ("probs", 2, dict(gamma=[3, 1]), 3),
+    "probs-3": ("probs", 3, dict(gamma=[1, 2, 1]), 3),
+    "raw-logits-3": ("raw-logits", 3, dict(gamma=[1, 1, 1]), 2),
+    "sd": ("probs", 2, dict(policy="sd", gamma=2), 2),
+    "sd-3": ("logits", 3, dict(policy="sd", gamma=2), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("models")
+    first = save_model(root / "0", llama_config(vocab_size=VOCAB_SIZE), seed=0)
+    return [first] + [save_noisy_copy(root / str(s), first, s, 0.02 * s) for s in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def references(models: list[str]) -> list[torch.nn.Module]:
+    return [load_reference(path) for path in models]
+
+
+def distribution(
+    target: str, references: list[torch.nn.Module], prefix: list[int], params: dict[str, Any]
+) -> torch.Tensor:
+    logits = [next_logits(m, prefix) for m in references]
+    weights = WEIGHTS[len(references)]
+    params = dict(params)
+    penalty = params.pop("repetition_penalty", 1.0)
+
+    def processed(scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        seen = list({*prefix})
+        scores[seen] = torch.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+        return process(scores, **params)
+
+    def weighted(scores: list[torch.Tensor]) -> torch.Tensor:
+        return sum(w * x for w, x in zip(weights, scores, strict=True))
+
+    if target == "raw-logits":
+        return processed(weighted(logits)).softmax(-1)
+    if target == "logits":
+        return weighted([processed(x) for x in logits]).softmax(-1)
+    return weighted([processed(x).softmax(-1) for x in logits])
+
+
+def p_values(case: str, models: list[str], references: list[torch.nn.Module]) -> list[float]:
+    """Of every position, given the likeliest token at each position before."""
+    target, num_members, chef, window = CASES[case]
+    ensemble = dict(
+        extra_model=models[1:num_members],
+        ensemble_fn="weighted",
+        weights=WEIGHTS[num_members],
+        ensemble_target=target,
+    )
+    params = [
+        sampled(NUM_TOKENS, seed=seed, **parameters)
+        for seed in range(NUM_DRAWS)
+        for parameters in PARAMETERS
+    ]
+    with engine(models[0], ensemble, chef, window) as llm:
+        draws = generate(llm, [PROMPT] * len(params), params)
+        stats = llm.collective_rpc("turn_stats")[0]
+    accepted = sum(sum(row) for row in stats["num_accepted"])
+    judged = sum(sum(row) for row in stats["num_judged"])
+    assert 0.3 * judged < accepted < 0.99 * judged, "acceptance and rejection are both at work"
+    found = []
+    for at, parameters in enumerate(PARAMETERS):
+        sequences, prefix = [list(o.token_ids) for o in draws[at :: len(PARAMETERS)]], list(PROMPT)
+        for position in range(NUM_TOKENS):
+            probs = distribution(target, references[:num_members], prefix, parameters)
+            found.append(chi_square_p_value([tokens[position] for tokens in sequences], probs))
+            ((best, _),) = Counter(tokens[position] for tokens in sequences).most_common(1)
+            sequences = [tokens for tokens in sequences if tokens[position] == best]
+            prefix.append(best)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_turns_sample_from_the_ensemble(case, models, references):
+    assert min(p_values(case, models, references)) > P_VALUE
+
+
+@pytest.mark.parametrize("mutation", ["always-uniform", "target-not-residual"])
+def test_a_broken_acceptance_rule_is_found(mutation, models, references, monkeypatch):
+    """The test above fails where proposals are judged by a distribution they do not have."""
+    verify = vllm.chef.verifier.rejection_sample
+
+    def broken(target_logits, proposal_logits, *args, **kwargs):
+        wrong = None if mutation == "target-not-residual" else torch.zeros_like(proposal_logits)
+        return verify(target_logits, wrong, *args, **kwargs)
+
+    monkeypatch.setattr(vllm.chef.verifier, "rejection_sample", broken)
+    assert min(p_values("raw-logits", models, references)) < P_VALUE
