@@ -137,10 +137,11 @@ def begin_cycle(
     query_start = batch.query_start_loc[: num_reqs + 1].long()
     seq_lens = batch.seq_lens[:num_reqs].long()
     num_drafts = cu_num_logits.diff() - 1
-    first = seq_lens - num_drafts
-    # vLLM may schedule less than the whole window: at the end of a context, or nothing at all
-    # after a preemption. What is left out falls.
+    first, start = seq_lens - num_drafts, seq_lens - query_start.diff()
+    # vLLM may schedule less than the whole window, at the end of a context for example. What is
+    # left out falls. Drafts of a request whose prompt is read in this step only fill a batch up.
     limit = num_drafts if num_acceptable is None else torch.minimum(num_drafts, num_acceptable)
+    limit = limit.masked_fill(start < prefill_len[slots], 0)
     ends = torch.minimum(state.lengths[slots, 1:].cumsum(1), limit[:, None])
     zero = ends.new_zeros(num_reqs, 1)
     lengths = torch.cat([zero, ends.diff(dim=1, prepend=zero)], dim=1)
@@ -160,7 +161,7 @@ def begin_cycle(
         num_turns=len(state.turns),
         slots=slots,
         active=seq_lens >= prefill_len[slots],
-        start=seq_lens - query_start.diff(),
+        start=start,
         first=first,
         num_drafts=num_drafts,
         lengths=lengths,
