@@ -1,0 +1,116 @@
+"""Who opens a step, who follows, what is decided when: the turns and their configuration."""
+
+import pytest
+
+from vllm.chef.config import ChefConfig
+from vllm.chef.turns import Turn, Turns, chef_turns, sd_turns, spread_gamma
+
+ALL = (True, True, True)
+
+
+def members(turns: Turns) -> list[int]:
+    return [turn.members[0] for turn in turns.turns]
+
+
+def test_the_costliest_that_proposes_one_token_opens():
+    assert members(chef_turns([1, 5], [10, 1], ALL[:2])) == [0, 1]
+    assert members(chef_turns([5, 1], [1, 10], ALL[:2])) == [1, 0]
+    assert members(chef_turns([1, 1], [3, 3], ALL[:2])) == [0, 1]
+    # Those with most proposals last, so that what they propose is seen by all others at once.
+    assert members(chef_turns([4, 1, 2], [1, 9, 5], ALL)) == [1, 2, 0]
+    assert members(chef_turns([1, 1, 1], [1, 2, 3], ALL)) == [2, 0, 1]
+
+
+def test_a_member_without_a_say_never_opens():
+    assert members(chef_turns([1, 1, 1], [1, 2, 3], (True, True, False))) == [1, 0, 2]
+    with pytest.raises(ValueError, match=r"^method\.gamma: \[2, 1\] has no 1; .*gamma 1$"):
+        chef_turns([2, 1], [1, 2], (True, False))
+
+
+def test_turn_order_is_checked():
+    assert members(chef_turns([1, 2, 1], [1, 1, 1], ALL, [2, 1, 0])) == [2, 1, 0]
+    for order in ([0, 1], [0, 1, 1], [0, 1, 3]):
+        with pytest.raises(ValueError, match=r"^method\.turn_order: .*each member once"):
+            chef_turns([1, 1, 1], [1, 1, 1], ALL, order)
+    with pytest.raises(ValueError, match=r"^method\.turn_order: member 1 cannot open"):
+        chef_turns([1, 2, 1], [1, 1, 1], ALL, [1, 0, 2])
+
+
+def test_one_number_is_the_cheapest_members():
+    assert spread_gamma(5, [10, 1]) == [1, 5]
+    assert spread_gamma(5, [1, 10]) == [5, 1]
+    assert spread_gamma(3, [2, 2, 2]) == [1, 1, 3]
+
+
+def test_three_members():
+    turns = chef_turns([1, 2, 3], [9, 5, 1], ALL)
+    assert (turns.window, turns.draws, turns.last_scorer) == (5, False, 2)
+    # Each call decides the segment of the turn after it; the last, the opener's proposal.
+    assert [turns.num_decidable(t) for t in range(3)] == [1, 2, 3]
+    assert [turns.max_decided(t) for t in range(3)] == [2, 5, 6]
+    assert [turns.num_before(t) for t in range(3)] == [0, 1, 3]
+    assert [turns.num_unscored(t) for t in range(3)] == [6, 5, 4]
+    assert [turns.num_passes(t) for t in (1, 2)] == [1, 2]
+
+
+def test_a_proposer_outside_the_ensemble_is_never_waited_for():
+    turns = chef_turns([1, 1, 4], [9, 5, 1], (True, True, False))
+    assert members(turns) == [0, 1, 2]
+    assert turns.last_scorer == 1
+    # After the second call all that the third member proposed is decided, and the first's token.
+    assert [turns.num_decidable(t) for t in range(3)] == [1, 3, 0]
+    assert turns.max_decided(1) == 6
+
+
+def test_sd():
+    turns = sd_turns(3, 4)
+    assert turns.turns == (Turn((0, 1), 0), Turn((2,), 4))
+    assert (turns.window, turns.draws, turns.last_scorer) == (4, True, 1)
+    assert [turns.max_decided(t) for t in range(2)] == [4, 4]
+    # One pass more: the token that was drawn goes through before anything is proposed.
+    assert turns.num_passes(1) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(gamma=0), r"^method\.gamma: 0 is out of range"),
+        (dict(gamma=True), r"^method\.gamma: True is out of range"),
+        (dict(gamma=[1, 2.5]), r"^method\.gamma: 2\.5 is out of range"),
+        (dict(gamma="5"), r"^method\.gamma: '5' is out of range"),
+        (dict(policy="best"), r"^additional_config\.chef\.policy: unknown policy 'best'"),
+        (dict(policy="sd", gamma=[1, 2]), r"^method\.gamma: \[1, 2\] is a list"),
+        (dict(policy="sd", turn_order=[1, 0]), r"^method\.turn_order: .*leave it out"),
+        (dict(turn_order=["a"]), r"^method\.turn_order: \['a'\] is no list of members"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        ChefConfig(**config)
+
+
+@pytest.mark.parametrize(
+    ("config", "scores", "message"),
+    [
+        (dict(gamma=[1, 2]), ALL, r"^method\.gamma: \[1, 2\] has 2 entries for 3 members"),
+        (dict(gamma=[2, 2, 3]), ALL, r"^method\.gamma: \[2, 2, 3\] has no 1"),
+        (dict(), (True, False, False), r"^method\.weights: fewer than two members have a say"),
+        (dict(), (False, True, True), r"^method\.weights: the first member has weight 0"),
+        (dict(policy="sd"), (True, True, False), r"^method\.weights: every member of \*_sd"),
+    ],
+)
+def test_turns_that_do_not_fit_the_members_are_refused(config, scores, message):
+    with pytest.raises(ValueError, match=message):
+        ChefConfig(**config).make_turns([3.0, 2.0, 1.0], scores)
+
+
+def test_plain_data_and_back():
+    config = ChefConfig(gamma=[1, 3], turn_order=[0, 1])
+    data = config.to_dict()
+    assert data == {"gamma": [1, 3], "policy": "chef", "turn_order": [0, 1]}
+    assert ChefConfig.from_additional_config({"chef": data}) == config
+    for data in (None, {}, {"chef": 5}):
+        with pytest.raises(ValueError, match=r"^additional_config\.chef: missing"):
+            ChefConfig.from_additional_config(data)
+    with pytest.raises(ValueError, match=r"^additional_config\.chef\.gama: unknown key"):
+        ChefConfig.from_additional_config({"chef": {"gama": 1}})
