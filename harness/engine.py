@@ -3,6 +3,7 @@
 Knows token ids and sampling parameters; knows neither data sets nor files.
 """
 
+import gc
 import itertools
 import logging
 import os
@@ -11,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness.proposals import of_draft_model, of_turns
 from triton_cpu_interpreter import is_cpu_build
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
 # vLLM kills its processes after five seconds; on a busy machine they then leave things behind.
 SHUTDOWN_TIMEOUT_S = 60
@@ -73,31 +76,45 @@ class Engine:
     Args:
         llm_engine: vLLM's engine.
         sampling_params: vLLM's sampling parameters by name, for every request.
+        takes_turns: whether its worker is a `ChefWorker`, which counts the proposals itself.
     """
 
-    def __init__(self, llm_engine: "LLMEngine", sampling_params: dict[str, Any]) -> None:
+    def __init__(
+        self, llm_engine: "LLMEngine", sampling_params: dict[str, Any], takes_turns: bool = False
+    ) -> None:
         self._llm_engine = llm_engine
         self._sampling_params = sampling_params
+        self._takes_turns = takes_turns
         self._request_ids = map(str, itertools.count())
+        self._drafts: list[RequestSpecDecodeMetrics] = []
 
     @classmethod
-    def start(cls, config: "VllmConfig", sampling_params: dict[str, Any]) -> "Engine":
+    def start(
+        cls, config: "VllmConfig", sampling_params: dict[str, Any], takes_turns: bool
+    ) -> "Engine":
         """Load the weights."""
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        # vLLM collects garbage a dozen times as it starts; without this each looks through all
+        # that is imported, and takes half a second on a CPU.
+        gc.freeze()
         llm_engine = LLMEngine.from_vllm_config(
             config, UsageContext.LLM_CLASS, disable_log_stats=True
         )
-        return cls(llm_engine, sampling_params)
+        return cls(llm_engine, sampling_params, takes_turns)
 
     def close(self) -> None:
         self._llm_engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
 
     def warm_up(self, request: Request, num_tokens: int = 8) -> None:
-        """Run everything once that compiles or allocates on first use; leaves no cached prefix."""
+        """Run everything once that compiles or allocates on first use; leaves no cached prefix,
+        and nothing counted."""
         list(self.generate([request], None, max_tokens=num_tokens, min_tokens=0))
         self._llm_engine.reset_prefix_cache()
+        self._drafts.clear()
+        if self._takes_turns:
+            self._llm_engine.collective_rpc("reset_turn_stats")
 
     def generate(
         self, requests: Sequence[Request], batch_size: int | None, **overrides: Any
@@ -113,6 +130,8 @@ class Engine:
                 if output.finished:
                     index, start = started.pop(output.request_id)
                     first = output.outputs[0]
+                    if first.spec_decode_metrics is not None:
+                        self._drafts.append(first.spec_decode_metrics)
                     yield Completion(
                         index=index,
                         text=first.text,
@@ -124,6 +143,13 @@ class Engine:
     def synchronize(self) -> None:
         """Wait for the device, in whatever process the workers are."""
         self._llm_engine.collective_rpc("synchronize_device")
+
+    def proposals(self) -> dict[str, Any]:
+        """What became of the tokens proposed since the warm-up; empty where none are proposed."""
+        if self._takes_turns:
+            # Every worker counts the same.
+            return of_turns(self._llm_engine.collective_rpc("turn_stats")[0])
+        return of_draft_model(self._drafts)
 
     def _submit(self, request: Request, overrides: dict[str, Any]) -> str:
         from vllm import SamplingParams

@@ -7,14 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError, one_line
-from harness.methods import MethodSpec
+from harness.methods import METHODS, MethodSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def make_engine_config(spec: MethodSpec, seed: int) -> "VllmConfig":
+def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConfig":
     """The configuration of an engine that runs `spec`. No weight is loaded.
+
+    Args:
+        num_slots: requests in flight, at most; where the user leaves `max_num_seqs` open, vLLM
+            need not make room for more.
 
     Raises:
         ConfigError: what vLLM or the ensemble cannot do.
@@ -26,9 +30,17 @@ def make_engine_config(spec: MethodSpec, seed: int) -> "VllmConfig":
 
     arguments = {"use_tqdm_on_load": False, **spec.engine_args, "seed": seed}
     _check_known("method.llm", arguments, EngineArgs.__dataclass_fields__)
+    if "speculative_config" in arguments and spec.turns is None:
+        arguments["per_request_spec_decode_metrics"] = "detailed"
     try:
-        config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
-        if "additional_config" in arguments:
+        engine_args = EngineArgs(**arguments)
+        if "max_num_seqs" not in arguments:
+            _, defaults = EngineArgs.get_batch_defaults(world_size=1)
+            engine_args.max_num_seqs = min(num_slots, defaults[UsageContext.LLM_CLASS])
+        config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
+        if spec.turns is not None:
+            _check_turns(config, spec)
+        elif "additional_config" in arguments:
             check_ensemble(config)
         _check_draft_model(config, spec)
     except (ValueError, OSError) as error:  # OSError: files of a model that are missing
@@ -62,6 +74,19 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
         raise ConfigError(f"method.generate{key}: {one_line(error)}") from error
 
 
+def _check_turns(config: "VllmConfig", spec: MethodSpec) -> None:
+    from vllm.chef.config import check_chef, max_scheduled_tokens
+
+    if "max_num_scheduled_tokens" not in spec.engine_args:
+        scheduler = config.scheduler_config
+        limit = max_scheduled_tokens(config, spec.turns)
+        # A limit below 1 is refused by the check, which says why.
+        scheduler.max_num_scheduled_tokens = min(
+            scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens, max(1, limit)
+        )
+    check_chef(config)
+
+
 def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
     """With another tokenizer a draft's proposals mean something else, and none is accepted."""
     from vllm.ensemble_decode.members import check_vocabularies
@@ -75,9 +100,14 @@ def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
 
 def _named(error: Exception, spec: MethodSpec) -> str:
     """The error in one line that begins with a key; vLLM knows no keys of ours."""
+    text = _with_key(error, spec)
+    # The ensemble knows one name for all members but the first.
+    is_cd = "amateur_model" in METHODS[spec.name].keys
+    return text.replace("extra_model", "amateur_model") if is_cd else text
+
+
+def _with_key(error: Exception, spec: MethodSpec) -> str:
     text = one_line(error)
-    if spec.name == "cd":  # the ensemble knows one name for all members but the first
-        text = text.replace("extra_model", "amateur_model")
     if text.startswith(("method.", "additional_config.", "VLLM_")):
         return text
     details = error.errors()[0] if hasattr(error, "errors") else {}
@@ -87,7 +117,11 @@ def _named(error: Exception, spec: MethodSpec) -> str:
     field = field or next((name for name in arguments if name in text), None)
     if field:
         return f"method.llm.{field}: {text}"
-    draft = "method.draft_model" if spec.name == "sd" else "method.llm.speculative_config"
+    draft = "method.llm.speculative_config"
+    if "draft_model" in spec.parameters:
+        draft = "method.draft_model"
+    elif spec.turns is not None:  # the draft model that vLLM sees is a member
+        draft = "method.model/extra_model"
     classes = {"ModelConfig": "method.model", "SpeculativeConfig": draft}
     return f"{classes.get(getattr(error, 'title', ''), 'method.llm')}: {text}"
 

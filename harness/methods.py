@@ -3,19 +3,33 @@
 Plain data in, plain data out; starts no engine and loads nothing but model configs.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.errors import ConfigError, one_line
 from harness.models import resolve_member, resolve_model
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+    from vllm.chef.turns import Turns
+    from vllm.ensemble_decode import EnsembleConfig
+
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
+CHEF_WORKER = "vllm.chef.worker.ChefWorker"
 # Keys under method.llm that are the ensemble's and not vLLM's.
 ENSEMBLE_KEYS = ("ensemble_fn", "ensemble_target", "ensemble_args")
 # Keys under method.llm that every run decides: one engine, whose prompts are text.
-RUN_KEYS = ("model", "seed", "skip_tokenizer_init", "data_parallel_size")
+RUN_KEYS = (
+    "model",
+    "seed",
+    "skip_tokenizer_init",
+    "data_parallel_size",
+    "per_request_spec_decode_metrics",
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,9 @@ class MethodSpec:
         members: the models whose distributions decide, resolved, in the user's order.
         engine_args: vLLM engine arguments by name.
         sampling_params: vLLM sampling parameters by name, only those that are set.
-        parameters: the method's own, for the record (alpha, weights, gamma, draft_model).
+        parameters: the method's own, for the record (alpha, weights, gamma, draft_model,
+            turn_order).
+        turns: of members that take turns; None for all other methods.
     """
 
     name: str
@@ -35,6 +51,7 @@ class MethodSpec:
     engine_args: dict[str, Any]
     sampling_params: dict[str, Any]
     parameters: dict[str, Any] = field(default_factory=dict)
+    turns: "Turns | None" = None
 
 
 def make_spec(method: Mapping[str, Any]) -> MethodSpec:
@@ -79,22 +96,70 @@ def _sd(method: Mapping[str, Any]) -> MethodSpec:
     )
 
 
-def _cd(method: Mapping[str, Any]) -> MethodSpec:
-    return _ensemble_spec(
-        method,
-        [("method.model", method["model"]), ("method.amateur_model", method["amateur_model"])],
-    )
+def _plain(method: Mapping[str, Any]) -> MethodSpec:
+    """All members on every token; where a draft model is given it proposes and has no say."""
+    named = _named_members(method)
+    proposer, parameters = {}, {}
+    if method.get("draft_model") is not None:
+        if method["llm"].get("speculative_config") is not None:
+            raise ConfigError(
+                "method.draft_model: method.llm.speculative_config asks for a proposer as well; "
+                "leave one of them out"
+            )
+        gamma = _check_gamma(method.get("gamma"))
+        draft_model = resolve_model(method["draft_model"], "method.draft_model")
+        parameters = {"draft_model": draft_model, "gamma": gamma}
+        proposer["speculative_config"] = {
+            "method": "draft_model",
+            "model": draft_model,
+            "num_speculative_tokens": gamma,
+            # Where tokens are sampled, draws are accepted more often than the likeliest token.
+            "draft_sample_method": "probabilistic",
+        }
+    members = _resolve_members(named)
+    ensemble, recorded = _ensemble(method, members)
+    engine_args = {
+        "worker_cls": ENSEMBLE_WORKER,
+        "additional_config": {"ensemble": ensemble.to_dict()},
+        **proposer,
+    }
+    if method["llm"].get("max_model_len") is None:
+        engine_args["max_model_len"] = _longest_context(_model_configs(method, named, members))
+    return _spec(method, members, engine_args, {**recorded, **parameters})
 
 
-def _ensemble(method: Mapping[str, Any]) -> MethodSpec:
-    extra = method["extra_model"]
-    names = [extra] if isinstance(extra, str) else extra
-    if not isinstance(names, (list, tuple)) or not names:
-        raise ConfigError(
-            f"method.extra_model: {extra!r} names no other model; give a name or a list of names"
-        )
-    others = [("method.extra_model", name) for name in names]
-    return _ensemble_spec(method, [("method.model", method["model"]), *others])
+def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
+    """Members that propose in turn (`chef`), or of which the last always proposes (`sd`)."""
+
+    def make_spec(method: Mapping[str, Any]) -> MethodSpec:
+        named = _named_members(method)
+        members = _resolve_members(named)
+
+        from vllm.chef.config import CONFIG_KEY, ChefConfig
+
+        with _errors_of_keys():
+            chef = ChefConfig(method["gamma"], policy, method.get("turn_order"))
+        ensemble, parameters = _ensemble(method, members)
+        configs = _model_configs(method, named, members)
+        turns = _make_turns(chef, configs, ensemble)
+        engine_args = {
+            "worker_cls": CHEF_WORKER,
+            "additional_config": {"ensemble": ensemble.to_dict(), CONFIG_KEY: chef.to_dict()},
+            # How vLLM carries the tokens that are pending from step to step.
+            "speculative_config": {
+                "method": "draft_model",
+                "model": members[turns[-1].members[0]],
+                "num_speculative_tokens": turns.window,
+            },
+        }
+        if method["llm"].get("max_model_len") is None:
+            engine_args["max_model_len"] = _longest_context(configs)
+        order = [(member, turn.gamma) for turn in turns.turns for member in turn.members]
+        gamma = chef.gamma if policy == "sd" else [gamma for _, gamma in sorted(order)]
+        parameters |= {"gamma": gamma, "turn_order": [member for member, _ in order]}
+        return _spec(method, members, engine_args, parameters, turns)
+
+    return make_spec
 
 
 class Method(NamedTuple):
@@ -108,46 +173,85 @@ COMMON_KEYS = ("model", "generate", "llm")
 METHODS = {
     "large_model": Method(_large_model, ()),
     "sd": Method(_sd, ("draft_model", "gamma")),
-    "cd": Method(_cd, ("amateur_model", "alpha", "weights")),
-    "ensemble": Method(_ensemble, ("extra_model", "alpha", "weights")),
+    "cd": Method(_plain, ("amateur_model", "alpha", "weights", "draft_model", "gamma")),
+    "cd_sd": Method(_by_turns("sd"), ("amateur_model", "alpha", "weights", "gamma")),
+    "cd_chef": Method(
+        _by_turns("chef"), ("amateur_model", "alpha", "weights", "gamma", "turn_order")
+    ),
+    "ensemble": Method(_plain, ("extra_model", "alpha", "weights", "draft_model", "gamma")),
+    "ensemble_sd": Method(_by_turns("sd"), ("extra_model", "alpha", "weights", "gamma")),
+    "ensemble_chef": Method(
+        _by_turns("chef"), ("extra_model", "alpha", "weights", "gamma", "turn_order")
+    ),
 }
 
 
-def _ensemble_spec(method: Mapping[str, Any], named: list[tuple[str, Any]]) -> MethodSpec:
-    """`named`: the configuration key and the name of each member."""
-    members = tuple(resolve_member(name, key) for key, name in named)
-    parameters = {key: method[key] for key in ("alpha", "weights") if method.get(key) is not None}
-    functions = {key: method["llm"].get(key) for key in ENSEMBLE_KEYS}
-    functions["ensemble_args"] = functions["ensemble_args"] or {}
-    engine_args = {
-        "worker_cls": ENSEMBLE_WORKER,
-        "additional_config": {"ensemble": _ensemble_config(members, **parameters, **functions)},
-    }
-    if method["llm"].get("max_model_len") is None:
-        engine_args["max_model_len"] = min(
-            _longest_context(key, member, method["llm"])
-            for (key, _), member in zip(named, members, strict=True)
+def _named_members(method: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The configuration key and the name of each member, in the user's order."""
+    first = ("method.model", method["model"])
+    if "amateur_model" in METHODS[method["name"]].keys:
+        return [first, ("method.amateur_model", method["amateur_model"])]
+    extra = method["extra_model"]
+    names = [extra] if isinstance(extra, str) else extra
+    if not isinstance(names, (list, tuple)) or not names:
+        raise ConfigError(
+            f"method.extra_model: {extra!r} names no other model; give a name or a list of names"
         )
-    return _spec(method, members, engine_args, {**parameters, **functions})
+    return [first, *(("method.extra_model", name) for name in names)]
 
 
-def _ensemble_config(members: tuple[str, ...], **parameters: Any) -> dict[str, Any]:
+def _resolve_members(named: list[tuple[str, Any]]) -> tuple[str, ...]:
+    return tuple(resolve_member(name, key) for key, name in named)
+
+
+def _ensemble(
+    method: Mapping[str, Any], members: tuple[str, ...]
+) -> tuple["EnsembleConfig", dict[str, Any]]:
+    """The ensemble, and its parameters for the record."""
     from vllm.ensemble_decode import EnsembleConfig
 
-    try:
-        return EnsembleConfig(extra_model=members[1:], **parameters).to_dict()
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from error
+    parameters = {key: method[key] for key in ("alpha", "weights") if method.get(key) is not None}
+    parameters |= {key: method["llm"].get(key) for key in ENSEMBLE_KEYS}
+    parameters["ensemble_args"] = parameters["ensemble_args"] or {}
+    with _errors_of_keys():
+        return EnsembleConfig(extra_model=members[1:], **parameters), parameters
 
 
-def _longest_context(key: str, model: str, llm: Mapping[str, Any]) -> int:
+def _model_configs(
+    method: Mapping[str, Any], named: list[tuple[str, Any]], members: tuple[str, ...]
+) -> list["ModelConfig"]:
     from vllm.config import ModelConfig
 
-    trust = bool(llm.get("trust_remote_code"))
+    trust = bool(method["llm"].get("trust_remote_code"))
+    configs = []
+    for (key, _), member in zip(named, members, strict=True):
+        with _errors_of_keys(f"{key}: '{member}': "):
+            configs.append(ModelConfig(model=member, trust_remote_code=trust))
+    return configs
+
+
+def _longest_context(configs: list["ModelConfig"]) -> int:
+    return min(config.max_model_len for config in configs)
+
+
+def _make_turns(chef: Any, configs: list["ModelConfig"], ensemble: "EnsembleConfig") -> "Turns":
+    from vllm.chef.config import relative_cost
+
+    with _errors_of_keys():
+        return chef.make_turns(
+            [relative_cost(config) for config in configs], ensemble.make_function().counted
+        )
+
+
+@contextlib.contextmanager
+def _errors_of_keys(prefix: str = "") -> Iterator[None]:
+    """A ValueError within is bad input; its text, behind `prefix`, begins with the key."""
     try:
-        return ModelConfig(model=model, trust_remote_code=trust).max_model_len
+        yield
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise ConfigError(f"{key}: '{model}': {one_line(error)}") from error
+        raise ConfigError(f"{prefix}{one_line(error)}") from error
 
 
 def _spec(
@@ -155,6 +259,7 @@ def _spec(
     members: tuple[str, ...],
     engine_args: dict[str, Any],
     parameters: dict[str, Any],
+    turns: "Turns | None" = None,
 ) -> MethodSpec:
     given = {k: v for k, v in _set_only(method["llm"]).items() if k not in ENSEMBLE_KEYS}
     for key in given.keys() & {*RUN_KEYS, *engine_args}:
@@ -170,6 +275,7 @@ def _spec(
         engine_args={"model": members[0], **_platform_defaults(), **given, **engine_args},
         sampling_params=generate,
         parameters=parameters,
+        turns=turns,
     )
 
 

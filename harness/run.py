@@ -19,6 +19,7 @@ from harness.engine_config import check_sampling_params, make_engine_config
 from harness.errors import ConfigError, one_line
 from harness.methods import MethodSpec, make_spec
 from harness.prompts import load_tokenizer, make_requests
+from harness.proposals import rows
 from harness.results import RunDirectory, table
 from tasks import Example, Task, load_task, select
 
@@ -41,20 +42,24 @@ def run(config: DictConfig, directory: str) -> dict[str, Any]:
 
     configure_process(plain["verbose"])
     spec = make_spec(_with_task_defaults(plain["method"], task))
-    engine_config = make_engine_config(spec, plain["seed"])
+    num_slots = min(len(examples), plain["batch_size"] or len(examples))
+    engine_config = make_engine_config(spec, plain["seed"], num_slots)
     tokenizer = load_tokenizer(engine_config.model_config)
     check_sampling_params(spec.sampling_params, engine_config, tokenizer)
     max_model_len = engine_config.model_config.max_model_len
     requests = make_requests(examples, tokenizer, max_model_len, plain["seed"])
-    with contextlib.closing(Engine.start(engine_config, spec.sampling_params)) as engine:
+    takes_turns = spec.turns is not None
+    engine = Engine.start(engine_config, spec.sampling_params, takes_turns)
+    with contextlib.closing(engine):
         run_directory.create(OmegaConf.to_yaml(config, resolve=True))
         print(f"results go to {run_directory.path}", flush=True)
         engine.warm_up(requests[0])
         total_time_s = _generate(
             engine, requests, task, examples, plain["batch_size"], run_directory
         )
+        proposals = engine.proposals()
     samples = _score(task, examples, run_directory)
-    summary = _summarize(plain, spec, task, samples, total_time_s)
+    summary = _summarize(plain, spec, task, samples, total_time_s, proposals)
     run_directory.write_summary(summary)
     print(_report(summary), flush=True)
     return summary
@@ -167,6 +172,7 @@ def _summarize(
     task: Task,
     samples: Sequence[Mapping[str, Any]],
     total_time_s: float,
+    proposals: Mapping[str, Any],
 ) -> dict[str, Any]:
     num_tokens = sum(sample["num_tokens"] for sample in samples)
     return {
@@ -181,6 +187,7 @@ def _summarize(
         "tokens_per_second": num_tokens / total_time_s,
         "total_time_s": total_time_s,
         "num_tokens": num_tokens,
+        **proposals,
         "batch_size": plain["batch_size"],
         "generate": spec.sampling_params,
         "versions": _versions(),
@@ -216,5 +223,6 @@ def _report(summary: Mapping[str, Any]) -> str:
             "tokens": summary["num_tokens"],
             "time": f"{summary['total_time_s']:.2f} s",
             "speed": f"{summary['tokens_per_second']:.2f} tokens/s",
+            **rows(summary),
         }
     )

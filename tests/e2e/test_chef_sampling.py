@@ -10,7 +10,16 @@ import pytest
 import torch
 from engines import P_VALUE, chi_square_p_value, engine, generate, sampled
 from test_plain_ensemble import process
-from tiny_models import llama_config, load_reference, next_logits, save_model, save_noisy_copy
+from tiny_models import (
+    llama_config,
+    load_reference,
+    next_logits,
+    save_byte_tokenizer,
+    save_model,
+    save_noisy_copy,
+)
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 import vllm.chef.verifier
 
@@ -108,6 +117,51 @@ def p_values(case: str, models: list[str], references: list[torch.nn.Module]) ->
 @pytest.mark.parametrize("case", CASES)
 def test_turns_sample_from_the_ensemble(case, models, references):
     assert min(p_values(case, models, references)) > P_VALUE
+
+
+@pytest.fixture(scope="module")
+def text_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("text-models")
+    first = save_model(root / "0", llama_config(vocab_size=257), seed=0, scale=2.0)
+    models = [first, save_noisy_copy(root / "1", first, seed=1)]
+    for path in models:
+        save_byte_tokenizer(path)
+    return models
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+@pytest.mark.parametrize("policy", ["chef", "sd"])
+def test_a_grammar_leaves_the_distribution_what_it_is(policy, async_scheduling, text_models):
+    """Proposals know no grammar; vLLM leaves those out that it forbids, but they were judged."""
+    ensemble = dict(extra_model=text_models[1:], ensemble_fn="weighted", weights=[0.6, 0.4])
+    chef = dict(gamma=[1, 2] if policy == "chef" else 2, policy=policy)
+    arguments = dict(skip_tokenizer_init=False, async_scheduling=async_scheduling)
+    params = [
+        SamplingParams(
+            seed=seed,
+            max_tokens=3,
+            ignore_eos=True,
+            structured_outputs=StructuredOutputsParams(regex="[ -~]{3}"),
+        )
+        for seed in range(1500)
+    ]
+    with engine(text_models[0], ensemble, chef, 2, **arguments) as llm:
+        prefix = llm.get_tokenizer().encode("ab")
+        allowed = [t for t in range(257) if " " <= llm.get_tokenizer().decode([t])[:1] <= "~"]
+        sequences = [list(out.token_ids) for out in generate(llm, [prefix] * len(params), params)]
+        stats = llm.collective_rpc("turn_stats")[0]
+    assert sum(sum(row) for row in stats["num_accepted"]) > 300
+    members = [load_reference(path) for path in text_models]
+    mask = torch.full((257,), -torch.inf)
+    mask[allowed] = 0
+    for position in range(3):
+        # Each sequence's own prefix, hence a mean of distributions; it makes the test no stricter.
+        texts = torch.tensor([prefix + tokens[:position] for tokens in sequences])
+        with torch.inference_mode():
+            probs = [(m(texts).logits[:, -1] + mask).softmax(-1) for m in members]
+        target = (0.6 * probs[0] + 0.4 * probs[1]).mean(0)
+        drawn = [tokens[position] for tokens in sequences]
+        assert chi_square_p_value(drawn, target) > P_VALUE, f"position {position}"
 
 
 @pytest.mark.parametrize("mutation", ["judged-as-uniform", "always-accepted"])

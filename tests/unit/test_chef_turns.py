@@ -48,7 +48,7 @@ def test_three_members():
     # Each call decides the segment of the turn after it; the last, the opener's proposal.
     assert [turns.num_decidable(t) for t in range(3)] == [1, 2, 3]
     assert [turns.max_decided(t) for t in range(3)] == [2, 5, 6]
-    assert [turns.num_before(t) for t in range(3)] == [0, 1, 3]
+    assert [turns.num_new(t) for t in (1, 2)] == [1, 3]
     assert [turns.num_unscored(t) for t in range(3)] == [6, 5, 4]
     assert [turns.num_passes(t) for t in (1, 2)] == [1, 2]
 
@@ -67,6 +67,7 @@ def test_sd():
     assert turns.turns == (Turn((0, 1), 0), Turn((2,), 4))
     assert (turns.window, turns.draws, turns.last_scorer) == (4, True, 1)
     assert [turns.max_decided(t) for t in range(2)] == [4, 4]
+    assert turns.num_new(1) == 1
     # One pass more: the token that was drawn goes through before anything is proposed.
     assert turns.num_passes(1) == 4
 

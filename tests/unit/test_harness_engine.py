@@ -10,12 +10,22 @@ from types import SimpleNamespace
 import pytest
 
 from harness import engine as engine_module
+from harness import proposals
 from harness.engine import Engine, Request
 from harness.errors import ConfigError
 from harness.prompts import make_requests
 from tasks import Example
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+TURN_STATS = {
+    "num_cycles": 4,
+    "num_tokens": 10,
+    "num_calls": [4, 12],
+    "num_judged": [[2], [4, 3, 0]],
+    "num_accepted": [[1], [3, 0, 0]],
+}
 
 
 class Clock:
@@ -37,6 +47,7 @@ class FakeLLMEngine:
         self.params = {}
         self.most_in_flight = 0
         self.calls = []
+        self.metrics = None
         self.engine_core = SimpleNamespace(
             shutdown=lambda timeout: self.calls.append(f"shutdown after {timeout} s")
         )
@@ -55,7 +66,10 @@ class FakeLLMEngine:
             state[0] += 1
             done, needed = state
             completion = SimpleNamespace(
-                text="x" * done, token_ids=tuple(range(1, done + 1)), finish_reason="length"
+                text="x" * done,
+                token_ids=tuple(range(1, done + 1)),
+                finish_reason="length",
+                spec_decode_metrics=self.metrics,
             )
             outputs.append(
                 SimpleNamespace(
@@ -69,8 +83,9 @@ class FakeLLMEngine:
     def reset_prefix_cache(self) -> None:
         self.calls.append("reset_prefix_cache")
 
-    def collective_rpc(self, method: str) -> None:
+    def collective_rpc(self, method: str) -> list:
         self.calls.append(method)
+        return [TURN_STATS, TURN_STATS] if method == "turn_stats" else [None, None]
 
 
 @pytest.fixture
@@ -147,6 +162,59 @@ def test_device_is_waited_for_in_the_workers(fake):
 def test_close_gives_the_engine_time(fake):
     Engine(fake, {}).close()
     assert fake.calls == [f"shutdown after {engine_module.SHUTDOWN_TIMEOUT_S} s"]
+
+
+# What became of proposals
+
+
+def test_proposals_in_turns_are_the_workers_counts_after_the_warm_up(fake):
+    engine = Engine(fake, {}, takes_turns=True)
+    engine.warm_up(requests(2)[0])
+    assert fake.calls == ["reset_prefix_cache", "reset_turn_stats"]
+    assert engine.proposals() == {
+        "tokens_per_cycle": 2.5,
+        "calls": [4, 12],
+        "acceptance": [1 / 2, 3 / 7],
+        "acceptance_by_position": [[1 / 2], [3 / 4, 0, None]],
+    }
+
+
+def test_worker_answers_what_is_asked():
+    from vllm.chef.worker import ChefWorker
+
+    assert callable(ChefWorker.turn_stats) and callable(ChefWorker.reset_turn_stats)
+
+
+def test_member_that_never_proposes_has_no_acceptance():
+    stats = {**TURN_STATS, "num_judged": [[], [4]], "num_accepted": [[], [4]]}
+    fields = proposals.of_turns(stats)
+    assert (fields["acceptance"], fields["acceptance_by_position"]) == ([None, 1], [[], [1]])
+
+
+def test_proposals_of_a_draft_model_are_counted_by_vllm_after_the_warm_up(fake):
+    from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+
+    fake.metrics = RequestSpecDecodeMetrics.new(3)
+    fake.metrics.observe(3, 3, detailed=True)  # in the warm-up
+    engine = Engine(fake, {})
+    engine.warm_up(requests(1)[0])
+    fake.metrics = RequestSpecDecodeMetrics.new(3)
+    # All accepted; one accepted, the second not; two offered and both accepted.
+    for num_drafted, num_accepted in ((3, 3), (3, 1), (2, 2)):
+        fake.metrics.observe(num_drafted, num_accepted, detailed=True)
+    list(engine.generate(requests(1), None))
+    assert engine.proposals() == {
+        "tokens_per_cycle": 9 / 3,
+        "acceptance": 6 / 7,
+        "acceptance_by_position": [3 / 3, 2 / 3, 1 / 1],
+    }
+    assert proposals.rows(engine.proposals()) == {"acceptance": "0.857", "tokens a cycle": "3.000"}
+
+
+def test_without_proposals_nothing_is_said(fake):
+    engine = Engine(fake, {})
+    list(engine.generate(requests(1), None))
+    assert engine.proposals() == proposals.rows({}) == {}
 
 
 # Requests of examples

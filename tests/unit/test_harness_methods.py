@@ -10,18 +10,19 @@ from tiny_models import llama_config
 
 from harness import methods
 from harness.errors import ConfigError
-from harness.methods import ENSEMBLE_WORKER, METHODS, make_spec
+from harness.methods import CHEF_WORKER, ENSEMBLE_WORKER, METHODS, make_spec
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Model folders without weights; `small` reads 64 tokens, the others 128."""
+    """Model folders without weights; `small` is the cheapest, and reads 64 tokens where the
+    others read 128."""
     root = tmp_path_factory.mktemp("models")
     for name in ("large", "other", "third"):
         llama_config().save_pretrained(root / name)
-    llama_config(max_position_embeddings=64).save_pretrained(root / "small")
+    llama_config(layers=1, max_position_embeddings=64).save_pretrained(root / "small")
     return root
 
 
@@ -109,6 +110,81 @@ def test_ensemble_of_a_list_keeps_its_order(root):
     assert "weights" not in ensemble
 
 
+@pytest.mark.parametrize(
+    ("name", "member"), [("cd", "method.amateur_model"), ("ensemble", "method.extra_model")]
+)
+def test_draft_model_proposes_to_the_plain_ensemble(root, name, member):
+    result = spec(name, f"{member}=other", "method.draft_model=small", "method.gamma=3")
+    assert result.members == (str(root / "large"), str(root / "other"))
+    assert result.engine_args["worker_cls"] == ENSEMBLE_WORKER
+    assert result.engine_args["speculative_config"] == {
+        "method": "draft_model",
+        "model": str(root / "small"),
+        "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic",
+    }
+    recorded = {key: result.parameters[key] for key in ("draft_model", "gamma")}
+    assert recorded == {"draft_model": str(root / "small"), "gamma": 3}
+    assert result.turns is None
+
+
+def test_without_a_draft_model_its_gamma_means_nothing():
+    result = spec("cd", "method.amateur_model=other", "method.gamma=-1")
+    assert "speculative_config" not in result.engine_args
+    assert not {"draft_model", "gamma"} & result.parameters.keys()
+
+
+TURNS = [
+    # name, members after the first, gamma, its gammas, order of the calls, window, carrier
+    ("cd_sd", "small", "3", 3, [0, 1], 3, "small"),
+    ("ensemble_sd", "[small,other]", "4", 4, [0, 1, 2], 4, "other"),
+    ("cd_chef", "small", "3", [1, 3], [0, 1], 3, "small"),
+    ("cd_chef", "small", "[2,1]", [2, 1], [1, 0], 2, "large"),
+    ("ensemble_chef", "[small,other]", "3", [1, 3, 1], [0, 2, 1], 4, "small"),
+    ("ensemble_chef", "[small,other]", "[2,3,1]", [2, 3, 1], [2, 0, 1], 5, "small"),
+]
+
+
+@pytest.mark.parametrize(("name", "others", "gamma", "gammas", "order", "window", "carrier"), TURNS)
+def test_turns(root, name, others, gamma, gammas, order, window, carrier):
+    member = "method.amateur_model" if name.startswith("cd") else "method.extra_model"
+    result = spec(name, f"{member}={others}", f"method.gamma={gamma}")
+    names = ["large", *others.strip("[]").split(",")]
+    assert result.members == tuple(str(root / member) for member in names)
+    assert result.engine_args["worker_cls"] == CHEF_WORKER
+    policy = name.split("_")[1]
+    chef = result.engine_args["additional_config"]["chef"]
+    assert chef == {"policy": policy, "gamma": OmegaConf.create(f"[{gamma}]")[0]}
+    plain = spec(name.split("_")[0], f"{member}={others}")
+    ensemble = plain.engine_args["additional_config"]["ensemble"]
+    assert result.engine_args["additional_config"]["ensemble"] == ensemble
+    assert result.engine_args["speculative_config"] == {
+        "method": "draft_model",
+        "model": str(root / carrier),
+        "num_speculative_tokens": window,
+    }
+    assert result.engine_args["max_model_len"] == 64
+    assert result.turns.window == window
+    assert result.parameters == {**plain.parameters, "gamma": gammas, "turn_order": order}
+
+
+def test_order_of_turns_is_the_users():
+    result = spec("ensemble_chef", "method.extra_model=[small,other]", "method.turn_order=[2,0,1]")
+    assert result.parameters["turn_order"] == [2, 0, 1]
+    assert result.engine_args["additional_config"]["chef"]["turn_order"] == [2, 0, 1]
+
+
+def test_member_of_weight_0_proposes_only():
+    result = spec(
+        "ensemble_chef",
+        "method.extra_model=[other,small]",
+        "method.weights=[0.5,0.5,0]",
+        "method.gamma=4",
+    )
+    assert result.turns.scores == (True, True, False)
+    assert result.parameters["gamma"] == [1, 1, 4]
+
+
 def test_parameters_of_the_function_are_passed_on():
     result = spec(
         "cd",
@@ -160,7 +236,11 @@ def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch
         ("ensemble", ["method.extra_model=null"], r"^method\.extra_model: None names no other"),
         ("ensemble", ["method.extra_model=5"], r"^method\.extra_model: 5 names no other"),
         ("ensemble", ["method.weights=[1,2,3]"], r"^method\.weights: 3 weights for 2 members"),
-        ("ensemble", ["+method.gamma=2"], r"^method\.gamma: ensemble has no such key; it has"),
+        (
+            "ensemble",
+            ["+method.turn_order=[0,1]"],
+            r"^method\.turn_order: ensemble has no such key; it has",
+        ),
         ("ensemble", ["+method.alpha=0.1"], r"^method\.alpha: .* has no parameter 'alpha'"),
         ("cd", ["method.generate.temperature=-1"], r"^method\.generate\.temperature: -1 is out"),
         ("cd", ["method.generate.temperature=inf"], r"^method\.generate\.temperature: inf"),
@@ -174,17 +254,58 @@ def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch
             ["method.llm.speculative_config={method:ngram}"],
             r"^method\.llm\.speculative_config: a run of sd sets it",
         ),
+        ("cd", ["method.draft_model=nope"], r"^method\.draft_model: no model 'nope'"),
+        (
+            "cd",
+            ["method.draft_model=small", "method.gamma=0"],
+            r"^method\.gamma: 0 is out of range; it must be 1",
+        ),
+        (
+            "ensemble",
+            ["method.draft_model=small", "method.llm.speculative_config={method:ngram}"],
+            r"^method\.draft_model: method\.llm\.speculative_config asks .*; leave one of them out",
+        ),
+        (
+            "cd",
+            ["+method.llm.per_request_spec_decode_metrics=none"],
+            r"^method\.llm\.per_request_spec_decode_metrics: a run of cd sets it; leave it out",
+        ),
+        (
+            "cd_chef",
+            ["method.llm.speculative_config={method:ngram}"],
+            r"^method\.llm\.speculative_config: a run of cd_chef sets it; leave it out",
+        ),
+        ("cd_chef", ["method.gamma=0"], r"^method\.gamma: 0 is out of range; it must be 1"),
+        ("cd_chef", ["method.gamma=null"], r"^method\.gamma: None is out of range; it must be 1"),
+        ("cd_chef", ["method.gamma=[2,3]"], r"^method\.gamma: \[2, 3\] has no 1; .* gamma 1"),
+        ("cd_chef", ["method.gamma=[1,2,3]"], r"^method\.gamma: .* 3 entries for 2 members; give"),
+        ("cd_chef", ["method.turn_order=[0,0]"], r"^method\.turn_order: \[0, 0\] must name each"),
+        ("cd_chef", ["method.turn_order=[1,0]"], r"^method\.turn_order: member 1 cannot open"),
+        ("cd_chef", ["method.turn_order=1"], r"^method\.turn_order: 1 is no list of members"),
+        (
+            "cd_chef",
+            ["+method.draft_model=other"],
+            r"^method\.draft_model: cd_chef has no",
+        ),
+        ("cd_sd", ["method.gamma=[1,2]"], r"^method\.gamma: \[1, 2\] is a list, .* one number"),
+        ("cd_sd", ["+method.turn_order=[0,1]"], r"^method\.turn_order: cd_sd has no such key"),
+        ("ensemble_chef", ["method.weights=[1,0]"], r"^method\.weights: fewer than two members"),
+        (
+            "ensemble_sd",
+            ["method.extra_model=[other,third]", "method.weights=[1,1,0]"],
+            r"^method\.weights: every member of \*_sd has a say; leave",
+        ),
     ],
 )
 def test_bad_input_names_the_key(name, overrides, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     others = {
         "sd": "method.draft_model=other",
-        "cd": "method.amateur_model=other",
-        "ensemble": "method.extra_model=other",
+        "cd": "method.amateur_model=small",
+        "ensemble": "method.extra_model=small",
     }
     with pytest.raises(ConfigError, match=message) as caught:
-        spec(name, others[name], *overrides)
+        spec(name, others[name.split("_")[0]], *overrides)
     assert "\n" not in str(caught.value)
 
 

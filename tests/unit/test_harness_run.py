@@ -54,6 +54,7 @@ class FakeEngine:
         self.calls = []
         self.now = 0.0
         self.dies_after = None
+        self.counts = {}
         self.error = None
 
     def perf_counter(self) -> float:
@@ -76,6 +77,10 @@ class FakeEngine:
             index = request.index
             yield Completion(index, "ABC"[index], [65 + index] * (index + 1), "stop", 0.5)
 
+    def proposals(self) -> dict:
+        self.calls.append("proposals")
+        return self.counts
+
     def close(self) -> None:
         self.calls.append("close")
 
@@ -88,14 +93,20 @@ def engine(monkeypatch, tmp_path) -> FakeEngine:
     fake = FakeEngine()
     model_config = SimpleNamespace(max_model_len=100)
 
-    def start(engine_config, sampling_params):
+    def start(engine_config, sampling_params, takes_turns):
+        assert not takes_turns
         fake.calls.append("start")
         fake.sampling_params = sampling_params
         return fake
 
     tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()))
+
+    def make_engine_config(spec, seed, num_slots):
+        fake.num_slots = num_slots
+        return SimpleNamespace(model_config=model_config)
+
     replaced = {
-        "make_engine_config": lambda spec, seed: SimpleNamespace(model_config=model_config),
+        "make_engine_config": make_engine_config,
         "load_tokenizer": lambda model_config: tokenizer,
         "check_sampling_params": lambda *_: None,
         "Engine": SimpleNamespace(start=start),
@@ -177,11 +188,32 @@ def test_warm_up_is_not_timed_and_the_device_is_waited_for(engine, tmp_path):
         "synchronize",
         ("generate", None),
         "synchronize",
+        "proposals",
         "close",
     ]
     # Three completions and the second wait: all tokens over all of the time.
     assert summary["total_time_s"] == 3.25
     assert summary["tokens_per_second"] == 6 / 3.25
+
+
+@pytest.mark.parametrize(("batch_size", "num_slots"), [("1", 1), ("2", 2), ("9", 3), ("null", 3)])
+def test_engine_has_no_more_slots_than_the_run_needs(engine, tmp_path, batch_size, num_slots):
+    run_letters(tmp_path, f"batch_size={batch_size}")
+    assert engine.num_slots == num_slots
+
+
+def test_what_became_of_proposals_is_recorded_and_shown(engine, tmp_path, capsys):
+    engine.counts = {
+        "tokens_per_cycle": 1.75,
+        "calls": [4, 8],
+        "acceptance": [0.5, None],
+        "acceptance_by_position": [[0.5], [None]],
+    }
+    summary = run_letters(tmp_path)
+    assert {key: summary[key] for key in engine.counts} == engine.counts
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split("  ")[0] for line in lines] == ["acceptance", "tokens a cycle", "calls"]
+    assert [line.split("  ")[-1].strip() for line in lines] == ["0.500, -", "1.750", "4, 8"]
 
 
 def test_without_execution_the_score_is_unknown(engine, tmp_path, capsys):
@@ -264,7 +296,7 @@ def test_bad_input_is_refused_before_anything_is_done(engine, tmp_path, override
 
 def test_prompt_that_is_too_long_is_refused_before_the_engine_starts(engine, tmp_path, monkeypatch):
     config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=2))
-    monkeypatch.setattr(harness.run, "make_engine_config", lambda spec, seed: config)
+    monkeypatch.setattr(harness.run, "make_engine_config", lambda *_: config)
     with pytest.raises(ConfigError, match="^method.llm.max_model_len: example 1 has 2 prompt"):
         run_letters(tmp_path)
     assert engine.calls == []

@@ -155,7 +155,7 @@ def max_scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
     vLLM's scheduler itself allows for one such token per request.
     """
     scheduler = vllm_config.scheduler_config
-    more = max(0, turns.num_before(len(turns) - 1) - 1)
+    more = turns.num_new(len(turns) - 1) - 1
     return scheduler.max_num_batched_tokens - scheduler.max_num_seqs * more
 
 

@@ -7,7 +7,6 @@ from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
-from vllm.v1.worker.gpu.structured_outputs import grammar_invalid_drafts
 
 from vllm.chef.config import check_chef
 from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
@@ -70,10 +69,13 @@ class ChefRunner(ModelRunner):
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        scores, num_acceptable = self._first_turn(hidden_states, input_batch, grammar_output)
+        scores = self._first_turn(hidden_states, input_batch, grammar_output)
         speculator = self.speculator
         cycle = begin_cycle(
-            speculator.state, input_batch, self.req_states.prefill_len.gpu, num_acceptable
+            speculator.state,
+            input_batch,
+            self.req_states.prefill_len.gpu,
+            self._forbidden(scores, input_batch),
         )
         prompt_logprobs = self.prompt_logprobs_worker
         prompt_logprobs.hidden_states = [hidden_states]
@@ -99,30 +101,42 @@ class ChefRunner(ModelRunner):
         hidden_states: torch.Tensor,
         batch: InputBatch,
         grammar_output: GrammarOutput | None,
-    ) -> tuple[StepScores, torch.Tensor | None]:
-        """Scores of the first turn's members, and the drafts `[num_reqs]` a grammar allows."""
+    ) -> StepScores:
         logits = self.model.compute_member_logits(hidden_states[batch.logits_indices])
-        mask = num_acceptable = None
+        mask = None
         if grammar_output is not None:
-            requests = grammar_output.structured_output_request_ids
             mask = torch.zeros_like(logits[0], dtype=torch.float32)
             self.structured_outputs_worker.apply_grammar_bitmask(
-                mask, batch, requests, grammar_output.grammar_bitmask
+                mask,
+                batch,
+                grammar_output.structured_output_request_ids,
+                grammar_output.grammar_bitmask,
             )
-            invalid = grammar_invalid_drafts(batch, requests, grammar_output.num_acceptable_drafts)
-            if invalid is not None:
-                num_acceptable = _count_rows(~invalid, batch) - 1
-        first_row = batch.cu_num_logits[: batch.num_reqs].long()
-        return StepScores(logits, first_row, mask), num_acceptable
+        return StepScores(logits, batch.cu_num_logits[: batch.num_reqs].long(), mask)
+
+    def _forbidden(
+        self, scores: StepScores, batch: InputBatch
+    ) -> torch.Tensor | None:  # [num_reqs]
+        """The pending token behind the drafts, where a grammar is why vLLM left it out, or -1."""
+        if scores.mask is None:
+            return None
+        slots = batch.idx_mapping[: batch.num_reqs]
+        num_drafts = batch.cu_num_logits[: batch.num_reqs + 1].long().diff() - 1
+        column = num_drafts.clamp(max=self.turns.window - 1)
+        token = self.req_states.draft_tokens[slots, column].long()
+        is_pending = num_drafts < self.speculator.state.lengths[slots].sum(1)
+        is_allowed = scores.mask[scores.first_row + num_drafts, token] == 0
+        return token.masked_fill(is_allowed | ~is_pending, -1)
 
     def _propose_first(self, scores: StepScores) -> None:
-        """The first turn's member proposes the token past the window."""
+        """The first turn's member proposes the token past the window, if it has read all of it."""
         cycle = self.speculator.cycle
         rows = scores.first_row + cycle.end.clamp(max=cycle.num_drafts)
         logits = scores.logits[0][rows]
         if scores.mask is not None:
             logits = logits + scores.mask[rows]
         where = cycle.active & ~cycle.settled & self.speculator.has_room
+        where &= cycle.end <= cycle.num_drafts
         cycle.append(self.verifier.propose(logits, cycle), where, 0)
 
     def _output(self, logprobs: Any) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
@@ -138,12 +152,3 @@ class ChefRunner(ModelRunner):
             sampling_mask_tensors=None,
         )
         return output, num_sampled, num_rejected
-
-
-def _count_rows(
-    rows: torch.Tensor,  # [num_rows] bool
-    batch: InputBatch,
-) -> torch.Tensor:  # [num_reqs]
-    offsets = batch.cu_num_logits[: batch.num_reqs + 1].long()
-    before = torch.cat([offsets.new_zeros(1), rows.cumsum(0)])
-    return before[offsets[1:]] - before[offsets[:-1]]

@@ -42,7 +42,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.member_configs = members
         self.turns = turns
         self.all_token_ids = all_token_ids
-        self.num_extra_query_per_req = turns.num_before(len(turns) - 1)
+        self.num_extra_query_per_req = turns.num_new(len(turns) - 1)
         max_num_tokens = self.max_num_tokens + self.max_num_reqs * self.num_extra_query_per_req
         self.input_buffers = InputBuffers(self.max_num_reqs, max_num_tokens, device)
         self.state: ProposalState
@@ -89,7 +89,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         Returns its logits of the token past the end of each request.
         """
         cycle = self.cycle
-        extra = self.turns.num_before(turn)
+        extra = self.turns.num_new(turn)
         query_start_np = self._query_start_np(cycle, extra)
         query_start = self._prepare_tokens(cycle, extra, int(query_start_np[-1]))
         hidden_states = self._run(turn, cycle, query_start_np, extra)
@@ -112,7 +112,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         batch, num_reqs = self.cycle.batch, self.cycle.num_reqs
         query_lens = batch.query_start_loc[: num_reqs + 1].long().diff()
         num_tokens = int(batch.query_start_loc_np[num_reqs])
-        start = self._start(self.cycle, self.turns.num_before(turn))
+        start = self._start(self.cycle, self.turns.num_new(turn))
         # The turn may have begun before the engine step's first token.
         shift = self.cycle.start - start + query_start[:-1] - batch.query_start_loc[:num_reqs]
         shift = torch.repeat_interleave(shift, query_lens, output_size=num_tokens)
@@ -208,7 +208,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         buffers.positions[:num_reqs] = position
         buffers.seq_lens[:num_reqs] = position + 1
         self._fill_query_start(self.arange_gpu[: num_reqs + 1], num_reqs)
-        extra = self.turns.num_before(turn) + 1 + step
+        extra = self.turns.num_new(turn) + 1 + step
         query_start_np = self.arange_np[: num_reqs + 1]
         return self._logits(turn, self._run(turn, cycle, query_start_np, extra))[:, 0]
 

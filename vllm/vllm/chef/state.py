@@ -129,9 +129,14 @@ def begin_cycle(
     state: ProposalState,
     batch: InputBatch,
     prefill_len: torch.Tensor,  # [max_num_reqs]
-    num_acceptable: torch.Tensor | None = None,  # [num_reqs] drafts that a grammar allows
+    forbidden: torch.Tensor | None = None,  # [num_reqs]
 ) -> Cycle:
-    """The cycle of an engine step, with the windows that vLLM scheduled for it."""
+    """The cycle of an engine step, with the windows that vLLM scheduled for it.
+
+    `forbidden` is the pending token that vLLM left out as the first that a grammar does not allow,
+    -1 where it did not.  It stays in the window, where it is bound to be replaced: leaving it out
+    because of what it is would change the distribution of what comes in its place.
+    """
     num_reqs, slots = batch.num_reqs, batch.idx_mapping[: batch.num_reqs]
     cu_num_logits = batch.cu_num_logits[: num_reqs + 1].long()
     query_start = batch.query_start_loc[: num_reqs + 1].long()
@@ -140,7 +145,7 @@ def begin_cycle(
     first, start = seq_lens - num_drafts, seq_lens - query_start.diff()
     # vLLM may schedule less than the whole window, at the end of a context for example. What is
     # left out falls. Drafts of a request whose prompt is read in this step only fill a batch up.
-    limit = num_drafts if num_acceptable is None else torch.minimum(num_drafts, num_acceptable)
+    limit = num_drafts if forbidden is None else num_drafts + (forbidden >= 0)
     limit = limit.masked_fill(start < prefill_len[slots], 0)
     ends = torch.minimum(state.lengths[slots, 1:].cumsum(1), limit[:, None])
     zero = ends.new_zeros(num_reqs, 1)
@@ -156,6 +161,9 @@ def begin_cycle(
     rows = cu_num_logits[:-1, None] + torch.arange(1, window + 1, device=slots.device)
     rows = torch.minimum(rows, cu_num_logits[1:, None] - 1)
     tokens[:, :window] = batch.input_ids[batch.logits_indices[rows]]
+    if forbidden is not None:
+        column = num_drafts.masked_fill(forbidden < 0, num_columns)
+        tokens.scatter_(1, column[:, None], forbidden[:, None])
     return Cycle(
         batch=batch,
         num_turns=len(state.turns),

@@ -54,9 +54,10 @@ class Turns:
     def is_scorer(self, turn: int) -> bool:
         return any(self.scores[member] for member in self.turns[turn].members)
 
-    def num_before(self, turn: int) -> int:
-        """Tokens that the step's turns before this one propose, at most."""
-        return sum(t.gamma for t in self.turns[:turn])
+    def num_new(self, turn: int) -> int:
+        """Tokens that have come behind those of the engine step when a turn after the first is
+        called, at most: proposals of the turns before it, or one replacement."""
+        return max(1, sum(t.gamma for t in self.turns[:turn]))
 
     def num_unscored(self, turn: int) -> int:
         """Positions that the turn's members have not scored when it is called, at most: what the

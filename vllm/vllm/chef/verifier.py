@@ -191,13 +191,15 @@ class Verifier:
         members = self.proposers[: lengths.shape[1]]
         if self.turns.draws:
             members = [m for m in members if self.turn_of[m] != 0]
-        logits = self._rows(members[0], part, num_columns, scores, cycle)
-        logits = logits.unflatten(0, (-1, num_columns))
-        for at, member in enumerate(members[1:], start=1):
-            rows = self._rows(member, part, num_columns, scores, cycle).unflatten(
-                0, (-1, num_columns)
-            )
-            logits = torch.where((segment == at)[:, :, None], rows, logits)
+        logits = None
+        for at, member in enumerate(members):
+            rows = self._rows(member, part, num_columns, scores, cycle)
+            if self.turn_of[member] == 0 and scores.mask is not None:
+                # The first turn proposes after the grammar's mask, the others know of none.
+                rows = rows + scores.mask[self._step_rows(part, columns, scores, cycle)]
+            rows = rows.unflatten(0, (-1, num_columns))
+            here = (segment == at)[:, :, None]
+            logits = rows if logits is None else torch.where(here, rows, logits)
         return logits
 
     def _rows(

@@ -1,0 +1,123 @@
+"""vLLM's configuration of a method: slots, and the budget of a step whose members take turns."""
+
+from pathlib import Path
+
+import pytest
+from tiny_models import llama_config, save_byte_tokenizer
+from vllm.engine.arg_utils import EngineArgs
+from vllm.usage.usage_lib import UsageContext
+
+from harness.engine_config import make_engine_config
+from harness.errors import ConfigError
+from harness.methods import make_spec
+
+VOCAB_SIZE = 257
+GROUP = {
+    "cd": {"alpha": 0.1, "llm": {"ensemble_fn": "contrastive", "ensemble_target": "raw-logits"}},
+    "ensemble": {"llm": {"ensemble_fn": "weighted", "ensemble_target": "probs"}},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Models without weights; the vocabulary of `wide` is another."""
+    root = tmp_path_factory.mktemp("models")
+    for name, layers, vocab_size in (
+        ("large", 3, VOCAB_SIZE),
+        ("other", 2, VOCAB_SIZE),
+        ("small", 1, VOCAB_SIZE),
+        ("wide", 1, VOCAB_SIZE + 7),
+    ):
+        llama_config(vocab_size, layers).save_pretrained(root / name)
+        save_byte_tokenizer(str(root / name))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def model_path(root, monkeypatch):
+    monkeypatch.setenv("MODEL_PATH", str(root))
+
+
+def config(name: str, num_slots: int = 4, llm: dict | None = None, **method):
+    group = GROUP.get(name.split("_")[0], {"llm": {}})
+    group = {"name": name, "model": "large", "generate": {}, **group, **method}
+    group["llm"] = {**group["llm"], **(llm or {})}
+    return make_engine_config(make_spec(group), seed=0, num_slots=num_slots)
+
+
+def test_slots_are_those_that_a_run_needs_and_never_more_than_vllms_own():
+    _, defaults = EngineArgs.get_batch_defaults(world_size=1)
+    most = defaults[UsageContext.LLM_CLASS]
+    assert config("large_model", 3).scheduler_config.max_num_seqs == 3
+    assert config("large_model", 10 * most).scheduler_config.max_num_seqs == most
+    given = config("large_model", 3, {"max_num_seqs": 7})
+    assert given.scheduler_config.max_num_seqs == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "level"),
+    [
+        ("large_model", {}, "none"),
+        ("sd", {"draft_model": "small", "gamma": 2}, "detailed"),
+        ("cd", {"amateur_model": "other"}, "none"),
+        ("cd", {"amateur_model": "other", "draft_model": "small", "gamma": 2}, "detailed"),
+        # Its workers count.
+        ("cd_chef", {"amateur_model": "small", "gamma": 2}, "none"),
+    ],
+)
+def test_vllm_counts_what_a_proposer_outside_proposes(name, method, level):
+    observability = config(name, **method).observability_config
+    assert observability.per_request_spec_decode_metrics == level
+
+
+THREE = {"extra_model": ["other", "small"], "gamma": 1}
+
+
+def test_budget_leaves_room_for_what_members_propose_in_the_step():
+    def scheduler(name, **kwargs):
+        return config(name, **kwargs).scheduler_config
+
+    plain = scheduler("ensemble", **THREE).max_num_batched_tokens
+    # Before the last of three members two tokens are proposed, one more than vLLM allows for.
+    three = scheduler("ensemble_chef", **THREE)
+    assert (three.max_num_batched_tokens, three.max_num_scheduled_tokens) == (plain, plain - 4)
+    two = scheduler("cd_chef", amateur_model="small", gamma=5)
+    assert two.max_num_scheduled_tokens == two.max_num_batched_tokens
+    given = scheduler("ensemble_chef", **THREE, llm={"max_num_scheduled_tokens": 9})
+    assert given.max_num_scheduled_tokens == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        (
+            "ensemble_chef",
+            {**THREE, "llm": {"max_num_batched_tokens": 4}},
+            r"^method\.llm\.max_num_scheduled_tokens: with these turns it may be 0",
+        ),
+        (
+            "ensemble_chef",
+            {**THREE, "llm": {"max_num_scheduled_tokens": 9999}},
+            r"^method\.llm\.max_num_scheduled_tokens: with these turns it may be \d+ at most",
+        ),
+        (
+            "ensemble_sd",
+            {"extra_model": ["other", "wide"], "gamma": 2},
+            r"^method\.model/extra_model: .*same vocabulary size",
+        ),
+        (
+            "cd_chef",
+            {"amateur_model": "wide", "gamma": 2},
+            r"^method\.model/amateur_model: .*same vocabulary size",
+        ),
+        (
+            "cd",
+            {"amateur_model": "small", "draft_model": "wide", "gamma": 2},
+            r"^method\.draft_model: .*same vocabulary size",
+        ),
+    ],
+)
+def test_refusals_name_the_key(name, method, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config(name, **method)
+    assert "\n" not in str(caught.value)
