@@ -44,6 +44,12 @@ def configure_process(verbose: bool) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() - 1)))
 
 
+def is_ensemble(config: "VllmConfig") -> bool:
+    from vllm.ensemble_decode.config import CONFIG_KEY
+
+    return isinstance(config.additional_config, dict) and CONFIG_KEY in config.additional_config
+
+
 def _num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -102,6 +108,10 @@ class Engine:
         llm_engine = LLMEngine.from_vllm_config(
             config, UsageContext.LLM_CLASS, disable_log_stats=True
         )
+        if is_ensemble(config):
+            from vllm.chef.frontend import allow_all_sampling_params
+
+            allow_all_sampling_params(llm_engine)
         return cls(llm_engine, sampling_params, takes_turns)
 
     def close(self) -> None:

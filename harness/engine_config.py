@@ -6,6 +6,7 @@ Knows vLLM's and the ensemble's checks, and which key of ours a refusal is about
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from harness.engine import is_ensemble
 from harness.errors import ConfigError, one_line
 from harness.methods import METHODS, MethodSpec
 
@@ -57,10 +58,13 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
     """Raise ConfigError for sampling parameters that an engine of `config` would refuse."""
     from vllm import SamplingParams
 
+    # See vllm.chef.frontend: with an ensemble nothing is refused because of speculation.
+    speculative_config = None if is_ensemble(config) else config.speculative_config
+
     def check(params: Mapping[str, Any]) -> None:
         SamplingParams(**params).verify(
             config.model_config,
-            config.speculative_config,
+            speculative_config,
             config.structured_outputs_config,
             tokenizer,
         )

@@ -66,6 +66,8 @@ def engine(
                 "num_speculative_tokens": window,
             },
         )
+    # vLLM collects garbage a dozen times as it starts: half a second each, without this.
+    gc.freeze()
     llm = LLM(model, **{**defaults, **arguments})
     if ensemble is not None:
         allow_all_sampling_params(llm.llm_engine)
