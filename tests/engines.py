@@ -48,6 +48,7 @@ def engine(
         dtype="float32",
         enforce_eager=True,
         kv_cache_memory_bytes=32 << 20,
+        gpu_memory_utilization=0.05,  # vLLM wants that much to be free
         max_num_seqs=64,
         max_model_len=96,
         disable_log_stats=False,

@@ -82,7 +82,9 @@ def distribution(
     return weighted([processed(x).softmax(-1) for x in logits])
 
 
-def p_values(case: str, models: list[str], references: list[torch.nn.Module]) -> list[float]:
+def p_values(
+    case: str, models: list[str], references: list[torch.nn.Module], **arguments: Any
+) -> list[float]:
     """Of every position, given the likeliest token at each position before."""
     target, num_members, chef, window = CASES[case]
     ensemble = dict(
@@ -96,7 +98,7 @@ def p_values(case: str, models: list[str], references: list[torch.nn.Module]) ->
         for seed in range(NUM_DRAWS)
         for parameters in PARAMETERS
     ]
-    with engine(models[0], ensemble, chef, window) as llm:
+    with engine(models[0], ensemble, chef, window, **arguments) as llm:
         draws = generate(llm, [PROMPT] * len(params), params)
         stats = llm.collective_rpc("turn_stats")[0]
     accepted = sum(sum(row) for row in stats["num_accepted"])
@@ -117,6 +119,14 @@ def p_values(case: str, models: list[str], references: list[torch.nn.Module]) ->
 @pytest.mark.parametrize("case", CASES)
 def test_turns_sample_from_the_ensemble(case, models, references):
     assert min(p_values(case, models, references)) > P_VALUE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["raw-logits", "probs-3", "sd"])
+def test_turns_sample_in_half_precision_and_cuda_graphs(case, models, references):
+    """Scores are rounded, the rule is the same: too coarse to see with as many draws."""
+    arguments = dict(dtype="bfloat16", enforce_eager=False)
+    assert min(p_values(case, models, references, **arguments)) > P_VALUE
 
 
 @pytest.fixture(scope="module")

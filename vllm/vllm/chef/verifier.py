@@ -126,7 +126,7 @@ class Verifier:
             slots,
             batch.idx_mapping_np[part],
             self._positions(part, columns, cycle).flatten(),
-            inputs.flatten(),
+            inputs.flatten().int(),  # as vLLM's kernels have them
             columns.int().repeat(len(slots)),
             batch.seq_lens_cpu_upper_bound.numpy()[part] + num_columns,
         )
