@@ -19,6 +19,8 @@ NUM_REQUESTS = 30  # for each of the policies below
 ENSEMBLES = {
     "contrastive-2": dict(ensemble_fn="contrastive", ensemble_target="raw-logits", alpha=0.3),
     "weighted-3": dict(ensemble_fn="weighted", ensemble_target="probs", weights=[0.5, 0.3, 0.2]),
+    # The last proposes, and has no say.
+    "outside-3": dict(ensemble_fn="weighted", ensemble_target="logits", weights=[0.6, 0.4, 0]),
     "mean-4": dict(ensemble_fn="mean", ensemble_target="logits"),
 }
 POLICIES = {
@@ -33,6 +35,10 @@ POLICIES = {
         (dict(gamma=[3, 1, 2], turn_order=[1, 0, 2]), 5),
         (dict(gamma=[2, 1, 1], turn_order=[2, 1, 0]), 3),
         (dict(policy="sd", gamma=2), 2),
+    ],
+    "outside-3": [
+        (dict(gamma=[1, 1, 3]), 4),
+        (dict(gamma=[2, 1, 2], turn_order=[1, 2, 0]), 4),
     ],
     "mean-4": [(dict(gamma=[1, 2, 1, 1]), 4)],
 }

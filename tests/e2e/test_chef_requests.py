@@ -5,12 +5,24 @@ on no other request, and the engine's counts are those of the committed tokens.
 """
 
 import random
+from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
+import torch
 from engines import engine, generate, greedy, sampled
-from tiny_models import VOCAB_SIZE, llama_config, save_model, save_noisy_copy
+from tiny_models import (
+    VOCAB_SIZE,
+    llama_config,
+    load_reference,
+    next_logits,
+    save_model,
+    save_noisy_copy,
+)
 from vllm import LLM
+
+from vllm.chef.reference import Chef
 
 CHEF, WINDOW = dict(gamma=[1, 2, 1]), 3
 NUM_TOKENS = 24
@@ -158,6 +170,32 @@ def test_counts_are_those_of_the_committed_tokens(llm, expected):
     assert list(steps.outputs.values()) == expected
 
 
+def test_turns_are_those_of_the_reference(llm, models):
+    """What is judged and accepted, member by member, is what the algorithm on paper does."""
+    references = [load_reference(path) for path in models]
+    weights = [0.5, 0.3, 0.2]
+
+    def member(reference: torch.nn.Module) -> Callable[[tuple[int, ...]], list[float]]:
+        return lambda tokens: next_logits(reference, tokens).softmax(-1).tolist()
+
+    def combine(probs: list[list[float]]) -> list[float]:
+        return [
+            sum(w * p for w, p in zip(weights, ps, strict=True)) for ps in zip(*probs, strict=True)
+        ]
+
+    turns = Steps(llm).runner.turns.turns
+    for prompt in (PROMPTS[2], PROMPTS[3]):
+        oracle = Chef([member(m) for m in references], combine, turns, Random(0), greedy=True)
+        expected = oracle.generate(tuple(prompt), NUM_TOKENS)
+        llm.collective_rpc("reset_turn_stats")
+        output = generate(llm, [prompt], greedy(NUM_TOKENS))[0]
+        stats = llm.collective_rpc("turn_stats")[0]
+        assert tuple(output.token_ids) == expected.tokens
+        assert stats["num_cycles"] == expected.cycles
+        assert [sum(row) for row in stats["num_judged"]] == expected.judged
+        assert [sum(row) for row in stats["num_accepted"]] == expected.accepted
+
+
 def test_requests_join_and_are_aborted_in_mid_window(llm, expected):
     steps = Steps(llm)
     kept = [steps.add(PROMPTS[0]), steps.add(PROMPTS[2])]
@@ -190,3 +228,28 @@ def test_acceptance_is_told_apart_per_request(llm):
     outputs = generate(llm, prompts, [hot if i % 8 else params for i in range(32)])
     assert tokens(outputs)[::8] == alone
     assert [len(out.token_ids) for out in outputs] == [30 if i % 8 else 10 for i in range(32)]
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device_within_a_step(llm):
+    """CUDA's synchronisations are errors from the scores on to the window of the next step."""
+    steps = Steps(llm)
+    runner = steps.runner
+    sample_tokens = type(runner).sample_tokens
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return sample_tokens(runner, *args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    for prompt in PROMPTS:
+        steps.add(prompt)
+    steps.step()
+    runner.sample_tokens = checked
+    try:
+        while steps.engine.has_unfinished_requests():
+            steps.step()
+    finally:
+        del runner.sample_tokens

@@ -33,14 +33,15 @@ PARAMETERS = [
     dict(temperature=1.5, top_k=5, repetition_penalty=1.3),
     dict(temperature=0.9, min_p=0.1),
 ]
-WEIGHTS = {2: [0.6, 0.4], 3: [0.5, 0.3, 0.2]}
-# target, number of members, turns, tokens carried from step to step
+WEIGHTS = {2: [0.6, 0.4], 3: [0.5, 0.3, 0.2], "outside": [0.6, 0.4, 0]}
+# target, weights, turns, tokens carried from step to step
 CASES = {
     "raw-logits": ("raw-logits", 2, dict(gamma=[1, 2]), 2),
     "logits": ("logits", 2, dict(gamma=1), 1),
     "probs": ("probs", 2, dict(gamma=[3, 1]), 3),
     "probs-3": ("probs", 3, dict(gamma=[1, 2, 1]), 3),
     "raw-logits-3": ("raw-logits", 3, dict(gamma=[1, 1, 1]), 2),
+    "outside": ("probs", "outside", dict(gamma=[1, 1, 2]), 3),
     "sd": ("probs", 2, dict(policy="sd", gamma=2), 2),
     "sd-3": ("logits", 3, dict(policy="sd", gamma=2), 2),
 }
@@ -59,10 +60,13 @@ def references(models: list[str]) -> list[torch.nn.Module]:
 
 
 def distribution(
-    target: str, references: list[torch.nn.Module], prefix: list[int], params: dict[str, Any]
+    target: str,
+    weights: list[float],
+    references: list[torch.nn.Module],
+    prefix: list[int],
+    params: dict[str, Any],
 ) -> torch.Tensor:
     logits = [next_logits(m, prefix) for m in references]
-    weights = WEIGHTS[len(references)]
     params = dict(params)
     penalty = params.pop("repetition_penalty", 1.0)
 
@@ -86,11 +90,12 @@ def p_values(
     case: str, models: list[str], references: list[torch.nn.Module], **arguments: Any
 ) -> list[float]:
     """Of every position, given the likeliest token at each position before."""
-    target, num_members, chef, window = CASES[case]
+    target, members, chef, window = CASES[case]
+    weights = WEIGHTS[members]
     ensemble = dict(
-        extra_model=models[1:num_members],
+        extra_model=models[1 : len(weights)],
         ensemble_fn="weighted",
-        weights=WEIGHTS[num_members],
+        weights=weights,
         ensemble_target=target,
     )
     params = [
@@ -108,7 +113,7 @@ def p_values(
     for at, parameters in enumerate(PARAMETERS):
         sequences, prefix = [list(o.token_ids) for o in draws[at :: len(PARAMETERS)]], list(PROMPT)
         for position in range(NUM_TOKENS):
-            probs = distribution(target, references[:num_members], prefix, parameters)
+            probs = distribution(target, weights, references[: len(weights)], prefix, parameters)
             found.append(chi_square_p_value([tokens[position] for tokens in sequences], probs))
             ((best, _),) = Counter(tokens[position] for tokens in sequences).most_common(1)
             sequences = [tokens for tokens in sequences if tokens[position] == best]

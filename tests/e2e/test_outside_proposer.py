@@ -24,6 +24,7 @@ PROMPTS = [[1, 2, 3, 4], [9], [20, 21, 22, 20, 21, 22, 20, 21], [5] * 30]
 WEIGHTS = [0.8, 0.2]
 COMBINE = {
     "raw-logits": lambda logits: 0.8 * logits[0] + 0.2 * logits[1],
+    "logits": lambda logits: 0.8 * logits[0] + 0.2 * logits[1],
     "probs": lambda logits: (0.8 * logits[0].softmax(-1) + 0.2 * logits[1].softmax(-1)).log(),
 }
 VOCAB_SIZE = 16  # narrow, so that few draws show a bias
@@ -59,7 +60,12 @@ def speculation(method: str, models: dict[str, str]) -> dict:
 
 @pytest.mark.parametrize(
     ("method", "target"),
-    [("draft_model", "raw-logits"), ("draft_model", "probs"), ("ngram", "probs")],
+    [
+        ("draft_model", "raw-logits"),
+        ("draft_model", "logits"),
+        ("draft_model", "probs"),
+        ("ngram", "probs"),
+    ],
 )
 def test_output_is_the_ensembles(method, target, models, references):
     combine = COMBINE[target]
