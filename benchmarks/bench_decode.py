@@ -1,8 +1,11 @@
 """What a decoded token costs: each model alone and ensembles of them, side by side in one run.
 
     python benchmarks/bench_decode.py --runs llama-7b llama-7b+llama-7b --batch-sizes 1 8
+    python benchmarks/bench_decode.py --runs llama-7b+llama-68m llama-7b+llama-68m@1,5
 
-Dummy weights, greedy, a fixed number of tokens.  A run is one model or members joined by `+`.
+Dummy weights, greedy, a fixed number of tokens.  A run is one model or members joined by `+`; with
+the gammas of all members after an `@` they take turns.  Members of one shape have the same weights
+here, and so accept everything; others accept next to nothing.
 The last line of the output is JSON; `--out FILE` writes it too.
 """
 
@@ -18,6 +21,7 @@ from typing import Any
 
 from shapes import SHAPES, make_shape
 
+CHEF_WORKER = "vllm.chef.worker.ChefWorker"
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
 
 
@@ -35,20 +39,38 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     for run in args.runs:
-        for name in run.split("+"):
+        for name in members_of(run):
             if name not in SHAPES:
                 parser.error(f"--runs: no shape '{name}'; there are {', '.join(SHAPES)}")
     return args
 
 
+def members_of(run: str) -> list[str]:
+    return run.split("@")[0].split("+")
+
+
+def gammas_of(run: str) -> list[int]:
+    """Of all members, in their order; empty where they do not take turns."""
+    return [int(gamma) for gamma in run.partition("@")[2].split(",") if gamma]
+
+
 def make_engine(run: str, args: argparse.Namespace, root: Path) -> Any:
     from vllm import LLM
 
-    first, *others = (make_shape(name, root) for name in run.split("+"))
+    first, *others = (make_shape(name, root) for name in members_of(run))
     ensemble = {}
     if others:
         config = {"extra_model": others, "ensemble_fn": "weighted", "ensemble_target": args.target}
         ensemble = {"worker_cls": ENSEMBLE_WORKER, "additional_config": {"ensemble": config}}
+    if gammas := gammas_of(run):
+        ensemble["worker_cls"] = CHEF_WORKER
+        ensemble["additional_config"]["chef"] = {"gamma": gammas}
+        ensemble |= {"max_num_batched_tokens": 8192, "max_num_scheduled_tokens": 4096}
+        ensemble["speculative_config"] = {
+            "method": "draft_model",
+            "model": others[-1],
+            "num_speculative_tokens": sum(gammas) - 1,
+        }
     return LLM(
         first,
         load_format="dummy",
@@ -75,12 +97,15 @@ def time_decoding(llm: Any, batch_size: int, num_tokens: int, prompt_len: int) -
 
 
 def bench(run: str, args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
-    """Milliseconds a decode step, per batch size: a long run less one of a single token."""
+    """Milliseconds a token of each request, per batch size: a long run less one of one token."""
     llm = make_engine(run, args, root)
     rows = []
     for batch_size in args.batch_sizes:
         time_decoding(llm, batch_size, args.num_tokens, args.prompt_len)  # warm-up
         steps = []
+        takes_turns = bool(gammas_of(run))
+        if takes_turns:
+            llm.collective_rpc("reset_turn_stats")
         for _ in range(args.repeats):
             prefill = time_decoding(llm, batch_size, 1, args.prompt_len)
             whole = time_decoding(llm, batch_size, args.num_tokens, args.prompt_len)
@@ -92,6 +117,8 @@ def bench(run: str, args: argparse.Namespace, root: Path) -> list[dict[str, Any]
             "ms_per_step_min": min(steps),
             "ms_per_step_max": max(steps),
         }
+        if takes_turns:
+            row |= cycles(llm.collective_rpc("turn_stats")[0], row["ms_per_step"])
         print(row, flush=True)
         rows.append(row)
     llm.llm_engine.engine_core.shutdown()
@@ -100,13 +127,28 @@ def bench(run: str, args: argparse.Namespace, root: Path) -> list[dict[str, Any]
     return rows
 
 
+def cycles(stats: dict[str, Any], ms_per_token: float) -> dict[str, Any]:
+    tokens_per_cycle = stats["num_tokens"] / stats["num_cycles"]
+    judged = [sum(row) for row in stats["num_judged"]]
+    accepted = [sum(row) for row in stats["num_accepted"]]
+    return {
+        "tokens_per_cycle": tokens_per_cycle,
+        "ms_per_cycle": ms_per_token * tokens_per_cycle,
+        "acceptance": [a / j if j else None for a, j in zip(accepted, judged, strict=True)],
+    }
+
+
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Each ensemble's cost over the sum of its members' alone, where they were run too."""
+    """Each ensemble's cost over the sum of its members' alone, and the speed of turns over the
+    plain ensemble, where those were run too."""
     cost = {(row["run"], row["batch_size"]): row["ms_per_step"] for row in rows}
     for row in rows:
-        members = row["run"].split("+")
+        members = members_of(row["run"])
         alone = [cost.get((member, row["batch_size"])) for member in members]
-        if len(members) > 1 and all(alone):
+        if gammas_of(row["run"]):
+            plain = cost.get(("+".join(members), row["batch_size"]))
+            row["speed_over_plain"] = plain / row["ms_per_step"] if plain else None
+        elif len(members) > 1 and all(alone):
             row["ratio_to_members_alone"] = row["ms_per_step"] / sum(alone)
 
 

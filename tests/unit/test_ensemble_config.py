@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from tiny_models import llama_config, save_model
+from vllm.engine.arg_utils import EngineArgs
 
 from vllm.ensemble_decode import EnsembleConfig
+from vllm.ensemble_decode.members import check_ensemble, member_config
 
 
 def test_round_trip_through_json():
@@ -67,3 +70,18 @@ def test_a_missing_config_is_refused(additional):
 def test_unknown_keys_are_refused():
     with pytest.raises(ValueError, match="additional_config.ensemble.weight: unknown key"):
         EnsembleConfig.from_dict({"extra_model": ["a"], "weight": [1, 1]})
+
+
+def test_a_model_and_its_second_self_are_compiled_apart(tmp_path):
+    """vLLM keeps what it compiles by the configuration's hash, the names of layers included."""
+    path = save_model(tmp_path / "llama", llama_config(), seed=0)
+    arguments = EngineArgs(
+        model=path,
+        skip_tokenizer_init=True,
+        additional_config={"ensemble": {"extra_model": [path, path]}},
+    )
+    config = arguments.create_engine_config()
+    _, members = check_ensemble(config)
+    hashes = {config.compute_hash()}
+    hashes |= {member_config(config, members, index).compute_hash() for index in (1, 2)}
+    assert len(hashes) == 3

@@ -4,6 +4,7 @@ Runs models; knows distributions only through the verifier.  vLLM calls it as th
 draft model, whose draft tokens carry the window from step to step.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
+from vllm.chef.graphs import MemberGraphs
 from vllm.chef.state import Cycle, ProposalState, end_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns
@@ -48,6 +49,8 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.state: ProposalState
         self.verifier: Verifier
         self.stats: TurnStats
+        self.graphs: list[MemberGraphs] = []
+        """[num_turns - 1], or none"""
         self.cycle: Cycle | None = None
 
     def load_draft_model(
@@ -74,6 +77,28 @@ class ChefSpeculator(StandaloneARSpeculator):
             dtype=torch.int64,
             device=self.device,
         )
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        self.graphs = [
+            MemberGraphs(
+                self.vllm_config,
+                self.device,
+                cudagraph_mode,
+                1 + self.turns.window + self.turns.num_new(turn),
+                partial(self._run_member, turn),
+            )
+            for turn in range(1, len(self.turns))
+        ]
+
+    def capture(self) -> None:
+        for graphs in self.graphs:
+            graphs.capture(
+                self.model_state,
+                self.input_buffers,
+                self.block_tables,
+                self.attn_groups,
+                self.kv_cache_config,
+            )
 
     def begin(self, cycle: Cycle) -> None:
         self.cycle = cycle
@@ -222,23 +247,27 @@ class ChefSpeculator(StandaloneARSpeculator):
         """One pass of the turn's member over what is in the input buffers."""
         buffers, num_reqs = self.input_buffers, cycle.num_reqs
         num_tokens = int(query_start_np[-1])
+        graphs = self.graphs[turn - 1]
+        desc = graphs.dispatch(query_start_np)
+        in_graph = desc.cg_mode == CUDAGraphMode.FULL
         slot_mappings = self.block_tables.compute_slot_mappings(
             cycle.slots,
             buffers.query_start_loc[: num_reqs + 1],
             buffers.positions[:num_tokens],
-            num_tokens,
-            out=self.slot_mappings,
+            desc.num_tokens,
+            # A graph reads vLLM's own buffer, which is too short for some batches with prompts.
+            out=None if in_graph else self.slot_mappings,
         )
         attn_metadata = self._build_attn_metadata(
-            batch_desc=BatchExecutionDescriptor(
-                cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs
-            ),
+            batch_desc=desc,
             num_reqs=num_reqs,
             query_start_loc_np=query_start_np,
             seq_lens_cpu_upper_bound=cycle.batch.seq_lens_cpu_upper_bound,
             step=extra,
             slot_mappings=slot_mappings,
         )
+        if in_graph:
+            return graphs.run(desc)[:num_tokens]
         return self._run_member(
             turn,
             num_tokens,

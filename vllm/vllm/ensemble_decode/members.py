@@ -48,11 +48,25 @@ def load_member(vllm_config: VllmConfig, members: list[ModelConfig], index: int)
     """Load one member of `members` (from `check_ensemble`)."""
     if index == 0:
         return get_model(vllm_config=vllm_config)
-    member_config = replace(vllm_config, model_config=members[index], quant_config=None)
+    config = member_config(vllm_config, members, index)
     # The tag keeps the member's compiled graphs apart, the prefix its attention layers.
     name = f"member_{index}"
     with set_model_tag(name):
-        return get_model(vllm_config=member_config, model_config=members[index], prefix=name)
+        return get_model(vllm_config=config, model_config=members[index], prefix=name)
+
+
+def member_config(vllm_config: VllmConfig, members: list[ModelConfig], index: int) -> VllmConfig:
+    """The engine's configuration as the member `index > 0` is loaded with.
+
+    It says which member it is, or vLLM's compile cache could not tell a model from its second self
+    in one ensemble: what is compiled holds the names of the attention layers.
+    """
+    return replace(
+        vllm_config,
+        model_config=members[index],
+        quant_config=None,
+        additional_config={**vllm_config.additional_config, "member": index},
+    )
 
 
 def _member_model_config(vllm_config: VllmConfig, path: str) -> ModelConfig:
