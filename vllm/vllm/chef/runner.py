@@ -96,6 +96,21 @@ class ChefRunner(ModelRunner):
                 speculator.propose_more(turn)
         return self._output(logprobs)
 
+    @torch.inference_mode()
+    def _dummy_sampler_run(
+        self,
+        hidden_states: torch.Tensor,  # [num_reqs, hidden_size]
+    ) -> None:
+        """A decision for as many requests as there may be, for vLLM's memory profile."""
+        num_reqs = hidden_states.shape[0]
+        batch = InputBatch.make_dummy(num_reqs, num_reqs, self.input_buffers)
+        state = self.speculator.state
+        cycle = begin_cycle(state, batch, self.req_states.prefill_len.gpu)
+        logits = self.model.compute_member_logits(hidden_states)
+        scores = StepScores(logits, batch.cu_num_logits[:num_reqs].long(), None)
+        self.verifier.decide(self.turns.last_scorer, scores, cycle)
+        state.scored.zero_()
+
     def _first_turn(
         self,
         hidden_states: torch.Tensor,
