@@ -20,6 +20,7 @@ from tiny_models import (
     save_model,
     save_noisy_copy,
 )
+from transformers import MistralConfig
 from vllm import LLM
 
 from vllm.chef.reference import Chef
@@ -82,6 +83,24 @@ def test_requests_that_are_preempted_resume(async_scheduling, models, ensemble, 
     with engine(models[0], ensemble, CHEF, WINDOW, **arguments) as llm:
         assert tokens(generate(llm, PROMPTS, greedy(NUM_TOKENS))) == expected
         assert metric(llm, "vllm:num_preemptions") > 0
+
+
+@pytest.mark.parametrize("num_gpu_blocks", [8, 20])
+def test_sliding_windows_at_the_end_of_the_context(num_gpu_blocks, tmp_path):
+    """vLLM takes the blocks away that a sliding window has left behind."""
+    config = MistralConfig(
+        **llama_config().to_dict() | dict(sliding_window=8, model_type="mistral")
+    )
+    first = save_model(tmp_path / "0", config, seed=0)
+    others = [save_noisy_copy(tmp_path / str(s), first, s, 0.02) for s in (1, 2)]
+    ensemble = dict(extra_model=others, ensemble_fn="weighted", weights=[0.5, 0.3, 0.2])
+    lengths = [3, 20, 40, 62, 64, 66, 68, 70] * 4
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
+    arguments = dict(max_model_len=80, block_size=32, num_gpu_blocks_override=num_gpu_blocks)
+    with engine(first, ensemble, max_model_len=80) as llm:
+        expected = tokens(generate(llm, prompts, greedy(100)))
+    with engine(first, ensemble, dict(gamma=[1, 4, 5]), 9, max_num_seqs=4, **arguments) as llm:
+        assert tokens(generate(llm, prompts, greedy(100))) == expected
 
 
 class Steps:

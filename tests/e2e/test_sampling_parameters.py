@@ -142,6 +142,18 @@ def test_penalties_and_bias_in_one_batch(target, llm, references):
 
 
 def test_logprobs_and_prompt_logprobs_are_the_ensembles(target, llm, references):
+    check_logprobs(target, llm, references)
+
+
+@pytest.mark.gpu
+def test_logprobs_with_compilation_and_cuda_graphs(policy, models, references):
+    """Graphs are larger than a batch, and so is what comes out of them."""
+    ensemble = dict(extra_model=models[1:], ensemble_fn="weighted", weights=WEIGHTS)
+    with engine(models[0], ensemble, enforce_eager=False, **POLICIES[policy]) as llm:
+        check_logprobs("probs", llm, references)
+
+
+def check_logprobs(target, llm, references):
     prompt = PROMPTS[2]
     out = llm.generate(
         [{"prompt_token_ids": prompt}],

@@ -78,7 +78,8 @@ class ChefRunner(ModelRunner):
             self._forbidden(scores, input_batch),
         )
         prompt_logprobs = self.prompt_logprobs_worker
-        prompt_logprobs.hidden_states = [hidden_states]
+        # Without what CUDA graphs pad it by.
+        prompt_logprobs.hidden_states = [hidden_states[: input_batch.num_tokens]]
         speculator.begin(cycle)
         logprobs = self.verifier.decide(0, scores, cycle)
         if not self.turns.draws:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
@@ -116,8 +117,8 @@ class ChefSpeculator(StandaloneARSpeculator):
         cycle = self.cycle
         extra = self.turns.num_new(turn)
         query_start_np = self._query_start_np(cycle, extra)
-        query_start = self._prepare_tokens(cycle, extra, int(query_start_np[-1]))
-        hidden_states = self._run(turn, cycle, query_start_np, extra)
+        query_start, is_again = self._prepare_tokens(cycle, extra, int(query_start_np[-1]))
+        hidden_states = self._run(turn, cycle, query_start_np, extra, is_again)
         self.read_states = hidden_states, query_start
 
         # The columns that the member has to score, at most, back from the one past the end.
@@ -185,11 +186,11 @@ class ChefSpeculator(StandaloneARSpeculator):
 
     def _prepare_tokens(
         self, cycle: Cycle, extra: int, num_tokens: int
-    ) -> torch.Tensor:  # [num_reqs + 1]
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs + 1], [num_tokens]
         """The tokens of the engine step with `extra` more each: what has been decided and proposed
         since. Behind the end of a request come tokens that are overwritten later.
 
-        Returns query_start_loc.
+        Returns query_start_loc, and whether a token comes before those of the engine step.
         """
         buffers, num_reqs = self.input_buffers, cycle.num_reqs
         query_lens, start = self._query_lens(cycle, extra), self._start(cycle, extra)
@@ -208,7 +209,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         self._fill_query_start(query_start, num_reqs)
         buffers.seq_lens[:num_reqs] = start + query_lens
         buffers.seq_lens[num_reqs:] = 0
-        return query_start
+        return query_start, positions < cycle.start[request]
 
     def _query_lens(self, cycle: Cycle, extra: int) -> torch.Tensor:  # [num_reqs]
         query_lens = cycle.batch.query_start_loc[: cycle.num_reqs + 1].long().diff()
@@ -222,7 +223,7 @@ class ChefSpeculator(StandaloneARSpeculator):
 
     def _start(self, cycle: Cycle, extra: int) -> torch.Tensor:  # [num_reqs]
         """Position of the first token that a turn reads: as the engine step, or before it where
-        the context would end; reading a token again changes nothing."""
+        the context would end."""
         return torch.minimum(cycle.start, self.max_model_len - self._query_lens(cycle, extra))
 
     def _read_one(self, turn: int, cycle: Cycle, step: int) -> torch.Tensor:
@@ -243,8 +244,13 @@ class ChefSpeculator(StandaloneARSpeculator):
         cycle: Cycle,
         query_start_np: np.ndarray,  # [num_reqs + 1]
         extra: int,
+        is_again: torch.Tensor | None = None,  # [num_tokens] bool
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
-        """One pass of the turn's member over what is in the input buffers."""
+        """One pass of the turn's member over what is in the input buffers.
+
+        Tokens that `is_again` fill a request's share of the batch up from the front.  They must not
+        be kept: a sliding window may have let go of what they look back to.
+        """
         buffers, num_reqs = self.input_buffers, cycle.num_reqs
         num_tokens = int(query_start_np[-1])
         graphs = self.graphs[turn - 1]
@@ -258,6 +264,8 @@ class ChefSpeculator(StandaloneARSpeculator):
             # A graph reads vLLM's own buffer, which is too short for some batches with prompts.
             out=None if in_graph else self.slot_mappings,
         )
+        if is_again is not None:
+            slot_mappings[:, :num_tokens].masked_fill_(is_again, PAD_SLOT_ID)
         attn_metadata = self._build_attn_metadata(
             batch_desc=desc,
             num_reqs=num_reqs,
