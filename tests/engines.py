@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 # In this process: an engine starts in seconds, and fixtures can look at its state.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -19,7 +20,9 @@ os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 import torch
 from scipy.stats import chisquare
 from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 
 from vllm.chef.frontend import allow_all_sampling_params
 
@@ -69,7 +72,8 @@ def engine(
         )
     # vLLM collects garbage a dozen times as it starts: half a second each, without this.
     gc.freeze()
-    llm = LLM(model, **{**defaults, **arguments})
+    with _async_scheduling(bool(arguments.get("async_scheduling"))):
+        llm = LLM(model, **{**defaults, **arguments})
     if ensemble is not None:
         allow_all_sampling_params(llm.llm_engine)
     try:
@@ -79,6 +83,23 @@ def engine(
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+@contextmanager
+def _async_scheduling(wanted: bool) -> Iterator[None]:
+    """vLLM turns it off on a CPU, where it works and has nothing to gain."""
+    if not wanted or not current_platform.is_cpu():
+        yield
+        return
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def check_and_keep(config: VllmConfig) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    with patch.object(platform, "check_and_update_config", staticmethod(check_and_keep)):
+        yield
 
 
 def generate(

@@ -22,6 +22,7 @@ from tiny_models import (
 )
 from transformers import MistralConfig
 from vllm import LLM
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm.chef.reference import Chef
 
@@ -81,6 +82,8 @@ def test_requests_that_are_preempted_resume(async_scheduling, models, ensemble, 
     # 6 blocks of 32 tokens, one of them vLLM's own, for requests that need 1 to 3 each.
     arguments = dict(block_size=32, num_gpu_blocks_override=6, async_scheduling=async_scheduling)
     with engine(models[0], ensemble, CHEF, WINDOW, **arguments) as llm:
+        scheduler = Steps(llm).scheduler
+        assert isinstance(scheduler, AsyncScheduler) == async_scheduling
         assert tokens(generate(llm, PROMPTS, greedy(NUM_TOKENS))) == expected
         assert metric(llm, "vllm:num_preemptions") > 0
 

@@ -1,8 +1,10 @@
 """Who opens a step, who follows, what is decided when: the turns and their configuration."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from vllm.chef.config import ChefConfig
+from vllm.chef.config import CARRIER_OPTIONS, ChefConfig, _check_carrier
 from vllm.chef.turns import Turn, Turns, chef_turns, sd_turns, spread_gamma
 
 ALL = (True, True, True)
@@ -103,6 +105,29 @@ def test_what_cannot_be_meant_is_refused(config, message):
 def test_turns_that_do_not_fit_the_members_are_refused(config, scores, message):
     with pytest.raises(ValueError, match=message):
         ChefConfig(**config).make_turns([3.0, 2.0, 1.0], scores)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_speculative_tokens": 3},
+        {"kv_cache_dtype": "fp8"},
+        {"rejection_sample_method": "block"},
+        {"num_speculative_tokens_per_batch_size": [(1, 8, 2)]},
+        {"quantization": "fp8"},
+    ],
+)
+def test_speculation_that_turns_do_not_do_is_refused(options):
+    speculative = SimpleNamespace(method="draft_model", num_speculative_tokens=2, **CARRIER_OPTIONS)
+    turns = chef_turns([1, 2], [2, 1], ALL[:2])
+    _check_carrier(SimpleNamespace(speculative_config=speculative), turns)
+    vars(speculative).update(options)
+    with pytest.raises(ValueError, match=r"^method\.llm\.speculative_config[.:]") as error:
+        _check_carrier(SimpleNamespace(speculative_config=speculative), turns)
+    assert "\n" not in str(error.value)
+    for missing in (None, SimpleNamespace(method="ngram", num_speculative_tokens=2)):
+        with pytest.raises(ValueError, match=r'turns need \{"method": "draft_model"'):
+            _check_carrier(SimpleNamespace(speculative_config=missing), turns)
 
 
 def test_plain_data_and_back():

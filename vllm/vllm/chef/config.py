@@ -12,6 +12,16 @@ from vllm.ensemble_decode.members import check_ensemble
 
 CONFIG_KEY = "chef"
 POLICIES = ("chef", "sd")
+# What vLLM's own speculation can be asked for, and members that take turns would not do.
+CARRIER_OPTIONS = {
+    "parallel_drafting": False,
+    "use_local_argmax_reduction": False,
+    "use_heterogeneous_vocab": False,
+    "rejection_sample_method": "standard",
+    "num_speculative_tokens_per_batch_size": None,
+    "kv_cache_dtype": None,
+    "quantization": None,
+}
 
 
 @dataclass(frozen=True)
@@ -169,11 +179,10 @@ def _check_carrier(vllm_config: VllmConfig, turns: Turns) -> None:
             '{"method": "draft_model", "model": <one of the other members>, '
             f'"num_speculative_tokens": {turns.window}}}'
         )
-    for option in ("parallel_drafting", "use_local_argmax_reduction"):
-        if getattr(speculative, option, False):
+    for option, default in CARRIER_OPTIONS.items():
+        if getattr(speculative, option) != default:
             raise ValueError(
-                f"method.llm.speculative_config.{option}: cannot be combined with turns; "
-                "leave it out"
+                f"method.llm.speculative_config.{option}: turns make no use of it; leave it out"
             )
 
 
