@@ -4,8 +4,8 @@
     python benchmarks/bench_decode.py --runs llama-7b+llama-68m llama-7b+llama-68m@1,5
 
 Dummy weights, greedy, a fixed number of tokens.  A run is one model or members joined by `+`; with
-the gammas of all members after an `@` they take turns.  Members of one shape have the same weights
-here, and so accept everything; others accept next to nothing.
+the gammas of all members after an `@` they take turns.  What dummy weights accept is chance: the
+figure to compare is `ms_per_cycle`.
 The last line of the output is JSON; `--out FILE` writes it too.
 """
 

@@ -106,6 +106,22 @@ def test_sliding_windows_at_the_end_of_the_context(num_gpu_blocks, tmp_path):
         assert tokens(generate(llm, prompts, greedy(100))) == expected
 
 
+@pytest.mark.parametrize(
+    ("chef", "window", "tokens_per_cycle"),
+    [(dict(gamma=1), 1, 2), (dict(gamma=[1, 5]), 5, 6), (dict(policy="sd", gamma=3), 3, 4)],
+)
+def test_a_model_and_its_second_self_accept_everything(chef, window, tokens_per_cycle, models):
+    ensemble = dict(extra_model=[models[0]])
+    with engine(models[0], ensemble, chef, window, async_scheduling=False) as llm:
+        llm.collective_rpc("reset_turn_stats")
+        generate(llm, PROMPTS[2:4], greedy(40))
+        stats = llm.collective_rpc("turn_stats")[0]
+    assert stats["num_accepted"] == stats["num_judged"]
+    # The first cycle of each of the two requests has no window yet.
+    cycles = stats["num_cycles"] - 2
+    assert stats["num_tokens"] == 2 + tokens_per_cycle * cycles
+
+
 class Steps:
     """An engine driven step by step, whose state can be looked at in between."""
 
