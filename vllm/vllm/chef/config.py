@@ -1,14 +1,15 @@
 """How a speculative ensemble takes turns: plain data in `additional_config["chef"]`."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from vllm.config import ModelConfig, VllmConfig
 
 from vllm.chef.turns import Turns, chef_turns, sd_turns, spread_gamma
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.members import check_ensemble
+from vllm.ensemble_decode.plain_data import PlainData
 
 CONFIG_KEY = "chef"
 POLICIES = ("chef", "sd")
@@ -25,7 +26,7 @@ CARRIER_OPTIONS = {
 
 
 @dataclass(frozen=True)
-class ChefConfig:
+class ChefConfig(PlainData):
     """Turns as the user asks for them.
 
     Args:
@@ -38,6 +39,12 @@ class ChefConfig:
     Raises:
         ValueError: one line that names the key, for any value that cannot be meant.
     """
+
+    config_key: ClassVar[str] = CONFIG_KEY
+    needed: ClassVar[str] = (
+        "a chef worker needs "
+        f'additional_config={{"{CONFIG_KEY}": {{"gamma": ...}}, "ensemble": {{...}}}}'
+    )
 
     gamma: int | tuple[int, ...] = 1
     policy: str = "chef"
@@ -105,32 +112,6 @@ class ChefConfig:
                 "members; give one each, in the order of the members"
             )
         return chef_turns(gammas, costs, scores, self.turn_order)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, the inverse of `from_additional_config`."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in data.items()
-            if value is not None
-        }
-
-    @classmethod
-    def from_additional_config(cls, additional_config: object) -> "ChefConfig":
-        data = additional_config.get(CONFIG_KEY) if isinstance(additional_config, dict) else None
-        if not isinstance(data, Mapping):
-            raise ValueError(
-                f"additional_config.{CONFIG_KEY}: missing; a chef worker needs "
-                f'additional_config={{"{CONFIG_KEY}": {{"gamma": ...}}, "ensemble": {{...}}}}'
-            )
-        known = [f.name for f in fields(cls)]
-        for key in data:
-            if key not in known:
-                raise ValueError(
-                    f"additional_config.{CONFIG_KEY}.{key}: unknown key; "
-                    f"known are {', '.join(known)}"
-                )
-        return cls(**data)
 
 
 def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfig], Turns]:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -16,10 +15,10 @@ from vllm.chef.stats import TurnStats
 from vllm.chef.verifier import StepScores, Verifier
 from vllm.ensemble_decode.members import load_member
 from vllm.ensemble_decode.model import MemberGroup
-from vllm.ensemble_decode.runner import ModelRunner
+from vllm.ensemble_decode.runner import MemberRunner
 
 
-class ChefRunner(ModelRunner):
+class ChefRunner(MemberRunner):
     """vLLM's runner with the first turn's members as its model and the others in the speculator.
 
     `sample` holds the whole cycle but the last turn's proposals, which vLLM makes (`propose`)
@@ -40,16 +39,13 @@ class ChefRunner(ModelRunner):
             self.req_states.all_token_ids.gpu,
         )
 
-    def load_model(self, load_dummy_weights: bool = False) -> None:
-        if load_dummy_weights:
-            self.load_config.load_format = "dummy"
-        with DeviceMemoryProfiler() as profiler:
-            with self.jit_warmup_registry.activate():
-                first = self.turns[0].members
-                members = [load_member(self.vllm_config, self.member_configs, m) for m in first]
-            super().load_model(model=MemberGroup(members=members))
-        # vLLM's own figure leaves out a model that it is handed.
-        self.model_memory_usage = profiler.consumed_memory
+    def make_model(self) -> MemberGroup:
+        first = self.turns[0].members
+        return MemberGroup(
+            members=[load_member(self.vllm_config, self.member_configs, m) for m in first]
+        )
+
+    def replace_helpers(self) -> None:
         self.verifier = Verifier(
             self.ensemble_config, self.turns, self.speculator.state, self.sampler
         )
@@ -88,7 +84,7 @@ class ChefRunner(ModelRunner):
         for turn in range(1, len(self.turns)):
             logits = speculator.read(turn)
             if prompt_logprobs.is_asked:
-                prompt_logprobs.hidden_states.append(speculator.step_hidden_states(turn))
+                prompt_logprobs.hidden_states.append(speculator.step_hidden_states())
             settled = cycle.settled
             if self.turns.is_scorer(turn):
                 logprobs = self.verifier.decide(turn, scores, cycle)

@@ -5,7 +5,7 @@ draft model, whose draft tokens carry the window from step to step.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,14 @@ from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import Verifier
 from vllm.ensemble_decode.members import load_member
+
+
+class Reading(NamedTuple):
+    """What a turn reads in its first pass."""
+
+    query_start: torch.Tensor  # [num_reqs + 1] query_start_loc
+    start: torch.Tensor  # [num_reqs] position of the first token
+    is_again: torch.Tensor  # [num_tokens] bool: comes before the tokens of the engine step
 
 
 class ChefSpeculator(StandaloneARSpeculator):
@@ -117,30 +125,30 @@ class ChefSpeculator(StandaloneARSpeculator):
         cycle = self.cycle
         extra = self.turns.num_new(turn)
         query_start_np = self._query_start_np(cycle, extra)
-        query_start, is_again = self._prepare_tokens(cycle, extra, int(query_start_np[-1]))
-        hidden_states = self._run(turn, cycle, query_start_np, extra, is_again)
-        self.read_states = hidden_states, query_start
+        reading = self._prepare_tokens(cycle, extra, int(query_start_np[-1]))
+        hidden_states = self._run(turn, cycle, query_start_np, extra, reading.is_again)
+        self.last_read = hidden_states, reading
 
         # The columns that the member has to score, at most, back from the one past the end.
         count = self.turns.num_unscored(turn)
         columns = cycle.end[:, None] - torch.arange(count - 1, -1, -1, device=self.device)
         positions = cycle.first[:, None] + columns
-        rows = query_start[:-1, None] + positions - 1 - self._start(cycle, extra)[:, None]
-        rows = torch.maximum(rows, query_start[:-1, None])
+        first_row = reading.query_start[:-1, None]
+        rows = torch.maximum(first_row + positions - 1 - reading.start[:, None], first_row)
         logits = self._logits(turn, hidden_states[rows.flatten()])
         is_new = positions >= self.state.scored[cycle.slots, turn, None]
         self._keep(turn, positions, logits, is_new & (columns >= 0) & cycle.active[:, None])
         return logits[:, -1]
 
-    def step_hidden_states(self, turn: int) -> torch.Tensor:  # [num_tokens, hidden_size]
+    def step_hidden_states(self) -> torch.Tensor:  # [num_tokens, hidden_size]
         """What `read` has just computed, at the tokens of the engine step."""
-        hidden_states, query_start = self.read_states
+        hidden_states, reading = self.last_read
         batch, num_reqs = self.cycle.batch, self.cycle.num_reqs
         query_lens = batch.query_start_loc[: num_reqs + 1].long().diff()
         num_tokens = int(batch.query_start_loc_np[num_reqs])
-        start = self._start(self.cycle, self.turns.num_new(turn))
         # The turn may have begun before the engine step's first token.
-        shift = self.cycle.start - start + query_start[:-1] - batch.query_start_loc[:num_reqs]
+        shift = self.cycle.start - reading.start
+        shift = shift + reading.query_start[:-1] - batch.query_start_loc[:num_reqs]
         shift = torch.repeat_interleave(shift, query_lens, output_size=num_tokens)
         return hidden_states[torch.arange(num_tokens, device=self.device) + shift]
 
@@ -184,16 +192,15 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.stats.add(cycle)
         return end_cycle(self.state, cycle)
 
-    def _prepare_tokens(
-        self, cycle: Cycle, extra: int, num_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs + 1], [num_tokens]
+    def _prepare_tokens(self, cycle: Cycle, extra: int, num_tokens: int) -> Reading:
         """The tokens of the engine step with `extra` more each: what has been decided and proposed
         since. Behind the end of a request come tokens that are overwritten later.
-
-        Returns query_start_loc, and whether a token comes before those of the engine step.
         """
         buffers, num_reqs = self.input_buffers, cycle.num_reqs
-        query_lens, start = self._query_lens(cycle, extra), self._start(cycle, extra)
+        query_lens = cycle.batch.query_start_loc[: num_reqs + 1].long().diff() + extra
+        query_lens = query_lens.clamp(max=self.max_model_len)
+        # Where the context would end, before the engine step's first token.
+        start = torch.minimum(cycle.start, self.max_model_len - query_lens)
         query_start = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)])
         request = torch.repeat_interleave(
             self.arange_gpu[:num_reqs], query_lens, output_size=num_tokens
@@ -209,22 +216,13 @@ class ChefSpeculator(StandaloneARSpeculator):
         self._fill_query_start(query_start, num_reqs)
         buffers.seq_lens[:num_reqs] = start + query_lens
         buffers.seq_lens[num_reqs:] = 0
-        return query_start, positions < cycle.start[request]
-
-    def _query_lens(self, cycle: Cycle, extra: int) -> torch.Tensor:  # [num_reqs]
-        query_lens = cycle.batch.query_start_loc[: cycle.num_reqs + 1].long().diff()
-        return (query_lens + extra).clamp(max=self.max_model_len)
+        return Reading(query_start, start, positions < cycle.start[request])
 
     def _query_start_np(self, cycle: Cycle, extra: int) -> np.ndarray:  # [num_reqs + 1]
         query_lens = np.diff(cycle.batch.query_start_loc_np[: cycle.num_reqs + 1]) + extra
         query_start = np.zeros(cycle.num_reqs + 1, dtype=np.int32)
         np.cumsum(np.minimum(query_lens, self.max_model_len), out=query_start[1:])
         return query_start
-
-    def _start(self, cycle: Cycle, extra: int) -> torch.Tensor:  # [num_reqs]
-        """Position of the first token that a turn reads: as the engine step, or before it where
-        the context would end."""
-        return torch.minimum(cycle.start, self.max_model_len - self._query_lens(cycle, extra))
 
     def _read_one(self, turn: int, cycle: Cycle, step: int) -> torch.Tensor:
         """The member's logits `[num_reqs, vocab_size]` after the last token of each request."""

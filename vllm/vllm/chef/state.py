@@ -68,7 +68,6 @@ class Cycle:
     """
 
     batch: InputBatch
-    num_turns: int
     slots: torch.Tensor  # [num_reqs] slots of the requests
     active: torch.Tensor  # [num_reqs] bool, False: the prompt goes on in the next step
     start: torch.Tensor  # [num_reqs] position of the first token of the engine step
@@ -86,6 +85,11 @@ class Cycle:
     @property
     def num_reqs(self) -> int:
         return self.slots.shape[0]
+
+    @property
+    def segments(self) -> torch.Tensor:  # [num_reqs, num_turns]
+        """Lengths of the segments in the order of `Turns.in_window`."""
+        return self.lengths.roll(-1, dims=1)
 
     @property
     def last_position(self) -> torch.Tensor:  # [num_reqs]
@@ -123,6 +127,14 @@ class Cycle:
         # The scores at its own column depend on what stands before it, those behind on the token.
         valid = torch.where(where, self.first + column + 1, NO_POSITION)
         state.scored[self.slots] = torch.minimum(state.scored[self.slots], valid[:, None])
+
+
+def segment_of(
+    columns: torch.Tensor,  # [num_columns]
+    segments: torch.Tensor,  # [num_reqs, num_segments] lengths
+) -> torch.Tensor:  # [num_reqs, num_columns]
+    """The segment that a column lies in: as many as end at or before it."""
+    return (columns >= segments.cumsum(1)[:, :-1, None]).sum(1)
 
 
 def begin_cycle(
@@ -166,7 +178,6 @@ def begin_cycle(
         tokens.scatter_(1, column[:, None], forbidden[:, None])
     return Cycle(
         batch=batch,
-        num_turns=len(state.turns),
         slots=slots,
         active=seq_lens >= prefill_len[slots],
         start=start,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vllm.chef.state import Cycle
+from vllm.chef.state import Cycle, segment_of
 from vllm.chef.turns import Turns
 
 
@@ -13,9 +13,8 @@ class TurnStats:
 
     def __init__(self, turns: Turns, device: torch.device) -> None:
         self.turns = turns
-        order = [*range(1, len(turns)), 0]
         self.width = max(1, *(turn.gamma for turn in turns.turns))
-        self.row_of = torch.tensor(order, device=device)
+        self.row_of = torch.tensor(turns.in_window, device=device)
         """[num_turns] turns in the order of their segments in the window"""
         shape = len(turns) * self.width
         self.judged = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -25,10 +24,9 @@ class TurnStats:
     def add(self, cycle: Cycle) -> None:
         """Count a cycle whose decisions are made."""
         columns = torch.arange(self.turns.window + 1, device=cycle.slots.device)
-        lengths = cycle.lengths.roll(-1, dims=1)
-        ends = lengths.cumsum(1)
-        segment = (columns >= ends[:, :-1, None]).sum(1)  # [num_reqs, num_columns]
-        offset = columns - (ends - lengths).gather(1, segment)
+        lengths = cycle.segments
+        segment = segment_of(columns, lengths)
+        offset = columns - (lengths.cumsum(1) - lengths).gather(1, segment)
         cell = (self.row_of[segment] * self.width + offset).clamp(0, len(self.judged) - 1)
         active = cycle.active[:, None]
         judged = columns < (cycle.num_accepted + cycle.replaced)[:, None]
@@ -45,7 +43,7 @@ class TurnStats:
         """Plain numbers; by member in the user's order, and by position in its segment."""
         num_cycles, num_tokens = self.totals.tolist()
         turns = self.turns.turns
-        turn_of = {member: t for t, turn in enumerate(turns) for member in turn.members}
+        turn_of = self.turns.turn_of
         passes = [1] + [1 + self.turns.num_passes(turn) for turn in range(1, len(turns))]
 
         def by_member(counts: torch.Tensor) -> list[list[int]]:

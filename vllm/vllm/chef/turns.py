@@ -37,6 +37,17 @@ class Turns:
         return self.turns[turn]
 
     @property
+    def in_window(self) -> list[int]:
+        """The turns in the order of their segments, as the step finds the window; the first turn's
+        own proposal comes last."""
+        return [*range(1, len(self)), 0]
+
+    @property
+    def turn_of(self) -> dict[int, int]:
+        """By member, the turn it is called in."""
+        return {member: at for at, turn in enumerate(self.turns) for member in turn.members}
+
+    @property
     def window(self) -> int:
         """Tokens carried from one step to the next, at most: what the first turn has not seen."""
         return sum(turn.gamma for turn in self.turns[1:])
@@ -80,9 +91,7 @@ class Turns:
 
     def max_decided(self, turn: int) -> int:
         """Tokens that are decided by the end of this turn, at most."""
-        count = self.num_decidable(turn)
-        gammas = [t.gamma for t in (*self.turns[1:], self.turns[0])]
-        return sum(gammas[:count])
+        return sum(self.turns[at].gamma for at in self.in_window[: self.num_decidable(turn)])
 
 
 def sd_turns(num_members: int, gamma: int) -> Turns:

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
-from vllm.chef.state import Cycle, ProposalState
+from vllm.chef.state import Cycle, ProposalState, segment_of
 from vllm.chef.turns import Turns
 from vllm.ensemble_decode.combine import combine
 from vllm.ensemble_decode.config import EnsembleConfig
@@ -47,10 +47,9 @@ class Verifier:
         self.turns = turns
         self.state = state
         self.sampler = sampler
-        order = [*range(1, len(turns)), 0]
         # [num_turns] members that propose, in the order of the window
-        self.proposers = [turns[turn].members[0] for turn in order]
-        self.turn_of = {m: t for t in range(len(turns)) for m in turns[t].members}
+        self.proposers = [turns[turn].members[0] for turn in turns.in_window]
+        self.turn_of = turns.turn_of
 
     def propose(
         self,
@@ -83,16 +82,17 @@ class Verifier:
         """
         is_last = turn == self.turns.last_scorer
         num_columns = self.turns.max_decided(turn) + 1
-        segments = self.turns.num_decidable(turn)
-        lengths = cycle.lengths.roll(-1, dims=1)[:, :segments]
+        lengths = cycle.segments[:, : self.turns.num_decidable(turn)]
         num_candidates = lengths.sum(1)
+        logprobs_dims = self.sampler.get_logprobs_dims(cycle.batch.idx_mapping_np)
+        reports = is_last and logprobs_dims is not None
         tokens, accepted, rows = [], [], []
         for part in self._chunks(cycle.num_reqs, num_columns):
-            target, reported = self._target(part, num_columns, scores, cycle)
+            target, reported = self._target(part, num_columns, scores, cycle, reports)
             sampled, num_sampled = self._verify(part, target, lengths, scores, cycle)
             tokens.append(sampled)
             accepted.append(num_sampled.long() - 1)
-            rows.append(reported if self._wants_logprobs(is_last, cycle) else None)
+            rows.append(reported)
         num_accepted = torch.cat(accepted)
         live = cycle.active & ~cycle.settled
         replaced = live & (num_accepted < num_candidates)
@@ -100,13 +100,13 @@ class Verifier:
         cycle.replaced = cycle.replaced | replaced
         settle = live if is_last and self.turns.draws else replaced
         cycle.settle(torch.cat(tokens).gather(1, num_accepted[:, None])[:, 0], settle, self.state)
-        return self._logprobs(rows, num_columns, cycle) if rows[0] is not None else None
+        return self._logprobs(rows, num_columns, cycle, *logprobs_dims) if reports else None
 
     def _target(
-        self, part: slice, num_columns: int, scores: StepScores, cycle: Cycle
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, part: slice, num_columns: int, scores: StepScores, cycle: Cycle, reports: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the ensemble's distribution `[num_reqs * num_columns, vocab_size]` after the
-        sampling parameters, and those that log-probabilities are reported of."""
+        sampling parameters, and where `reports` those that log-probabilities are reported of."""
         members = torch.stack(
             [
                 self._rows(member, part, num_columns, scores, cycle)
@@ -138,6 +138,8 @@ class Verifier:
         else:
             raw = combine(self.function, members, probs)
             target = process(raw, *arguments)
+        if not reports:
+            return target, None
         if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
             return target, target
         return target, combine(self.function, members, probs) if raw is None else raw
@@ -186,8 +188,7 @@ class Verifier:
     ) -> torch.Tensor:  # [num_reqs, num_columns, vocab_size]
         """Raw logits of the member that proposed each column."""
         columns = torch.arange(num_columns, device=lengths.device)
-        # The segment that a column lies in: as many as end at or before it.
-        segment = (columns >= lengths.cumsum(1)[:, :-1, None]).sum(1)
+        segment = segment_of(columns, lengths)
         members = self.proposers[: lengths.shape[1]]
         if self.turns.draws:
             members = [m for m in members if self.turn_of[m] != 0]
@@ -235,15 +236,15 @@ class Verifier:
         for start in range(0, num_reqs, size):
             yield slice(start, min(start + size, num_reqs))
 
-    def _wants_logprobs(self, is_last: bool, cycle: Cycle) -> bool:
-        dims = self.sampler.get_logprobs_dims(cycle.batch.idx_mapping_np)
-        return is_last and dims is not None
-
     def _logprobs(
-        self, rows: list[torch.Tensor], num_columns: int, cycle: Cycle
+        self,
+        rows: list[torch.Tensor],
+        num_columns: int,
+        cycle: Cycle,
+        num_logprobs: int,
+        max_token_ids: int,
     ) -> LogprobsTensors:
         """Of every column's token, most likely tokens beside it; vLLM reads the decided ones."""
-        num_logprobs, max_token_ids = self.sampler.get_logprobs_dims(cycle.batch.idx_mapping_np)
         parts = []
         for part, logits in zip(self._chunks(cycle.num_reqs, num_columns), rows, strict=True):
             slots = cycle.slots[part]

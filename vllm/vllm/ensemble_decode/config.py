@@ -5,17 +5,18 @@ process and takes part in the hash of vLLM's compile cache.  Knows no model and 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 from vllm.ensemble_decode.functions import METHOD_KEYS, EnsembleFunction, make_function
+from vllm.ensemble_decode.plain_data import PlainData
 
 ENSEMBLE_TARGETS = ("raw-logits", "logits", "probs")
 CONFIG_KEY = "ensemble"
 
 
 @dataclass(frozen=True)
-class EnsembleConfig:
+class EnsembleConfig(PlainData):
     """An ensemble of vLLM's model (the first member) and `extra_model`, in that order.
 
     Args:
@@ -30,6 +31,12 @@ class EnsembleConfig:
     Raises:
         ValueError: one line that names the key, for any value that cannot be meant.
     """
+
+    config_key: ClassVar[str] = CONFIG_KEY
+    needed: ClassVar[str] = (
+        "an ensemble worker needs "
+        f'additional_config={{"{CONFIG_KEY}": {{"extra_model": [...], ...}}}}'
+    )
 
     extra_model: tuple[str, ...]
     ensemble_fn: str = "weighted"
@@ -72,36 +79,11 @@ class EnsembleConfig:
         args = {key: value for key, value in named.items() if value is not None}
         return make_function(self.ensemble_fn, self.num_members, {**args, **self.ensemble_args})
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, the inverse of `from_dict`."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in data.items()
-            if value is not None
-        }
-
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "EnsembleConfig":
-        known = {f.name for f in fields(cls)}
-        for key in data:
-            if key not in known:
-                raise ValueError(
-                    f"additional_config.{CONFIG_KEY}.{key}: unknown key; "
-                    f"known are {', '.join(sorted(known))}"
-                )
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        cls.check_keys(data)
         if "extra_model" not in data:
             raise ValueError(
                 f"additional_config.{CONFIG_KEY}.extra_model: missing; name the other members"
             )
         return cls(**data)
-
-    @classmethod
-    def from_additional_config(cls, additional_config: object) -> "EnsembleConfig":
-        data = additional_config.get(CONFIG_KEY) if isinstance(additional_config, dict) else None
-        if not isinstance(data, Mapping):
-            raise ValueError(
-                f"additional_config.{CONFIG_KEY}: missing; an ensemble worker needs "
-                f'additional_config={{"{CONFIG_KEY}": {{"extra_model": [...], ...}}}}'
-            )
-        return cls.from_dict(data)

@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.config import ModelConfig
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 
+from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.members import check_ensemble, load_members
-from vllm.ensemble_decode.model import EnsembleModel
+from vllm.ensemble_decode.model import EnsembleModel, MemberGroup
 from vllm.ensemble_decode.sampler import (
     EnsemblePromptLogprobsWorker,
     EnsembleStructuredOutputsWorker,
@@ -18,35 +20,53 @@ else:
     from vllm.v1.worker.cpu.model_runner import CPUModelRunner as ModelRunner
 
 
-class EnsembleRunner(ModelRunner):
-    """Loads all members as one model; vLLM's own code runs it."""
+class MemberRunner(ModelRunner):
+    """A runner that is handed its model: subclasses say which, and what comes after it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.ensemble_config, self.member_configs = check_ensemble(self.vllm_config)
+    ensemble_config: EnsembleConfig
+    member_configs: list[ModelConfig]
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         if load_dummy_weights:
             self.load_config.load_format = "dummy"
         with DeviceMemoryProfiler() as profiler:
             with self.jit_warmup_registry.activate():
-                members = load_members(self.vllm_config, self.member_configs)
-            config = self.ensemble_config
-            super().load_model(
-                model=EnsembleModel(
-                    members=members,
-                    function=config.make_function(),
-                    samples_members=config.samples_members,
-                    combines_probs=config.combines_probs,
-                )
-            )
+                model = self.make_model()
+            super().load_model(model=model)
         # vLLM's own figure leaves out a model that it is handed.
         self.model_memory_usage = profiler.consumed_memory
-        if config.samples_members:
-            self._use_member_logits()
+        self.replace_helpers()
 
-    def _use_member_logits(self) -> None:
+    def make_model(self) -> MemberGroup:
+        """Load the members that vLLM is to call as its model."""
+        raise NotImplementedError
+
+    def replace_helpers(self) -> None:
+        """Put ours in the place of vLLM's helpers of a step; called once all is loaded."""
+
+
+class EnsembleRunner(MemberRunner):
+    """Loads all members as one model; vLLM's own code runs it."""
+
+    model: EnsembleModel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ensemble_config, self.member_configs = check_ensemble(self.vllm_config)
+
+    def make_model(self) -> EnsembleModel:
+        config = self.ensemble_config
+        return EnsembleModel(
+            members=load_members(self.vllm_config, self.member_configs),
+            function=config.make_function(),
+            samples_members=config.samples_members,
+            combines_probs=config.combines_probs,
+        )
+
+    def replace_helpers(self) -> None:
         """Two helpers of a step, which no hook replaces, take the logits of all members."""
+        if not self.ensemble_config.samples_members:
+            return
         self.prompt_logprobs_worker = EnsemblePromptLogprobsWorker(
             self.model, self.max_num_reqs, self.device, self.model_config.logprobs_mode
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.platforms import current_platform
 
-from vllm.ensemble_decode.runner import EnsembleRunner
+from vllm.ensemble_decode.runner import EnsembleRunner, MemberRunner
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as BaseWorker
@@ -15,9 +15,9 @@ if TYPE_CHECKING or not current_platform.is_cpu():
     class RunnerWorker(BaseWorker):
         """A worker whose subclasses say which model runner it makes."""
 
-        runner_cls: type[EnsembleRunner]
+        runner_cls: type[MemberRunner]
 
-        def _make_model_runner(self) -> EnsembleRunner:
+        def _make_model_runner(self) -> MemberRunner:
             return self.runner_cls(self.vllm_config, self.device)
 
 else:
@@ -26,7 +26,7 @@ else:
     class RunnerWorker(BaseWorker):
         """A worker whose subclasses say which model runner it makes."""
 
-        runner_cls: type[EnsembleRunner]
+        runner_cls: type[MemberRunner]
 
         def init_device(self) -> None:
             # The CPU worker has no hook of its own; its stock runner holds no weights yet.
