@@ -85,3 +85,18 @@ def test_a_model_and_its_second_self_are_compiled_apart(tmp_path):
     hashes = {config.compute_hash()}
     hashes |= {member_config(config, members, index).compute_hash() for index in (1, 2)}
     assert len(hashes) == 3
+
+
+def test_traces_are_not_replayed_under_speculation(tmp_path):
+    """vLLM refuses that by request, which `allow_all_sampling_params` would let through."""
+    path = save_model(tmp_path / "llama", llama_config(), seed=0)
+    arguments = dict(
+        skip_tokenizer_init=True, additional_config={"ensemble": {"extra_model": [path]}}
+    )
+    draft = {"method": "draft_model", "model": path, "num_speculative_tokens": 1}
+    check_ensemble(EngineArgs(path, **arguments, enable_trace_replay=True).create_engine_config())
+    config = EngineArgs(
+        path, **arguments, enable_trace_replay=True, speculative_config=draft
+    ).create_engine_config()
+    with pytest.raises(ValueError, match=r"^method\.llm\.enable_trace_replay: .*; leave"):
+        check_ensemble(config)

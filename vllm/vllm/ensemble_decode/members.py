@@ -105,6 +105,10 @@ def _check_engine(vllm_config: VllmConfig) -> None:
         "method.llm.watermark_config: watermarks": (
             getattr(vllm_config, "watermark_config", None) is not None
         ),
+        "method.llm.enable_trace_replay: replay of traces under speculation": (
+            vllm_config.speculative_config is not None
+            and vllm_config.model_config.enable_trace_replay
+        ),
         "method.llm.speculative_config.enable_adaptive_verification: adaptive verification": (
             vllm_config.speculative_config is not None
             and vllm_config.speculative_config.enable_adaptive_verification
