@@ -21,24 +21,38 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.errors import ConfigError, one_line
 from harness.run import run
+from harness.sweep import run_job as run_sweep_job
 
 ROOT = Path(__file__).resolve().parent
+FOLDER = "save_path"
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="default")
 def run_job(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
-    sweep = hydra_config.mode == RunMode.MULTIRUN
     try:
-        run(config, hydra_config.runtime.output_dir if sweep else config.save_path)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            # In a process of its own: it leaves nothing behind, and cannot stop the others.
+            run_sweep_job(config, hydra_config.runtime.output_dir, hydra_config.overrides.task)
+        else:
+            run(config, config.save_path)
     except ConfigError as error:
         # Here and not in `main`: Hydra adds lines of its own to an exception that passes it.
         sys.exit(f"error: {error}")
 
 
+def with_sweep_folder(arguments: list[str]) -> list[str]:
+    """In a sweep `save_path` is the folder of all jobs, which Hydra has a name of its own for."""
+    folders = [value for name, _, value in (a.partition("=") for a in arguments) if name == FOLDER]
+    if not folders or not {"-m", "--multirun"} & set(arguments):
+        return arguments
+    return [*arguments, f"hydra.sweep.dir={folders[-1]}"]
+
+
 def main() -> None:
     # Before anything is imported that reads the environment; torch, vLLM and the hub's client do.
     load_dotenv(ROOT / ".env")
+    sys.argv[1:] = with_sweep_folder(sys.argv[1:])
     try:
         run_job()
     except MissingConfigException as error:

@@ -8,15 +8,16 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from harness.proposals import of_draft_model, of_turns
+from harness.proposals import Counts, count_drafts
 from triton_cpu_interpreter import is_cpu_build
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
@@ -58,22 +59,38 @@ def _num_cores() -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, and the seed of its samples."""
+    """One prompt, and the seed of its samples.
+
+    Args:
+        choices: continuations of one token each, by token. Where there are any, nothing is
+            generated: the text of the completion is the likeliest of them.
+        sampling_params: what differs from the run's, by vLLM's names.
+    """
 
     index: int
     prompt_token_ids: list[int]
     seed: int | None
+    choices: Mapping[int, str] = field(default_factory=dict)
+    sampling_params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine made of a request; `latency_s` is from its submission to its last token."""
+    """What the engine made of a request.
+
+    Args:
+        latency_s: from its submission to its last token.
+        logprobs: of the tokens that were asked for, by position and token; None if none were.
+        prompt_logprobs: the same of the prompt, whose first token has none.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str
     latency_s: float
+    logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 class Engine:
@@ -131,41 +148,62 @@ class Engine:
     ) -> Iterator[Completion]:
         """Completions in the order in which they finish, `batch_size` requests in flight."""
         waiting = list(reversed(requests))
-        started: dict[str, tuple[int, float]] = {}
+        started: dict[str, tuple[Request, float]] = {}
         while waiting or started:
             while waiting and (batch_size is None or len(started) < batch_size):
                 request, start = waiting.pop(), time.perf_counter()
-                started[self._submit(request, overrides)] = (request.index, start)
+                started[self._submit(request, overrides)] = (request, start)
             for output in self._llm_engine.step():
                 if output.finished:
-                    index, start = started.pop(output.request_id)
-                    first = output.outputs[0]
-                    if first.spec_decode_metrics is not None:
-                        self._drafts.append(first.spec_decode_metrics)
-                    yield Completion(
-                        index=index,
-                        text=first.text,
-                        token_ids=list(first.token_ids),
-                        finish_reason=str(first.finish_reason),
-                        latency_s=time.perf_counter() - start,
-                    )
+                    request, start = started.pop(output.request_id)
+                    if output.outputs[0].spec_decode_metrics is not None:
+                        self._drafts.append(output.outputs[0].spec_decode_metrics)
+                    yield _completion(request, output, time.perf_counter() - start)
 
     def synchronize(self) -> None:
         """Wait for the device, in whatever process the workers are."""
         self._llm_engine.collective_rpc("synchronize_device")
 
-    def proposals(self) -> dict[str, Any]:
+    def proposals(self) -> Counts:
         """What became of the tokens proposed since the warm-up; empty where none are proposed."""
         if self._takes_turns:
             # Every worker counts the same.
-            return of_turns(self._llm_engine.collective_rpc("turn_stats")[0])
-        return of_draft_model(self._drafts)
+            return self._llm_engine.collective_rpc("turn_stats")[0]
+        return count_drafts(self._drafts)
 
     def _submit(self, request: Request, overrides: dict[str, Any]) -> str:
         from vllm import SamplingParams
 
-        params = {"seed": request.seed, **self._sampling_params, **overrides}
+        params = {"seed": request.seed, **self._sampling_params, **request.sampling_params}
+        if request.choices:
+            params |= {"max_tokens": 1, "min_tokens": 0, "stop": None, "logprobs": None}
+            params["logprob_token_ids"] = list(request.choices)
         request_id = next(self._request_ids)
         prompt = {"prompt_token_ids": request.prompt_token_ids}
-        self._llm_engine.add_request(request_id, prompt, SamplingParams(**params))
+        self._llm_engine.add_request(request_id, prompt, SamplingParams(**params | overrides))
         return request_id
+
+
+def _completion(request: Request, output: "RequestOutput", latency_s: float) -> Completion:
+    first = output.outputs[0]
+    text, logprobs = first.text, _plain(first.logprobs)
+    if request.choices:
+        text = request.choices[max(request.choices, key=logprobs[0].__getitem__)]
+    return Completion(
+        index=request.index,
+        text=text,
+        token_ids=list(first.token_ids),
+        finish_reason=str(first.finish_reason),
+        latency_s=latency_s,
+        logprobs=logprobs,
+        prompt_logprobs=_plain(output.prompt_logprobs),
+    )
+
+
+def _plain(logprobs: Any) -> list[Any] | None:
+    if logprobs is None:
+        return None
+    return [
+        at_position and {token: entry.logprob for token, entry in at_position.items()}
+        for at_position in logprobs
+    ]

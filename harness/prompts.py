@@ -1,4 +1,4 @@
-"""From the examples of a task to the engine's requests: tokens and seeds.
+"""From the examples of a task to the engine's requests: tokens, choices and seeds.
 
 Knows tokenizers and chat templates; loads no weights.
 """
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.engine import Request
 from harness.errors import ConfigError, one_line
-from tasks import Example
+from tasks import Example, Task
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -31,17 +31,20 @@ def load_tokenizer(model_config: "ModelConfig") -> Any:
 
 
 def make_requests(
-    examples: Sequence[Example], tokenizer: Any, max_model_len: int, seed: int
+    task: Task, examples: Sequence[Example], tokenizer: Any, max_model_len: int, seed: int
 ) -> list[Request]:
     """One request per example; each has a seed of its own, so that a sample does not depend on
     what else runs or ran.
 
     Raises:
-        ConfigError: a prompt leaves no room for a token, or the model has no chat template.
+        ConfigError: a prompt leaves no room for a token, the model has no chat template, or the
+            choices of an example do not differ in just one token.
     """
     requests = []
     for example in examples:
-        token_ids = _encode(tokenizer, example)
+        token_ids, choices = _encode(tokenizer, example), {}
+        if texts := task.choices(example):
+            token_ids, choices = _encode_choices(tokenizer, example, token_ids, texts)
         if not token_ids:
             raise ConfigError(
                 f"method.model: its tokenizer makes no tokens of example {example.index}; mend the "
@@ -52,8 +55,25 @@ def make_requests(
                 f"method.llm.max_model_len: example {example.index} has {len(token_ids)} prompt "
                 f"tokens and the members read {max_model_len}; raise it, or choose other members"
             )
-        requests.append(Request(example.index, token_ids, seed + example.index))
+        requests.append(Request(example.index, token_ids, seed + example.index, choices))
     return requests
+
+
+def _encode_choices(
+    tokenizer: Any, example: Example, prompt: list[int], texts: Sequence[str]
+) -> tuple[list[int], dict[int, str]]:
+    """All tokens that prompt and choice have in common, and the choices by their last one."""
+    if example.messages:
+        encoded = [prompt + tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    else:
+        encoded = [tokenizer.encode(example.prompt + text) for text in texts]
+    choices = {ids[-1]: text for ids, text in zip(encoded, texts, strict=True)}
+    if len(choices) < len(texts) or any(ids[:-1] != encoded[0][:-1] for ids in encoded):
+        raise ConfigError(
+            f"method.model: its tokenizer makes more than one token of {' or '.join(texts)} behind "
+            f"the prompt of example {example.index}; let the answer be generated, or choose others"
+        )
+    return encoded[0][:-1], choices
 
 
 def _encode(tokenizer: Any, example: Example) -> list[int]:

@@ -1,4 +1,4 @@
-"""What became of proposed tokens: from counts to the fields of `summary.json` and lines on screen.
+"""What became of proposed tokens: counts, the fields of `summary.json`, and lines on screen.
 
 A proposed token is judged, and then accepted or not, unless one before it was not accepted.
 """
@@ -9,25 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
-
-def of_turns(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of members that take turns.
-
-    Args:
-        stats: of a `ChefWorker`: num_cycles and num_tokens; by member num_calls; by member, and
-            position in what it proposes in its turn, num_judged and num_accepted.
-    """
-    pairs = list(zip(stats["num_accepted"], stats["num_judged"], strict=True))
-    return {
-        "tokens_per_cycle": _ratio(stats["num_tokens"], stats["num_cycles"]),
-        "calls": stats["num_calls"],
-        "acceptance": [_ratio(sum(accepted), sum(judged)) for accepted, judged in pairs],
-        "acceptance_by_position": [_ratios(accepted, judged) for accepted, judged in pairs],
-    }
+# num_cycles and num_tokens; num_judged and num_accepted by position in what is proposed in a turn.
+# Of members that take turns, these two by member, and num_calls by member; the counts of a
+# `ChefWorker`. Empty where nothing is proposed.
+Counts = dict[str, Any]
 
 
-def of_draft_model(metrics: Sequence["RequestSpecDecodeMetrics"]) -> dict[str, Any]:
-    """The fields of stock speculation, from vLLM's own counts; none where there are no counts."""
+def count_drafts(metrics: Sequence["RequestSpecDecodeMetrics"]) -> Counts:
+    """The counts of stock speculation, from vLLM's own; empty where there are none."""
     if not metrics:
         return {}
     num_positions = metrics[0].num_spec_tokens
@@ -40,10 +29,37 @@ def of_draft_model(metrics: Sequence["RequestSpecDecodeMetrics"]) -> dict[str, A
         for position in range(min(num_accepted + 1, num_drafted)):
             judged[position] += 1
     return {
+        "num_cycles": num_cycles,
         # Each cycle ends with a token of the target's own.
-        "tokens_per_cycle": _ratio(num_cycles + sum(accepted), num_cycles),
-        "acceptance": _ratio(sum(accepted), sum(judged)),
-        "acceptance_by_position": _ratios(accepted, judged),
+        "num_tokens": num_cycles + sum(accepted),
+        "num_judged": judged,
+        "num_accepted": accepted,
+    }
+
+
+def add(first: Counts, second: Counts) -> Counts:
+    """The counts of two parts of a run."""
+    if not first or not second:
+        return first or second
+    return {name: _sum(first[name], second[name]) for name in first}
+
+
+def fields(counts: Counts) -> dict[str, Any]:
+    """The fields of `summary.json`; none where nothing is proposed."""
+    if not counts:
+        return {}
+    accepted, judged = counts["num_accepted"], counts["num_judged"]
+    shares = {"tokens_per_cycle": _ratio(counts["num_tokens"], counts["num_cycles"])}
+    if "num_calls" not in counts:
+        shares["acceptance"] = _ratio(sum(accepted), sum(judged))
+        shares["acceptance_by_position"] = _ratios(accepted, judged)
+        return shares
+    pairs = list(zip(accepted, judged, strict=True))
+    return {
+        **shares,
+        "calls": counts["num_calls"],
+        "acceptance": [_ratio(sum(accepted), sum(judged)) for accepted, judged in pairs],
+        "acceptance_by_position": [_ratios(accepted, judged) for accepted, judged in pairs],
     }
 
 
@@ -65,6 +81,12 @@ def rows(summary: Mapping[str, Any]) -> dict[str, str]:
 def _steps(metrics: Iterable["RequestSpecDecodeMetrics"]) -> Iterable[tuple[int, int]]:
     for request in metrics:
         yield from zip(request.per_step_accepted, request.per_step_drafted, strict=True)
+
+
+def _sum(first: Any, second: Any) -> Any:
+    if isinstance(first, list):
+        return [_sum(*pair) for pair in zip(first, second, strict=True)]
+    return first + second
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -1,29 +1,47 @@
-"""The run directory: the resolved configuration, `samples.jsonl` and `summary.json`.
+"""The run directory: configuration, `samples.jsonl` and `summary.json`; how a run is continued.
 
 Knows the form of the files; computes no score.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from harness.errors import ConfigError
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from harness.errors import ConfigError, one_line
+from harness.proposals import Counts
+
+# What may differ between the parts of a run: neither changes what is computed.
+FREE_KEYS = ("save_path", "verbose")
 
 
 class RunDirectory:
     """A directory that one run writes and nothing else does.
 
-    Raises (on construction and by `create`): ConfigError, if a run is there already or the
-    directory cannot be made. Nothing is written before `create`.
+    If a run of the same configuration is there already, this one continues it.
+
+    Args:
+        path: of the directory.
+        config: of the run, resolved.
+
+    Raises (on construction and by `open`): ConfigError, if the directory cannot be made, holds a
+    run of another configuration, or is written by another process. Nothing is written before
+    `open`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.samples = self.path / "samples.jsonl"
-        if self.samples.exists():
-            raise self._taken()
+        self._config = config
+        self._file: IO[bytes] | None = None
+        self._check_config()
+        self._num_bytes = self._size()
         nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise ConfigError(
@@ -31,40 +49,111 @@ class RunDirectory:
                 "written; choose another"
             )
 
-    def create(self, config_yaml: str) -> None:
+    def open(self) -> None:
+        """Make the directory; leave out a line that a killed run left unfinished."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._file = self.samples.open("ab")
         try:
-            self.samples.touch(exist_ok=False)
-        except FileExistsError:  # by another run, since this one was constructed
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise self._taken() from None
-        self._write("config.yaml", config_yaml)
+        if self._size() != self._num_bytes:  # by another run, since this one was constructed
+            raise self._taken()
+        self._check_config()
+        self._file.truncate(len(b"".join(self._whole_lines())))
+        if not (self.path / "config.yaml").exists():
+            self._write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(self._config))))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def append_sample(self, sample: Mapping[str, Any]) -> None:
         """One line, on disk before the next: a run that dies keeps what it had."""
-        with self.samples.open("a", encoding="utf-8") as file:
-            file.write(_line(sample))
+        self._file.write(_line(sample).encode())
+        self._file.flush()
 
     def read_samples(self) -> list[dict[str, Any]]:
-        """All samples, in the order of the data set."""
-        with self.samples.open(encoding="utf-8") as file:
-            return sorted((json.loads(line) for line in file), key=lambda s: s["index"])
+        """All whole samples, in the order of the data set."""
+        return sorted(map(json.loads, self._whole_lines()), key=lambda sample: sample["index"])
 
     def write_scores(self, samples: list[dict[str, Any]]) -> None:
         """Replace the samples by the scored ones, at once or not at all."""
         self._write("samples.jsonl", "".join(map(_line, samples)))
 
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary, which a run writes last; None where it has not."""
+        return self._read_json("summary.json")
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
 
+    def read_counts(self) -> Counts:
+        """What had become of proposed tokens when it was last written down."""
+        return self._read_json(".counts.json") or {}
+
+    def write_counts(self, counts: Counts) -> None:
+        self._write(".counts.json", json.dumps(counts))
+
+    def _whole_lines(self) -> list[bytes]:
+        if not self.samples.exists():
+            return []
+        lines = self.samples.read_bytes().splitlines(keepends=True)
+        return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+
+    def _size(self) -> int:
+        return self.samples.stat().st_size if self.samples.exists() else 0
+
+    def _check_config(self) -> None:
+        file = self.path / "config.yaml"
+        if not file.exists():
+            if self._size():
+                raise ConfigError(
+                    f"save_path: '{self.path}' holds samples but no config.yaml that says of what; "
+                    "choose another or remove it"
+                )
+            return
+        try:
+            there = OmegaConf.to_container(OmegaConf.load(file))
+        except (YAMLError, OmegaConfBaseException, OSError) as error:
+            raise ConfigError(f"save_path: cannot read '{file}': {one_line(error)}") from error
+        if differences := _differences(there, self._config):
+            raise ConfigError(
+                f"save_path: '{self.path}' holds a run that differs in {', '.join(differences)}; "
+                "choose another folder, or give the same values to continue it"
+            )
+
     def _taken(self) -> ConfigError:
         return ConfigError(
-            f"save_path: '{self.path}' already holds a run; choose another or remove it"
+            f"save_path: another process writes '{self.path}'; wait for it or choose another"
         )
+
+    def _read_json(self, name: str) -> Any:
+        file = self.path / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def _write(self, name: str, text: str) -> None:
         partial = self.path / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.path / name)
+
+
+def _differences(there: Any, here: Any) -> list[str]:
+    there, here = _flat(there), _flat(here)
+    return [
+        f"{key} ({there.get(key, 'not set')} there, {here.get(key, 'not set')} here)"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key) != here.get(key) and key not in FREE_KEYS
+    ]
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        is_group = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
+    return flat
 
 
 def _line(sample: Mapping[str, Any]) -> str:

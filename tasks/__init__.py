@@ -8,22 +8,26 @@ from dataclasses import fields
 
 from tasks.base import Example, Task, select
 
-__all__ = ["TASKS", "Example", "Task", "load_task", "select"]
+__all__ = ["TASKS", "Example", "Task", "load_task", "select", "task_name"]
 
 # `dataset.name` -> "module:class"
 TASKS = {
     "humaneval": "tasks.humaneval:HumanEval",
+    "gsm8k": "tasks.gsm8k:Gsm8k",
+    "mmlu": "tasks.mmlu:Mmlu",
+    "cnndm": "tasks.cnndm:CnnDailyMail",
 }
 
 
 def load_task(name: str, **options) -> Task:
     """The task called `name`, or the class at `name` = "package.module:Class".
 
-    `options` are the fields of the task class: `use_fewshot`, `chat`, `execute_code` for every
-    task, and those that the task adds.
+    `options` are the fields of the task class: those of every task (`tasks.base.Task`), and those
+    that the task adds.
 
     Raises:
-        ValueError: no such task, a path that leads to no task, or an option it does not have.
+        ValueError: no such task, a path that leads to no task, an option that it does not have,
+            or a bad value of one.
     """
     task_class = _find_class(name)
     known = [field.name for field in fields(task_class)]
@@ -33,6 +37,15 @@ def load_task(name: str, **options) -> Task:
                 f"dataset.name={name} has no option {option!r}: it has {', '.join(known)}"
             )
     return task_class(**options)
+
+
+def task_name(name: str) -> str:
+    """The name of the task that `load_task` finds by `name`: its group below `task`.
+
+    Raises:
+        ValueError: no such task, or a path that leads to no task.
+    """
+    return name if name in TASKS else _find_class(name).name
 
 
 def _find_class(name: str) -> type[Task]:

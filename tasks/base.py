@@ -3,8 +3,9 @@
 Knows no model, no engine, no file of a run, and no single data set. A task never generates.
 """
 
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,8 +34,10 @@ class Task(ABC):
     """A data set with its scoring. Subclasses add options of their own as dataclass fields.
 
     Every task accepts the options below, so that one configuration serves all of them; a task for
-    which an option has no meaning ignores it.
+    which an option has no meaning ignores it. Bad options and data that cannot be read are a
+    `ValueError` of one line that begins with the configuration's key.
 
+    path: a local copy of the data set (`tasks.loading`); None: below DATASET_PATH, else the hub.
     use_fewshot: put worked examples before each problem.
     chat: give the problem as chat messages instead of plain text.
     execute_code: allow the score to run generated code.
@@ -44,6 +47,7 @@ class Task(ABC):
     metric: ClassVar[str]  # the name under which `aggregate` is reported, such as "pass@1"
     max_tokens: ClassVar[int]  # used where the configuration sets no limit
 
+    path: str | None = None
     use_fewshot: bool = False
     chat: bool = False
     execute_code: bool = False
@@ -55,7 +59,20 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self) -> list[Example]:
-        """All examples in the order of the data set; `index` is the position in that order."""
+        """All examples in the order of the data set; `index` is the position in that order.
+
+        Raises:
+            ValueError: the data set cannot be read.
+        """
+
+    def choices(self, example: Example) -> tuple[str, ...]:
+        """Continuations of the prompt to choose from; empty where the answer is generated.
+
+        Where there are some, nothing is generated: the completion is the likeliest of them, by
+        their log-probability after the prompt. In a chat they are beginnings of the reply. They
+        must differ in one token, the last of prompt and choice.
+        """
+        return ()
 
     @abstractmethod
     def postprocess(self, example: Example, text: str) -> str:
@@ -66,8 +83,11 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def score(self, example: Example, completion: str) -> float | None:
+    def score(self, example: Example, completion: str) -> float | Mapping[str, float] | None:
         """The score of a postprocessed completion, in [0, 1]; None where it was not evaluated.
+
+        A mapping gives several metrics by name, each in [0, 1]. It must have `metric`, whose entry
+        is the score of the sample; the others are reported beside it.
 
         May be called from several threads at once.
         """
@@ -84,18 +104,94 @@ def truncate_at_stop(text: str, stop: Iterable[str]) -> str:
     return text[: min(found, default=len(text))]
 
 
-def select(examples: Sequence[Example], size: str | int) -> list[Example]:
-    """The first examples, in order: `tiny` (5), `small` (200), `full`, or a number of at least 1.
+def chat_messages(
+    worked: Iterable[tuple[str, str]],  # (request, reply)
+    request: str,
+) -> tuple[dict[str, str], ...]:
+    """The turns of a chat in which `request` follows worked examples."""
+    turns = []
+    for earlier_request, reply in worked:
+        turns.append({"role": "user", "content": earlier_request})
+        turns.append({"role": "assistant", "content": reply})
+    return (*turns, {"role": "user", "content": request})
 
-    A size beyond the set gives the whole set.
+
+def check_at_least(key: str, value: object, least: int) -> None:
+    """Raise a ValueError unless `value`, of the configuration's `key`, is an integer >= `least`."""
+    if not _is_int(value) or value < least:
+        raise ValueError(f"{key}: {value!r} must be an integer of at least {least}")
+
+
+def select(
+    examples: Sequence[Example],
+    size: str | int,
+    seed: int | None = None,
+    indices: Sequence[int] | None = None,
+) -> list[Example]:
+    """The examples that a run uses: some of them, each with its reference.
+
+    size: the first ones, in order: `tiny` (5), `small` (200), `full`, or a number of at least 1;
+        a size beyond the set gives the whole set.
+    seed: shuffles the set before it is cut: it is sorted by one draw of `random.Random(seed)
+        .random()` for each example in order, a sequence that all versions of Python share. So the
+        examples of a smaller size are the first of a larger one.
+    indices: positions in `examples`, in place of the size and with their own order; not with a
+        seed.
 
     Raises:
-        ValueError: `size` is none of these.
+        ValueError: a size, seed or list of positions that is none of these.
     """
+    count = _count(size)
+    if seed is not None:
+        _check_seed(seed, indices)
+    if indices is not None:
+        return [examples[index] for index in _checked_indices(indices, len(examples))]
+    return _shuffled(examples, seed)[:count]
+
+
+def _count(size: str | int) -> int | None:
     if isinstance(size, str) and size in NAMED_SIZES:
-        return list(examples[: NAMED_SIZES[size]])
-    # A bool is an int in Python, but `dataset.size=true` is a mistake.
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 1:
-        return list(examples[:size])
+        return NAMED_SIZES[size]
+    if _is_int(size) and size >= 1:
+        return size
     known = ", ".join(NAMED_SIZES)
     raise ValueError(f"dataset.size={size!r} is not a size: use {known}, or an integer >= 1")
+
+
+def _check_seed(seed: int, indices: Sequence[int] | None) -> None:
+    if not _is_int(seed) or seed < 0:
+        raise ValueError(f"dataset.seed={seed!r} is not a seed: use null, or an integer >= 0")
+    if indices is not None:
+        raise ValueError("dataset.seed: dataset.indices fixes the order; leave one of them null")
+
+
+def _checked_indices(indices: Sequence[int], num_examples: int) -> Sequence[int]:
+    if not isinstance(indices, Sequence) or isinstance(indices, str) or not indices:
+        raise ValueError(
+            f"dataset.indices={indices!r} is not a list of positions: use null, or such as [0,3,7]"
+        )
+    seen = set()
+    for index in indices:
+        if not _is_int(index) or not 0 <= index < num_examples:
+            raise ValueError(
+                f"dataset.indices: {index!r} is not a position in the data set: use integers from "
+                f"0 to {num_examples - 1}"
+            )
+        if index in seen:
+            raise ValueError(f"dataset.indices: {index} stands there twice")
+        seen.add(index)
+    return indices
+
+
+def _shuffled(examples: Sequence[Example], seed: int | None) -> list[Example]:
+    if seed is None:
+        return list(examples)
+    # Not `shuffle` or `sample`: Python may change how these use the draws.
+    generator = random.Random(seed)
+    keys = [generator.random() for _ in examples]
+    return [examples[i] for i in sorted(range(len(examples)), key=keys.__getitem__)]
+
+
+def _is_int(value: object) -> bool:
+    # A bool is an int in Python, but `dataset.size=true` is a mistake.
+    return isinstance(value, int) and not isinstance(value, bool)

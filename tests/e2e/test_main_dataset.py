@@ -181,7 +181,8 @@ def read_samples(run: Path) -> list[dict]:
 
 def check_files(run: Path, method: str, num_samples: int) -> dict:
     """What every run must have written; returns its summary."""
-    assert sorted(os.listdir(run)) == ["config.yaml", "samples.jsonl", "summary.json"]
+    files = [".counts.json", "config.yaml", "main_dataset.log", "samples.jsonl", "summary.json"]
+    assert sorted(os.listdir(run)) == files
     samples = read_samples(run)
     assert [sample["index"] for sample in samples] == list(range(num_samples))
     for sample in samples:
@@ -310,7 +311,7 @@ def check_output(result: Result, run: Path) -> None:
     method = OmegaConf.load(run / "config.yaml").method.name
     summary = check_files(run, method, num_samples=2)
     if summary["score"] is not None:  # with a warning before the bar
-        warning, _, result.stderr = result.stderr.partition("\n")
+        warning, _, result.stdout = result.stdout.partition("\n")
         assert warning.startswith("evaluate.execute_code=true: code written by a language model")
     check_screen(result, summary, Path("run"))
 
@@ -395,22 +396,131 @@ def test_one_request_at_a_time_does_not_wait_for_others(runs):
     assert sum(latencies) <= summary["total_time_s"]
 
 
-def test_interrupted_run_keeps_its_samples(command):
-    arguments = f"{CD} dataset.size=10 batch_size=1 {CACHE} save_path=run"
-    arguments += " method.generate.max_tokens=64"
-    process = command.start(*arguments.split())
-    samples = command.cwd / "run" / "samples.jsonl"
+# Runs that are continued
+
+
+def stop(process: multiprocessing.process.BaseProcess, run: Path, number: int) -> None:
+    """Send a signal as soon as there are samples, and wait for the end."""
+    samples = run / "samples.jsonl"
     deadline = time.monotonic() + 60
     while not samples.exists() or not samples.read_bytes():
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     process.join(timeout=60)
-    assert process.exitcode == 130
-    last = (command.cwd / "stderr").read_text().splitlines()[-1]
-    assert last.startswith("interrupted; the run directory keeps the finished samples")
-    assert 1 <= len(read_samples(command.cwd / "run")) < 10
-    assert not (command.cwd / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_and_continued_run_equals_an_unbroken_one(command, number):
+    arguments = f"{CD} method=cd_chef method.gamma=2 dataset.size=8 batch_size=1 {CACHE} "
+    arguments += "method.generate.max_tokens=48 method.generate.temperature=1 "
+    run, unbroken = command.cwd / "run", command.cwd / "unbroken"
+    process = command.start(*f"{arguments} save_path=run".split())
+    stop(process, run, number)
+    assert 1 <= len(read_samples(run)) < 8
+    assert not (run / "summary.json").exists()
+    if number == signal.SIGINT:
+        assert process.exitcode == 130
+        last = (command.cwd / "stderr").read_text().splitlines()[-1]
+        assert last.startswith("interrupted; the run directory keeps the finished samples")
+    else:
+        with (run / "samples.jsonl").open("a") as file:  # as if it had died as it wrote
+            file.write('{"index": 7, "comple')
+
+    continued = command.fork(*f"{arguments} save_path=run".split())
+    assert continued.status == 0, continued.stderr
+    assert re.search(r"^continued: \d of 8 samples are there already$", continued.stdout, re.M)
+    assert command.fork(*f"{arguments} save_path=unbroken".split()).status == 0
+    assert tokens(run) == tokens(unbroken)
+    assert completions(run) == completions(unbroken)
+    summary = check_files(run, "cd_chef", num_samples=8)
+    assert summary["num_tokens"] == check_files(unbroken, "cd_chef", num_samples=8)["num_tokens"]
+
+
+def test_complete_run_is_shown_again(command, runs):
+    before = {file.name: file.read_bytes() for file in runs["cd"].iterdir()}
+    arguments = f"{CD} method.alpha=0.4 {SHORT} save_path={runs['cd']} verbose=true"
+    result = command.run(*arguments.split())
+    assert result.status == 0, result.stderr
+    assert f"{runs['cd']} is complete: nothing is left to do" in result.stdout
+    assert result.seconds < 10
+    assert before == {file.name: file.read_bytes() for file in runs["cd"].iterdir()}
+
+
+# Other data sets
+
+
+def test_number_is_found_in_a_generated_answer(command):
+    rows = [{"question": f"What is {n} plus {n}?", "answer": f"#### {2 * n}"} for n in range(4)]
+    (command.cwd / "gsm8k_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = f"{ENSEMBLE} dataset.name=gsm8k dataset.path=. dataset.indices=[3,1] {CACHE}"
+    result = command.fork(*arguments.split(), "method.generate.max_tokens=8", "save_path=run")
+    assert result.status == 0, result.stderr
+    samples = read_samples(command.cwd / "run")
+    assert [sample["index"] for sample in samples] == [1, 3]
+    assert {sample["score"] for sample in samples} <= {0.0, 1.0}
+    assert "accuracy" in result.stdout
+
+
+def test_letters_are_compared_under_the_distribution_of_the_ensemble(command, root):
+    vocabulary = json.loads((root / "llama-2-7b" / "tokenizer.json").read_text())["model"]["vocab"]
+    row = {
+        "question": "Which is a bird?",
+        "subject": "zoology",
+        "choices": ["ox", "owl", "asp", "ant"],
+    }
+    rows = [{**row, "answer": letter} for letter in (1, 0)]
+    (command.cwd / "mmlu_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shared = f"dataset.name=mmlu dataset.path=. task.mmlu.mode=logprob {CACHE}".split()
+    samples = {}
+    for name in ("cd", "cd_chef"):
+        run = f"method={name} save_path={name} method.alpha=0.3".split()
+        result = command.fork(*CD.split(), *run, *shared)
+        assert result.status == 0, result.stderr
+        samples[name] = read_samples(command.cwd / name)
+    for plain, chef in zip(samples["cd"], samples["cd_chef"], strict=True):
+        (logprobs,) = plain["logprobs"]
+        likeliest = max("ABCD", key=lambda letter: logprobs[str(vocabulary[letter])])
+        assert plain["completion"] == chef["completion"] == f" {likeliest}"
+        assert chef["logprobs"][0] == pytest.approx(logprobs, abs=1e-4)
+    scores = [sample["score"] for sample in samples["cd"]]
+    letter = samples["cd"][0]["completion"].strip()
+    assert scores == [float(letter == right) for right in "BA"]
+
+
+# Sweeps
+
+
+def test_sweep_runs_every_job_and_lists_those_that_fail(command):
+    arguments = [
+        *f"--multirun {CD} method=cd,cd_chef dataset.size=1 batch_size=1,0 {CACHE}".split(),
+        "method.generate.max_tokens=6",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "save_path=sweep",
+    ]
+    result = command.run(*arguments)
+    assert result.status == 1, result.stderr
+    lines = result.stdout.splitlines()
+    at = lines.index("2 jobs complete, 2 failed, in sweep")
+    assert len(lines[at + 1 :]) == 2
+    for line in lines[at + 1 :]:
+        assert re.match(r"failed: humaneval-cd.*batch_size=0.*: batch_size: 0 must be 1 or", line)
+    folders = [folder for folder in (command.cwd / "sweep").iterdir() if folder.is_dir()]
+    assert len(folders) == 4
+    assert all(re.fullmatch(r"humaneval-cd(_chef)?-[0-9a-f]{8}", f.name) for f in folders)
+    done = [folder for folder in folders if (folder / "summary.json").exists()]
+    assert sorted(json.loads((f / "summary.json").read_text())["method"] for f in done) == [
+        "cd",
+        "cd_chef",
+    ]
+    assert tokens(done[0]) == tokens(done[1])
+
+    # Once more: what is complete is not run again.
+    before = {folder: (folder / "samples.jsonl").stat().st_mtime_ns for folder in done}
+    result = command.run(*arguments)
+    assert "2 jobs complete, 2 failed, in sweep" in result.stdout
+    assert before == {folder: (folder / "samples.jsonl").stat().st_mtime_ns for folder in done}
 
 
 # Bad input
@@ -496,8 +606,11 @@ def test_bad_input_is_refused_as_a_user_sees_it(command):
     check_refused(command, result, r"method\.llm\.enable_lora: LoRA adapters .*leave the option")
 
 
-def test_existing_run_is_refused_and_kept(command, runs):
+def test_run_of_another_configuration_is_refused_and_kept(command, runs):
     before = {file.name: file.read_bytes() for file in runs["cd"].iterdir()}
-    result = command.run(*f"{CD} save_path={runs['cd']}".split())
-    check_refused(command, result, r"save_path: '.*run' already holds a run; choose another")
+    result = command.run(*f"{CD} method.alpha=0.5 {SHORT} save_path={runs['cd']}".split())
+    message = (
+        r"save_path: '.*run' holds a run that differs in method\.alpha \(0\.4 there, 0\.5 here\)"
+    )
+    check_refused(command, result, message)
     assert before == {file.name: file.read_bytes() for file in runs["cd"].iterdir()}

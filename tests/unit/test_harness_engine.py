@@ -8,13 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm.logprobs import Logprob
 
 from harness import engine as engine_module
 from harness import proposals
 from harness.engine import Engine, Request
 from harness.errors import ConfigError
 from harness.prompts import make_requests
-from tasks import Example
+from tasks import Example, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +48,7 @@ class FakeLLMEngine:
         self.params = {}
         self.most_in_flight = 0
         self.calls = []
-        self.metrics = None
+        self.metrics = self.logprobs = self.prompt_logprobs = None
         self.engine_core = SimpleNamespace(
             shutdown=lambda timeout: self.calls.append(f"shutdown after {timeout} s")
         )
@@ -70,10 +71,14 @@ class FakeLLMEngine:
                 token_ids=tuple(range(1, done + 1)),
                 finish_reason="length",
                 spec_decode_metrics=self.metrics,
+                logprobs=self.logprobs,
             )
             outputs.append(
                 SimpleNamespace(
-                    request_id=request_id, finished=done == needed, outputs=[completion]
+                    request_id=request_id,
+                    finished=done == needed,
+                    outputs=[completion],
+                    prompt_logprobs=self.prompt_logprobs,
                 )
             )
             if done == needed:
@@ -164,6 +169,33 @@ def test_close_gives_the_engine_time(fake):
     assert fake.calls == [f"shutdown after {engine_module.SHUTDOWN_TIMEOUT_S} s"]
 
 
+def test_request_has_the_last_word_on_its_sampling_parameters(fake):
+    request = Request(0, [1], seed=3, sampling_params={"temperature": 0.25, "stop": ["x"]})
+    list(Engine(fake, {"temperature": 0.5, "top_k": 7}).generate([request], None))
+    (params,) = fake.params.values()
+    assert (params.temperature, params.top_k, params.stop, params.seed) == (0.25, 7, ["x"], 3)
+
+
+def test_choices_are_compared_and_nothing_is_generated(fake):
+    fake.logprobs = [{5: Logprob(-2.0), 6: Logprob(-0.5), 9: Logprob(-3.0)}]
+    request = Request(0, [1], seed=3, choices={5: " A", 6: " B", 9: " C"})
+    run = {"max_tokens": 50, "min_tokens": 4, "stop": ["x"], "logprobs": 2}
+    (completion,) = Engine(fake, run).generate([request], None)
+    assert completion.text == " B"
+    assert completion.logprobs == [{5: -2.0, 6: -0.5, 9: -3.0}]
+    (params,) = fake.params.values()
+    assert (params.max_tokens, params.min_tokens, params.logprobs) == (1, 0, None)
+    assert (params.logprob_token_ids, params.stop) == ([5, 6, 9], [])
+
+
+def test_log_probabilities_are_plain_numbers(fake):
+    fake.logprobs = [{1: Logprob(-1.0)}]
+    fake.prompt_logprobs = [None, {2: Logprob(-2.0)}]
+    (completion,) = Engine(fake, {}).generate(requests(1), None)
+    assert completion.logprobs == [{1: -1.0}]
+    assert completion.prompt_logprobs == [None, {2: -2.0}]
+
+
 # What became of proposals
 
 
@@ -171,7 +203,7 @@ def test_proposals_in_turns_are_the_workers_counts_after_the_warm_up(fake):
     engine = Engine(fake, {}, takes_turns=True)
     engine.warm_up(requests(2)[0])
     assert fake.calls == ["reset_prefix_cache", "reset_turn_stats"]
-    assert engine.proposals() == {
+    assert proposals.fields(engine.proposals()) == {
         "tokens_per_cycle": 2.5,
         "calls": [4, 12],
         "acceptance": [1 / 2, 3 / 7],
@@ -187,7 +219,7 @@ def test_worker_answers_what_is_asked():
 
 def test_member_that_never_proposes_has_no_acceptance():
     stats = {**TURN_STATS, "num_judged": [[], [4]], "num_accepted": [[], [4]]}
-    fields = proposals.of_turns(stats)
+    fields = proposals.fields(stats)
     assert (fields["acceptance"], fields["acceptance_by_position"]) == ([None, 1], [[], [1]])
 
 
@@ -203,25 +235,54 @@ def test_proposals_of_a_draft_model_are_counted_by_vllm_after_the_warm_up(fake):
     for num_drafted, num_accepted in ((3, 3), (3, 1), (2, 2)):
         fake.metrics.observe(num_drafted, num_accepted, detailed=True)
     list(engine.generate(requests(1), None))
-    assert engine.proposals() == {
+    fields = proposals.fields(engine.proposals())
+    assert fields == {
         "tokens_per_cycle": 9 / 3,
         "acceptance": 6 / 7,
         "acceptance_by_position": [3 / 3, 2 / 3, 1 / 1],
     }
-    assert proposals.rows(engine.proposals()) == {"acceptance": "0.857", "tokens a cycle": "3.000"}
+    assert proposals.rows(fields) == {"acceptance": "0.857", "tokens a cycle": "3.000"}
 
 
 def test_without_proposals_nothing_is_said(fake):
     engine = Engine(fake, {})
     list(engine.generate(requests(1), None))
-    assert engine.proposals() == proposals.rows({}) == {}
+    assert engine.proposals() == proposals.fields({}) == proposals.rows({}) == {}
+
+
+def test_counts_of_two_parts_are_added():
+    doubled = {
+        "num_cycles": 8,
+        "num_tokens": 20,
+        "num_calls": [8, 24],
+        "num_judged": [[4], [8, 6, 0]],
+        "num_accepted": [[2], [6, 0, 0]],
+    }
+    assert proposals.add(TURN_STATS, TURN_STATS) == doubled
+    assert proposals.add({}, TURN_STATS) == proposals.add(TURN_STATS, {}) == TURN_STATS
 
 
 # Requests of examples
 
 
+class Words(Task):
+    name = "words"
+
+    def examples(self):
+        return []
+
+    def postprocess(self, example, text):
+        return text
+
+    def score(self, example, completion):
+        return None
+
+
+TASK = Words()
+
+
 class FakeTokenizer:
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
     def apply_chat_template(self, messages, add_generation_prompt, return_dict) -> list[int]:
@@ -237,32 +298,61 @@ def example(index: int, prompt: str, **kwargs) -> Example:
 
 def test_each_example_has_a_seed_that_does_not_depend_on_the_others():
     examples = [example(index, "ab") for index in range(5)]
-    all_of_them = make_requests(examples, FakeTokenizer(), 100, seed=3)
+    all_of_them = make_requests(TASK, examples, FakeTokenizer(), 100, seed=3)
     assert [request.seed for request in all_of_them] == [3, 4, 5, 6, 7]
-    assert make_requests(examples[2:3], FakeTokenizer(), 100, seed=3) == all_of_them[2:3]
+    assert make_requests(TASK, examples[2:3], FakeTokenizer(), 100, seed=3) == all_of_them[2:3]
     assert all_of_them[0].prompt_token_ids == [97, 98]
 
 
 def test_prompt_without_room_for_a_token_is_refused():
     examples = [example(0, "abc"), example(7, "abcd")]
-    assert len(make_requests(examples, FakeTokenizer(), 5, seed=0)) == 2
+    assert len(make_requests(TASK, examples, FakeTokenizer(), 5, seed=0)) == 2
     with pytest.raises(ConfigError, match="^method.llm.max_model_len: example 7 has 4 prompt tok"):
-        make_requests(examples, FakeTokenizer(), 4, seed=0)
+        make_requests(TASK, examples, FakeTokenizer(), 4, seed=0)
 
 
 def test_tokenizer_that_makes_nothing_is_refused():
     with pytest.raises(ConfigError, match="^method.model: its tokenizer makes no tokens of exampl"):
-        make_requests([example(0, "")], FakeTokenizer(), 5, seed=0)
+        make_requests(TASK, [example(0, "")], FakeTokenizer(), 5, seed=0)
 
 
 def test_chat_goes_through_the_template():
     tokenizer = FakeTokenizer()
     chat = example(0, "unused", messages=({"role": "user", "content": "hi"},))
     with pytest.raises(ConfigError, match="^dataset.chat: there is no chat template; set it to f"):
-        make_requests([chat], tokenizer, 100, seed=0)
+        make_requests(TASK, [chat], tokenizer, 100, seed=0)
     tokenizer.template = "<{role}>{content}"
-    (request,) = make_requests([chat], tokenizer, 100, seed=0)
+    (request,) = make_requests(TASK, [chat], tokenizer, 100, seed=0)
     assert bytes(request.prompt_token_ids) == b"<user>hi"
+
+
+class Letters(Words):
+    """Every example is answered by one of three letters."""
+
+    def choices(self, example):
+        return (" A", " B", " C")
+
+
+def test_choices_are_told_by_their_last_token():
+    (request,) = make_requests(Letters(), [example(0, "Answer:")], FakeTokenizer(), 100, seed=0)
+    assert bytes(request.prompt_token_ids) == b"Answer: "
+    assert request.choices == {65: " A", 66: " B", 67: " C"}
+
+
+def test_choices_follow_the_template_of_a_chat():
+    tokenizer = FakeTokenizer()
+    tokenizer.template = "<{role}>{content}"
+    chat = example(0, "unused", messages=({"role": "user", "content": "hi"},))
+    (request,) = make_requests(Letters(), [chat], tokenizer, 100, seed=0)
+    assert bytes(request.prompt_token_ids) == b"<user>hi "
+    assert list(request.choices) == [65, 66, 67]
+
+
+@pytest.mark.parametrize("texts", [("A", "BC"), ("xA", "yA"), ("AB", "CB")])
+def test_choices_that_differ_in_more_than_their_last_token_are_refused(texts, monkeypatch):
+    monkeypatch.setattr(Letters, "choices", lambda self, example: texts)
+    with pytest.raises(ConfigError, match="^method.model: its tokenizer makes more than one token"):
+        make_requests(Letters(), [example(0, "Answer:")], FakeTokenizer(), 100, seed=0)
 
 
 # The process

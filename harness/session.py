@@ -1,0 +1,69 @@
+"""Everything between a method's configuration and an engine that runs it.
+
+All that can be refused is refused by `prepare`; `start` loads the weights.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.engine import Engine, Request, configure_process
+from harness.engine_config import check_sampling_params, make_engine_config
+from harness.methods import MethodSpec, make_spec
+from harness.prompts import load_tokenizer, make_requests
+from tasks import Example, Task
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True)
+class Session:
+    """A method that is ready to run.
+
+    Args:
+        spec: what the method runs.
+        engine_config: vLLM's.
+        tokenizer: of all members.
+        seed: of the run.
+    """
+
+    spec: MethodSpec
+    engine_config: "VllmConfig"
+    tokenizer: Any
+    seed: int
+
+    @classmethod
+    def prepare(
+        cls, method: Mapping[str, Any], seed: int, num_slots: int, verbose: bool = False
+    ) -> "Session":
+        """Check everything.
+
+        Args:
+            method: the configuration group, as plain data.
+            num_slots: requests in flight, at most.
+
+        Raises:
+            ConfigError: what neither vLLM nor the ensemble can do.
+        """
+        configure_process(verbose)
+        spec = make_spec(method)
+        engine_config = make_engine_config(spec, seed, num_slots)
+        tokenizer = load_tokenizer(engine_config.model_config)
+        check_sampling_params(spec.sampling_params, engine_config, tokenizer)
+        return cls(spec, engine_config, tokenizer, seed)
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine_config.model_config.max_model_len
+
+    def requests(self, task: Task, examples: Sequence[Example]) -> list[Request]:
+        return make_requests(task, examples, self.tokenizer, self.max_model_len, self.seed)
+
+    @contextlib.contextmanager
+    def start(self) -> Iterator[Engine]:
+        takes_turns = self.spec.turns is not None
+        engine = Engine.start(self.engine_config, self.spec.sampling_params, takes_turns)
+        with contextlib.closing(engine):
+            yield engine

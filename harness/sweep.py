@@ -1,0 +1,171 @@
+"""Jobs of a sweep: each in a process and on GPUs of its own, and none that fails stops the others.
+
+Hydra decides which jobs there are and its launcher where and when each is started; what a job does
+is `harness.run`'s. As a program, `python -m harness.sweep DIRECTORY`: the job whose resolved
+configuration comes on standard input.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from dotenv import load_dotenv
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from harness.errors import ConfigError
+from harness.results import FREE_KEYS
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+LOG, FAILURE, SUMMARY = "log.txt", "failure.json", "summary.json"
+POLL_S = 0.5
+
+
+def run_job(config: DictConfig, sweep_dir: str | Path, overrides: Sequence[str]) -> None:
+    """Run one job to its end; what becomes of it stands in its directory, and is logged.
+
+    Args:
+        config: of the job.
+        sweep_dir: of all jobs; each has a folder in it, whose name depends on its configuration
+            only, so that a sweep which is started again continues its jobs.
+        overrides: what the job was made of, for the record.
+    """
+    plain = OmegaConf.to_container(config, resolve=True)
+    directory = Path(sweep_dir) / job_name(plain)
+    directory.mkdir(parents=True, exist_ok=True)
+    shown = f"{directory.name} ({' '.join(overrides)})"
+    with _devices(plain["method"]["llm"].get("tensor_parallel_size") or 1) as environment:
+        logger.info("starts: %s", shown)
+        status = _run_process(plain, directory, environment)
+    failure = directory / FAILURE
+    if status == 0:
+        failure.unlink(missing_ok=True)
+        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        score = "not evaluated" if summary["score"] is None else f"{summary['score']:.3f}"
+        speed = f"{summary['tokens_per_second']:.1f} tokens/s"
+        logger.info("complete: %s: %s %s, %s", shown, summary["metric"], score, speed)
+    else:
+        error = _last_words(directory / LOG, status)
+        failure.write_text(json.dumps({"overrides": list(overrides), "error": error}) + "\n")
+        logger.error("failed: %s: %s", shown, error)
+
+
+def job_name(plain: Mapping[str, Any]) -> str:
+    """Data set, method, and eight digits that stand for the whole configuration."""
+    counted = {key: value for key, value in plain.items() if key not in FREE_KEYS}
+    digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+    name = f"{plain['dataset']['name']}-{plain['method']['name']}-{digest[:8]}"
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+class ListJobs(Callback):
+    """Hydra's callback that says at the end of a sweep how its jobs ended; exits with 1 if one
+    failed."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        sweep_dir = Path(config.hydra.sweep.dir)
+        complete = [path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")]
+        failures = sorted(sweep_dir.glob(f"*/{FAILURE}"))
+        print(f"{len(complete)} jobs complete, {len(failures)} failed, in {sweep_dir}", flush=True)
+        for path in failures:
+            failure = json.loads(path.read_text(encoding="utf-8"))
+            overrides = " ".join(failure["overrides"])
+            print(f"failed: {path.parent.name} ({overrides}): {failure['error']}", flush=True)
+        if failures:
+            sys.exit(1)
+
+
+def _run_process(plain: Mapping[str, Any], directory: Path, environment: Mapping[str, str]) -> int:
+    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # The bar's lines end up in a file.
+    defaults = {"TQDM_MININTERVAL": "10", "PYTHONPATH": search_path}
+    with (directory / LOG).open("w", encoding="utf-8") as log:
+        return subprocess.run(
+            [sys.executable, "-m", "harness.sweep", str(directory)],
+            input=OmegaConf.to_yaml(OmegaConf.create({**plain, "save_path": str(directory)})),
+            text=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **defaults, **environment},
+        ).returncode
+
+
+def _last_words(log: Path, status: int) -> str:
+    if status < 0:
+        return f"killed by signal {-status}"
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ") if lines else f"ended with status {status}"
+
+
+@contextlib.contextmanager
+def _devices(num_devices: int) -> Iterator[dict[str, str]]:
+    """An environment that shows `num_devices` GPUs which no other job on this host has; waits for
+    them. Without a GPU it is empty."""
+    visible = _visible_devices()
+    if len(visible) < num_devices:  # vLLM says what is wrong; without a GPU nothing is
+        yield {}
+        return
+    with contextlib.ExitStack() as stack:
+        while len(locked := _lock(visible, num_devices)) < num_devices:
+            for file in locked.values():
+                file.close()
+            time.sleep(POLL_S)
+        for file in locked.values():
+            stack.enter_context(file)  # closing it unlocks
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(locked)}
+
+
+def _lock(devices: Sequence[str], num_devices: int) -> dict[str, IO[str]]:
+    """Up to `num_devices` of the GPUs, with the files whose locks stand for them."""
+    folder = Path(tempfile.gettempdir()) / f"speculative-ensemble-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    locked: dict[str, IO[str]] = {}
+    for device in devices:
+        if len(locked) == num_devices:
+            break
+        file = (folder / f"gpu-{device}.lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+        else:
+            locked[device] = file
+    return locked
+
+
+def _visible_devices() -> list[str]:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [device for device in visible.split(",") if device.strip()]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    num_devices = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return [str(index) for index in range(num_devices)]
+
+
+def main() -> None:
+    from harness.run import run
+
+    load_dotenv(ROOT / ".env")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        run(OmegaConf.create(sys.stdin.read()), sys.argv[1])
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""The figures of a study: speed-up, score against speed, acceptance by position.
+
+Draws records (`records.make_records`), each figure in a light and a dark variant; computes nothing
+but means over the configurations that share a bar or a line.
+"""
+
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile, zip_longest
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from reports.records import METHOD_ORDER
+
+Record = Mapping[str, Any]
+# Foreground, faint lines, background: GitHub's, on which the pictures are most often seen.
+THEMES = {"light": ("#1f2328", "#d1d9e0", "#ffffff"), "dark": ("#f0f6fc", "#3d444d", "#0d1117")}
+# Okabe and Ito's colours, which the colour-blind can tell apart; the last two are ours, darker or
+# lighter than what they could be taken for. All are legible on both grounds.
+COLORS = {
+    "sd": "#999999",
+    "cd": "#56B4E9",
+    "cd_sd": "#0072B2",
+    "cd_chef": "#009E73",
+    "ensemble": "#E69F00",
+    "ensemble_sd": "#D55E00",
+    "ensemble_chef": "#CC79A7",
+    "cd + draft": "#9D7FE0",
+    "ensemble + draft": "#8C6D31",
+}
+MARKERS = "osD^vPX<>*"
+LINES = ("-", "--", ":", "-.")
+WIDTH = 8.0  # inches: the width of a README's column, at which fonts have their size
+MAX_PANELS = 8
+MAX_NAME = 28
+
+
+def draw_all(records: Sequence[Record], directory: Path) -> dict[str, str]:
+    """Write every figure that has data, as NAME_light.svg and NAME_dark.svg; their captions by
+    name."""
+    captions = {}
+    for theme, (foreground, *_) in THEMES.items():
+        # Saved within, too: ticks are made as late as that.
+        with matplotlib.rc_context(settings(theme)):
+            for name, (draw, caption) in FIGURES.items():
+                figure = draw(records, foreground)
+                if figure is not None:
+                    # Without a date the same results make the same file.
+                    figure.savefig(directory / f"{name}_{theme}.svg", metadata={"Date": None})
+                    captions[name] = caption
+    return captions
+
+
+def settings(theme: str) -> dict[str, Any]:
+    """matplotlib's, by name."""
+    foreground, faint, background = THEMES[theme]
+    return {
+        "text.color": foreground,
+        "axes.labelcolor": foreground,
+        "axes.edgecolor": foreground,
+        "xtick.color": foreground,
+        "ytick.color": foreground,
+        "grid.color": faint,
+        "axes.facecolor": background,
+        "figure.facecolor": background,
+        "font.size": 10,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "svg.hashsalt": "reports",
+        "text.parse_math": False,  # a name may hold a dollar sign
+    }
+
+
+def speed_up(records: Sequence[Record], foreground: str) -> Figure | None:
+    """A bar per data set and method: the mean of its configurations, with their range."""
+    records = [r for r in records if r["speed_up"] is not None and not r["plain"]]
+    panels = _split(records, "members")
+    if not panels:
+        return None
+    num_bars = max(len(_groups(p, "dataset", "method")) for p in panels.values())
+    figure, axes = _panels(panels, 2 if num_bars <= 6 else 1)
+    for axis, panel in zip(axes, panels.values(), strict=True):
+        _draw_bars(axis, panel, foreground)
+        axis.set_ylabel("speed-up")
+    top = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(0, top)
+    plain = Line2D([], [], color=foreground, linestyle="--", linewidth=1, label="plain ensemble")
+    _legend(figure, [*_method_handles(records, foreground), plain])
+    return figure
+
+
+def score_against_speed(records: Sequence[Record], foreground: str) -> Figure | None:
+    """A point per run, with the interval of its score; a panel per data set."""
+    records = [r for r in records if None not in (r["score"], r["tokens_per_second"])]
+    panels = _split(records, "dataset")
+    if not panels:
+        return None
+    datasets = list(dict.fromkeys(record["dataset"] for record in records))
+    figure, axes = _panels(panels, 2, height=2.9)
+    for axis, panel in zip(axes, panels.values(), strict=True):
+        marker = MARKERS[datasets.index(panel[0]["dataset"]) % len(MARKERS)]
+        for record in panel:
+            color = COLORS.get(record["method"], foreground)
+            speed, score = record["tokens_per_second"], record["score"]
+            if record["score_interval"]:
+                low, high = record["score_low"], record["score_high"]
+                axis.plot([speed, speed], [low, high], color=color, linewidth=1.2)
+            axis.plot(speed, score, marker, color=color, markersize=7, markeredgecolor=foreground,
+                      markeredgewidth=0.6, alpha=0.9)  # fmt: skip
+        axis.set_xlabel("tokens/s")
+        axis.set_ylabel(panel[0]["metric"] or "score")
+        axis.set_xlim(0, 1.08 * max(record["tokens_per_second"] for record in panel) or 1)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+    _legend(figure, _method_handles(records, foreground))
+    return figure
+
+
+def acceptance_by_position(records: Sequence[Record], foreground: str) -> Figure | None:
+    """A line per method and member that proposes: the mean of its configurations."""
+    records = [r for r in records if r["acceptance_by_position"] and _lines([r])]
+    panels = _split(records, "dataset", "members")
+    if not panels:
+        return None
+    figure, axes = _panels(panels, 1, height=2.6 if len(panels) < 4 else 2.1, title_width=56)
+    longest = max(len(line) for p in panels.values() for *_, line in _lines(p))
+    for axis, panel in zip(axes, panels.values(), strict=True):
+        ends = []
+        lines = _lines(panel)
+        for order, (method, rank, name, line) in enumerate(lines):
+            # Ever thinner, so that lines on top of one another are all seen.
+            size = 7.5 - 3.5 * order / len(lines)
+            drawn = axis.plot(range(1, len(line) + 1), line, LINES[rank % 4], clip_on=False,
+                              color=COLORS.get(method, foreground), linewidth=size / 2.5,
+                              marker=MARKERS[rank % len(MARKERS)], markersize=size)  # fmt: skip
+            ends.append((drawn[0], f"{method}: {_short(name)}"))
+        axis.set(xlim=(0.75, longest + 0.25), ylim=(0, 1), ylabel="accepted")
+        axis.set_xticks(range(1, longest + 1, -(-longest // 12)))
+        _label_ends(axis, ends, foreground)
+    axes[-1].set_xlabel("position in what a member proposes in its turn")
+    return figure
+
+
+FIGURES = {
+    "speed_up": (
+        speed_up,
+        "Speed-up over the plain ensemble of the same members and data set. A bar is the mean over "
+        "configurations (gamma, alpha and the like), the line on it their range.",
+    ),
+    "score_against_speed": (
+        score_against_speed,
+        "Score against speed, a point per run with the 95% interval of its score.",
+    ),
+    "acceptance_by_position": (
+        acceptance_by_position,
+        "Share of judged proposals that were accepted, by position in a proposal. A line is the "
+        "mean over the configurations that propose so far.",
+    ),
+}
+
+
+def _groups(records: Iterable[Record], *keys: str) -> dict[tuple, list[Record]]:
+    groups = defaultdict(list)
+    for record in records:
+        groups[tuple(record[key] for key in keys)].append(record)
+    return dict(groups)
+
+
+def _split(records: Sequence[Record], *keys: str) -> dict[str, list[Record]]:
+    """Panels by title: `keys`, and of what must not be averaged over either that which varies."""
+    for key in ("temperature", "batch_size", "device"):
+        if len({record[key] for record in records}) > 1:
+            keys = (*keys, key)
+    panels = defaultdict(list)
+    for record in records:
+        panels[", ".join(_title(key, record[key]) for key in keys)].append(record)
+    return dict(list(panels.items())[:MAX_PANELS])
+
+
+def _title(key: str, value: Any) -> str:
+    if key == "members":
+        return " + ".join(map(_short, value))
+    # With a space at which no line breaks.
+    return value if key == "dataset" else f"{key.replace('_', ' ')}\u00a0{value}"
+
+
+def _panels(
+    titles: Iterable[str], columns: int, height: float = 2.6, title_width: int = 84
+) -> tuple[Figure, list[Axes]]:
+    titles = list(titles)
+    columns = min(columns, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(WIDTH, rows * height + 0.4), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set_title(textwrap.fill(title, title_width // columns, break_on_hyphens=False))
+    for axis in axes[len(titles) :]:
+        axis.remove()
+    return figure, axes[: len(titles)]
+
+
+def _draw_bars(axis: Axes, panel: Sequence[Record], foreground: str) -> None:
+    datasets = list(dict.fromkeys(record["dataset"] for record in panel))
+    methods = _methods(panel)
+    width = min(0.8 / len(methods), 0.25)
+    rotation = 90 if len(methods) * len(datasets) > 16 else 0
+    for (dataset, method), records in _groups(panel, "dataset", "method").items():
+        offset = (methods.index(method) - (len(methods) - 1) / 2) * width
+        x = datasets.index(dataset) + offset
+        values = [record["speed_up"] for record in records]
+        mean, low, high = np.mean(values), min(values), max(values)
+        color = COLORS.get(method, foreground)
+        axis.bar(x, mean, width * 0.92, color=color)
+        if high > low:
+            axis.plot([x, x], [low, high], color=foreground, linewidth=1.2)
+        # Below the plain ensemble's line, where the range of hardly any bar comes.
+        axis.annotate(f"{mean:.2f}", (x, 0), xytext=(0, 4), textcoords="offset points", ha="center",
+                      fontsize=8.5, color=_legible_on(color), rotation=rotation)  # fmt: skip
+    axis.axhline(1, color=foreground, linewidth=1, linestyle="--")
+    axis.set_xticks(range(len(datasets)), datasets)
+    axis.set_xlim(-0.6, len(datasets) - 0.4)
+    axis.grid(visible=False, axis="x")
+
+
+def _lines(panel: Sequence[Record]) -> list[tuple[str, int, str, list[float]]]:
+    """Method, the member's place, its name, and the mean acceptance by position."""
+    collected = defaultdict(list)
+    for record in panel:
+        shares = record["acceptance_by_position"]
+        by_member = shares if isinstance(shares[0], list) else [shares]
+        for rank, (name, line) in enumerate(zip(record["proposers"], by_member, strict=False)):
+            collected[record["method"], rank, name].append(line)
+    lines = []
+    for key, of_configurations in collected.items():
+        columns = (
+            [s for s in shares if s is not None] for shares in zip_longest(*of_configurations)
+        )
+        # No token is judged behind a position at which none was.
+        means = [float(np.mean(column)) for column in takewhile(bool, columns)]
+        if means:
+            lines.append((*key, means))
+    methods = _methods(panel)
+    return sorted(lines, key=lambda line: (methods.index(line[0]), line[1]))
+
+
+def _label_ends(axis: Axes, ends: Sequence[tuple[Line2D, str]], foreground: str) -> None:
+    """Label each line beside the axes, at the height of its end, moved apart where they collide."""
+    gap = 14 / (axis.get_window_extent().height * 72 / axis.figure.dpi)
+    ends = sorted(ends, key=lambda end: end[0].get_ydata()[-1])
+    heights = [float(line.get_ydata()[-1]) for line, _ in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    ceiling = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = ceiling = min(heights[i], ceiling)
+        ceiling -= gap
+    for (line, text), height in zip(ends, heights, strict=True):
+        end = (line.get_xdata()[-1], line.get_ydata()[-1])
+        beside = {"xycoords": "data", "textcoords": axis.get_yaxis_transform()}
+        thread = {"arrowstyle": "-", "color": foreground, "alpha": 0.4, "linestyle": ":"}
+        axis.annotate("", end, (1.015, height), **beside, arrowprops=thread, annotation_clip=False)
+        axis.plot(1.025, height, line.get_marker(), color=line.get_color(), markersize=6,
+                  transform=axis.get_yaxis_transform(), clip_on=False)  # fmt: skip
+        axis.annotate(text, end, (1.045, height), **beside, va="center", fontsize=9,
+                      annotation_clip=False)  # fmt: skip
+
+
+def _legible_on(color: str) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return "#000000" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.42 else "#ffffff"
+
+
+def _methods(records: Iterable[Record]) -> list[str]:
+    present = {record["method"] for record in records}
+    return [name for name in METHOD_ORDER if name in present] + sorted(present - {*METHOD_ORDER})
+
+
+def _method_handles(records: Iterable[Record], foreground: str) -> list[Line2D]:
+    return [
+        Line2D([], [], marker="s", linestyle="", markersize=8, label=method,
+               color=COLORS.get(method, foreground))
+        for method in _methods(records)
+    ]  # fmt: skip
+
+
+def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=min(len(handles), 5),
+        handletextpad=0.2,
+        columnspacing=1.2,
+    )
+
+
+def _short(name: str) -> str:
+    """A name of bearable length: its middle left out, since models differ at both ends."""
+    if len(name) <= MAX_NAME:
+        return name
+    half = MAX_NAME // 2
+    return f"{name[: half - 1]}\u2026{name[-half:]}"

@@ -1,0 +1,176 @@
+"""What reports say of each run: its settings by column and its results as numbers.
+
+Knows how results follow from a run's files and from its plain ensembles; shows nothing.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from reports import statistics
+from reports.runs import Run, matching_key, plain_runs
+
+METHOD_ORDER = (
+    "large_model",
+    "sd",
+    "cd",
+    "cd + draft",
+    "cd_sd",
+    "cd_chef",
+    "ensemble",
+    "ensemble + draft",
+    "ensemble_sd",
+    "ensemble_chef",
+)
+# Configuration keys that have columns of their own, or that say nothing about a result.
+LEFT_OUT = {
+    "method.name",
+    "method.model",
+    "method.amateur_model",
+    "method.extra_model",
+    "dataset.name",
+    "save_path",
+    "verbose",
+}
+SHORTER = {
+    "method.generate.temperature": "temperature",
+    "method.llm.ensemble_fn": "ensemble_fn",
+    "method.llm.ensemble_target": "ensemble_target",
+}
+MODEL_KEYS = ("method.draft_model", "method.llm.speculative_config.model")
+# As resolved when the run was over, which says more than the configuration does.
+RESOLVED = ("gamma", "turn_order")
+
+
+def make_records(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One record per run that has a configuration, sorted; the runs' results as numbers.
+
+    A record holds `settings` (what was run, by column name) and the results by name; None where a
+    result is not there.
+    """
+    known = sorted((run for run in runs if run.config), key=_sort_key)
+    names = short_names(name for run in known for name in _models(run))
+    return [_record(run, known, names) for run in known]
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """The last part of each path or hub id; the whole where two would be the same."""
+    names = set(names)
+    last = {name: name.rstrip("/").rpartition("/")[2] for name in names}
+    short_forms = list(last.values())
+    return {name: short if short_forms.count(short) == 1 else name for name, short in last.items()}
+
+
+def method_label(run: Run) -> str:
+    drafted = run.method in ("cd", "ensemble") and not run.is_plain
+    return f"{run.method} + draft" if drafted else run.method
+
+
+def speed_up(run: Run, runs: Sequence[Run]) -> float | None:
+    """Of a finished run over the mean of its finished plain ensembles; None where there is none."""
+    if run.summary is None:
+        return None
+    speeds = [
+        plain.summary["tokens_per_second"]
+        for plain in plain_runs(run, runs)
+        if plain.summary is not None
+    ]
+    if not speeds or not sum(speeds):
+        return None
+    return run.summary["tokens_per_second"] * len(speeds) / sum(speeds)
+
+
+def _record(run: Run, runs: Sequence[Run], names: Mapping[str, str]) -> dict[str, Any]:
+    summary = run.summary or {}
+    scores = [score for score in run.scores.values() if score is not None]
+    score = sum(scores) / len(scores) if scores else None
+    interval = statistics.score_interval(scores)
+    if run.summary is not None:
+        recorded = summary.get("score")
+        # A score that is not the mean of the samples has no interval of theirs.
+        if None in (score, recorded) or abs(score - recorded) > 1e-6:
+            interval = None
+        score = recorded
+    low, high, kind = interval or (None, None, None)
+    return {
+        "run": run.name,
+        "status": run.status,
+        "settings": _settings(run, names),
+        "method": method_label(run),
+        "members": [names[member] for member in run.members],
+        "proposers": _proposers(run, names),
+        "dataset": run.flat["dataset.name"],
+        "temperature": run.temperature,
+        "batch_size": run.flat.get("batch_size"),
+        "device": summary.get("device"),
+        "plain": run.is_plain,
+        "n": summary.get("num_samples", len(run.scores)),
+        "metric": summary.get("metric"),
+        "score": score,
+        "score_low": low,
+        "score_high": high,
+        "score_interval": kind,
+        "scores": summary.get("scores") or {},
+        "tokens_per_second": summary.get("tokens_per_second"),
+        "speed_up": speed_up(run, runs),
+        "tokens_per_cycle": summary.get("tokens_per_cycle"),
+        "acceptance": summary.get("acceptance"),
+        "acceptance_by_position": summary.get("acceptance_by_position"),
+    }
+
+
+def _settings(run: Run, names: Mapping[str, str]) -> dict[str, Any]:
+    settings = {
+        "data set": run.flat["dataset.name"],
+        "method": method_label(run),
+        "members": " + ".join(names[member] for member in run.members),
+    }
+    for key, value in run.flat.items():
+        if key not in LEFT_OUT:
+            settings[_column(key)] = names[value] if key in MODEL_KEYS else value
+    settings["temperature"] = run.temperature
+    if run.is_plain:
+        settings.pop("gamma", None)  # of a draft model that it does not have
+    summary = run.summary or {}
+    settings |= {key: summary[key] for key in RESOLVED if summary.get(key) is not None}
+    settings["device"] = summary.get("device")
+    versions = summary.get("versions") or {}
+    settings["versions"] = ", ".join(f"{k} {v}" for k, v in versions.items()) or None
+    return settings
+
+
+def _proposers(run: Run, names: Mapping[str, str]) -> list[str]:
+    """Who each entry of `acceptance` belongs to."""
+    if run.is_plain:
+        return []
+    if run.method in ("sd", "cd", "ensemble"):
+        drafts = [names[run.flat[key]] for key in MODEL_KEYS if key in run.flat]
+        return drafts or ["draft"]
+    return [names[member] for member in run.members]
+
+
+def _models(run: Run) -> list[str]:
+    return [*run.members, *(run.flat[key] for key in MODEL_KEYS if key in run.flat)]
+
+
+def _column(key: str) -> str:
+    return SHORTER.get(key, key.removeprefix("method."))
+
+
+def _sort_key(run: Run) -> tuple:
+    key = {k: v for k, v in matching_key(run).items() if not k.startswith("dataset.")}
+    shared = sorted((k, str(v)) for k, v in key.items())
+    gamma = run.flat.get("method.gamma", 0)
+    label = method_label(run)
+    place = METHOD_ORDER.index(label) if label in METHOD_ORDER else len(METHOD_ORDER)
+    return (
+        run.flat["dataset.name"],
+        run.members[0],
+        run.family,
+        run.members,
+        run.temperature,
+        shared,
+        (place, label),
+        gamma if isinstance(gamma, list) else [gamma],
+        run.flat.get("seed", 0),
+        run.name,
+    )

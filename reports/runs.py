@@ -1,0 +1,240 @@
+"""Run directories, read; and which run is the plain ensemble of which.
+
+Knows the files of a run and what makes two runs comparable; computes no statistics.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from harness.errors import ConfigError, one_line
+
+# Any of them makes a directory a run; a job that failed early has the last one only.
+RUN_FILES = ("config.yaml", "samples.jsonl", "summary.json", "failure.json")
+# Configuration keys in which a run may differ from its plain ensemble: who proposes, the memory
+# that is set aside, how scores are made, and what is not the method's at all.
+FREE_KEYS = {
+    "method.name",
+    "method.draft_model",
+    "method.gamma",
+    "method.turn_order",
+    "method.llm.speculative_config",
+    "method.llm.gpu_memory_utilization",
+    "method.llm.kv_cache_memory_bytes",
+    "seed",
+    "save_path",
+    "verbose",
+}
+FREE_GROUPS = ("evaluate.",)
+# Of the summary, where both runs have one: speeds of other machines or builds say nothing.
+SAME_IN_SUMMARY = ("device", "versions")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory.
+
+    Args:
+        path: of the directory.
+        name: how reports call it, its path below the results.
+        config: the resolved configuration; empty if the run failed before it wrote one.
+        summary: of a finished run, else None.
+        scores: by example index, of the samples that are there; None where not evaluated.
+        overrides: the command line of a failed job of a sweep.
+        error: one line, of a run that failed or cannot be read.
+        unreadable: whether a file of the run cannot be read.
+    """
+
+    path: Path
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] | None = None
+    scores: Mapping[int, float | None] = field(default_factory=dict)
+    overrides: Sequence[str] = ()
+    error: str | None = None
+    unreadable: bool = False
+
+    @property
+    def status(self) -> str:
+        if self.unreadable:
+            return "unreadable"
+        if self.summary is not None:
+            return "finished"
+        return "unfinished" if self.error is None else "failed"
+
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """The configuration by dotted key, without what is null or belongs to another task."""
+        flat = flatten(self.config)
+        own = f"task.{flat.get('dataset.name')}."
+        return {k: v for k, v in flat.items() if not k.startswith("task.") or k.startswith(own)}
+
+    @property
+    def method(self) -> str:
+        return self.flat["method.name"]
+
+    @property
+    def family(self) -> str:
+        """The method whose distribution this run draws from: cd, ensemble or large_model."""
+        if self.method == "sd":
+            return "large_model"
+        return self.method.removesuffix("_sd").removesuffix("_chef")
+
+    @property
+    def is_plain(self) -> bool:
+        proposers = ("method.draft_model", "method.llm.speculative_config")
+        proposed = any(key == p or key.startswith(f"{p}.") for key in self.flat for p in proposers)
+        return self.method == self.family and not proposed
+
+    @property
+    def members(self) -> list[str]:
+        """Names of the models whose distributions decide, in the user's order."""
+        method = self.config["method"]
+        extra = method.get("amateur_model") or method.get("extra_model") or []
+        return [method["model"], *([extra] if isinstance(extra, str) else extra)]
+
+    @property
+    def temperature(self) -> float:
+        """As configured; unset it is vLLM's default, 1."""
+        return self.flat.get("method.generate.temperature", 1)
+
+
+def flatten(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in group.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def find_runs(directory: Path) -> list[Run]:
+    """All runs in `directory`, itself included, at any depth, by name.
+
+    Raises:
+        ConfigError: it is no directory, or there is no run in it.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"'{directory}' is not a directory; give one that holds runs")
+    found = []
+    for folder, subfolders, files in os.walk(directory):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if not set(RUN_FILES).isdisjoint(files):
+            run = read_run(Path(folder), os.path.relpath(folder, directory))
+            # Without either it is somebody else's, such as a run of the evaluation harness.
+            if run.error or run.config:
+                found.append(run)
+    if not found:
+        raise ConfigError(
+            f"no results in '{directory}': no folder below it holds {', '.join(RUN_FILES)}"
+        )
+    return found
+
+
+def read_run(path: Path, name: str | None = None) -> Run:
+    """The run in `path`; what cannot be read becomes its `error`, so that one damaged run does not
+    hide the others."""
+    name = path.resolve().name if name in (None, ".") else name
+    try:
+        config = _read_config(path / "config.yaml")
+        summary = _read_json(path / "summary.json")
+        failure = _read_json(path / "failure.json") or {}
+        scores = {sample["index"]: sample.get("score") for sample in iterate_samples(path)}
+    except (ValueError, KeyError, OSError) as error:
+        return Run(path, name, error=one_line(error), unreadable=True)
+    error = None if summary is not None else failure.get("error")
+    if error is None and not (path / "config.yaml").exists():
+        return Run(path, name, error="config.yaml is missing", unreadable=True)
+    return Run(path, name, config, summary, scores, failure.get("overrides", ()), error)
+
+
+def iterate_samples(path: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a run, in the order of the file; none where there is no file.
+
+    The last line may be torn, by a run that died or one that is writing, and is then left out.
+
+    Raises:
+        ConfigError: another line is not JSON.
+    """
+    file = path / "samples.jsonl"
+    if not file.exists():
+        return
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        torn = None
+        for number, line in enumerate(lines, start=1):
+            if torn is not None:
+                raise ConfigError(f"'{file}': line {torn} is not JSON; remove it")
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                torn = number
+
+
+def matching_key(run: Run) -> dict[str, Any]:
+    """What must be equal, value by value, for two runs to be of the same ensemble and data."""
+    key = {
+        name: value
+        for name, value in run.flat.items()
+        if name not in FREE_KEYS
+        and not name.startswith((*FREE_GROUPS, "method.llm.speculative_config."))
+    }
+    # One other model may be written as a name or as a list.
+    key.pop("method.extra_model", None)
+    return {**key, "family": run.family, "members": run.members}
+
+
+def differing_keys(a: Run, b: Run) -> list[str]:
+    """The configuration keys in which the runs are not comparable; none if they are."""
+    first, second = matching_key(a), matching_key(b)
+    return sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
+
+
+def plain_runs(run: Run, runs: Sequence[Run]) -> list[Run]:
+    """The runs of the plain ensemble that `run` is to be compared with: the same members, function,
+    data and sampling parameters, and nobody proposes. Of a plain run, itself among them."""
+    if not run.config:
+        return []
+    return [
+        other
+        for other in runs
+        if other.config and other.is_plain and _same_place(run, other)
+        if not differing_keys(run, other)
+    ]
+
+
+def _same_place(a: Run, b: Run) -> bool:
+    if a.summary is None or b.summary is None:
+        return True
+    return all(a.summary.get(key) == b.summary.get(key) for key in SAME_IN_SUMMARY)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"'{path}' is not JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"'{path}' does not hold a JSON object")
+    return content
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of YAML or of OmegaConf, which share no base
+        raise ConfigError(f"'{path}' cannot be read: {one_line(error)}") from error
+    flat = flatten(config) if isinstance(config, dict) else {}
+    # Without these it is no configuration of ours.
+    is_ours = {"method.name", "method.model", "dataset.name"} <= flat.keys()
+    return config if is_ours else {}

@@ -1,0 +1,98 @@
+"""Confidence intervals and tests of scores: scipy's, with their choice among them made here.
+
+Knows numbers only, no runs. Sources are in docs/reports.md.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 9999
+SEED = 0
+# Numbers that one vectorised step of resampling may hold: 24 MB.
+MAX_BATCH = 3_000_000
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+    kind: str
+
+
+class Test(NamedTuple):
+    p_value: float
+    kind: str
+
+
+def is_binary(scores: Sequence[float]) -> bool:
+    return all(score in (0, 1) for score in scores)
+
+
+def score_interval(scores: Sequence[float]) -> Interval | None:
+    """Of the mean: Wilson's where every score is 0 or 1, otherwise by bootstrap.
+
+    None without scores, or where a bootstrap has nothing to go by.
+    """
+    if len(scores) and is_binary(scores):
+        test = stats.binomtest(int(sum(scores)), len(scores))
+        low, high = test.proportion_ci(CONFIDENCE, method="wilson")
+        return Interval(float(low), float(high), "Wilson")
+    return mean_interval(scores)
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Of the mean, by bootstrap: BCa, or percentiles where BCa is undefined.
+
+    None of fewer than two values, or of equal ones, which resampling cannot vary.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return None
+    for method in ("BCa", "percentile"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            low, high = stats.bootstrap(
+                (values,),
+                np.mean,
+                confidence_level=CONFIDENCE,
+                n_resamples=NUM_RESAMPLES,
+                batch=max(1, MAX_BATCH // len(values)),
+                method=method,
+                rng=np.random.default_rng(SEED),
+            ).confidence_interval
+        if np.isfinite([low, high]).all():
+            break
+    return Interval(float(low), float(high), f"{method} bootstrap")
+
+
+def paired_test(a: Sequence[float], b: Sequence[float]) -> Test | None:
+    """Whether paired scores differ, two-sided: exact McNemar where every score is 0 or 1, otherwise
+    a permutation test of the mean difference. None without pairs."""
+    if not len(a):
+        return None
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if is_binary(a) and is_binary(b):
+        only_a, only_b = int((a > b).sum()), int((b > a).sum())
+        return Test(mcnemar(only_a, only_b), f"McNemar, exact ({only_a} : {only_b})")
+    # All 2 ** n exchanges within pairs where there are no more than resamples, else as many drawn.
+    exact = 2 ** len(a) <= NUM_RESAMPLES
+    result = stats.permutation_test(
+        (a, b),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        n_resamples=NUM_RESAMPLES,
+        batch=max(1, MAX_BATCH // len(a)),
+        rng=np.random.default_rng(SEED),
+    )
+    return Test(float(result.pvalue), "permutation, " + ("exact" if exact else "drawn"))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """The exact p-value of as many discordant pairs; 1 where there are none."""
+    if only_a + only_b == 0:
+        return 1.0
+    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Runs a study and reports on it: scripts/sweep.sh NAME [key=value ...]
+#
+#   cd          contrastive decoding: methods x data sets x temperature
+#   ensemble    weighted ensemble: the same
+#   gamma       tokens that the cheapest member proposes
+#   alpha       strength of contrastive decoding
+#   weights     weights of an ensemble of two
+#
+# These are the questions of the tables of arXiv 2502.01662. Each is a Hydra sweep; what follows the
+# name goes to main_dataset.py, and wins: a study of one's own is the same with other keys. On
+# several GPUs add hydra/launcher=joblib, on a SLURM cluster hydra/launcher=submitit_slurm: see
+# docs/sweeps.md. Started again, a study goes on where it was.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() { sed -n '2,/^set/p' "$0" | sed '/^set/d; s/^# \{0,1\}//'; }
+
+name=${1:-}
+[[ $# -eq 0 ]] || shift
+folder=outputs/study-$name
+for argument in "$@"; do
+  [[ "$argument" != save_path=* ]] || folder=${argument#save_path=}
+done
+
+status=0
+# Of a key that is given twice the last one counts: the caller's.
+run() {
+  local -A last=()
+  local argument
+  for argument in "$@" "${given[@]}" "save_path=$folder"; do
+    last[${argument%%=*}]=$argument
+  done
+  python main_dataset.py --multirun "${last[@]}" || status=$?
+}
+
+given=("$@")
+# As the paper measures: one request at a time.
+common=(dataset.size=small batch_size=1 method.generate.temperature=0,1)
+datasets=dataset.name=humaneval,gsm8k,mmlu,cnndm
+case "$name" in
+  cd | ensemble | gamma | alpha | weights) ;;
+  *)
+    usage >&2
+    exit 2
+    ;;
+esac
+
+scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+python scripts/prepare_models.py
+case "$name" in
+  cd) run "${common[@]}" method=cd,cd_sd,cd_chef "$datasets" method.alpha=0.1,0.5 ;;
+  ensemble) run "${common[@]}" method=ensemble,ensemble_sd,ensemble_chef "$datasets" ;;
+  gamma)
+    run "${common[@]}" method=cd # what the others are compared with; it proposes nothing
+    run "${common[@]}" method=cd_sd,cd_chef method.gamma=1,2,3,5,8
+    ;;
+  alpha) run "${common[@]}" method=cd,cd_sd,cd_chef method.alpha=0.1,0.2,0.3,0.4,0.5 ;;
+  weights)
+    run "${common[@]}" method=ensemble,ensemble_sd,ensemble_chef \
+      "method.weights=[0.9,0.1],[0.7,0.3],[0.5,0.5],[0.3,0.7],[0.1,0.9]"
+    ;;
+esac
+python scripts/report.py "$folder"
+exit "$status"

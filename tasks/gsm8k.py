@@ -1,0 +1,267 @@
+"""GSM8K: word problems of grade school, scored by the number that a solution ends with.
+
+Knows what states a result and what a number looks like. Does not judge the steps towards it.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, NamedTuple
+
+from tasks.base import Example, Task, chat_messages, check_at_least, truncate_at_stop
+from tasks.loading import DatasetSource, load_rows
+from tasks.prompts.gsm8k import CHAT, INSTRUCTION, PROBLEM, SOLUTION
+
+SOURCE = DatasetSource(
+    hub_name="openai/gsm8k",
+    config="main",
+    revision="e53f048856ff4f594e959d75785d2c2d37b678ee",
+    columns={"question": str, "answer": str},
+)
+
+# The next problem, as our prompt or a model's habit announces it.
+_STOP = ("\nProblem:", "\nQuestion:", "\nQ:")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gsm8k(Task):
+    """Exact match of the result; the reference of an example is the number as the data set has it.
+
+    num_fewshot: worked examples, the first of the split train; with 5, prompt and solution fit into
+        2048 tokens, which is what small draft models read.
+    """
+
+    name: ClassVar[str] = "gsm8k"
+    metric: ClassVar[str] = "accuracy"
+    max_tokens: ClassVar[int] = 512
+
+    num_fewshot: int = 5
+
+    def __post_init__(self) -> None:
+        check_at_least("task.gsm8k.num_fewshot", self.num_fewshot, 1)
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return () if self.chat else _STOP
+
+    def examples(self) -> list[Example]:
+        worked = self._worked()
+        return [
+            Example(
+                index=index,
+                task_id=f"gsm8k/test/{index}",
+                prompt=self._prompt(row["question"], worked),
+                reference=_solution(row["answer"])[1],
+                messages=self._messages(row["question"], worked),
+            )
+            for index, row in enumerate(load_rows(SOURCE, "test", self.path))
+        ]
+
+    def postprocess(self, example: Example, text: str) -> str:
+        return text if self.chat else truncate_at_stop(text, _STOP)
+
+    def score(self, example: Example, completion: str) -> float:
+        """1.0 if the completion's result equals the reference as an exact number, else 0.0."""
+        return float(extract_number(completion) == _parse(example.reference))
+
+    def _worked(self) -> list[tuple[str, str]]:
+        if not self.use_fewshot:
+            return []
+        rows = load_rows(SOURCE, "train", self.path, limit=self.num_fewshot, worked=True)
+        if len(rows) < self.num_fewshot:
+            raise ValueError(
+                f"task.gsm8k.num_fewshot: {self.num_fewshot} are more than the {len(rows)} rows of "
+                "the split train"
+            )
+        return [(row["question"].strip(), _worked_solution(row["answer"])) for row in rows]
+
+    def _prompt(self, question: str, worked: list[tuple[str, str]]) -> str:
+        if self.chat:
+            return CHAT.format(question=question.strip())
+        solved = [PROBLEM.format(question=problem) + " " + reply for problem, reply in worked]
+        return "\n\n".join([INSTRUCTION, *solved, PROBLEM.format(question=question.strip())])
+
+    def _messages(self, question: str, worked: list[tuple[str, str]]) -> tuple[dict[str, str], ...]:
+        if not self.chat:
+            return ()
+        requests = [(CHAT.format(question=problem), reply) for problem, reply in worked]
+        return chat_messages(requests, CHAT.format(question=question.strip()))
+
+
+def _solution(answer: str) -> tuple[str, str]:
+    """The steps and the result of the data set's own solution."""
+    steps, mark, number = answer.rpartition("####")
+    if not mark or _parse(number.strip()) is None:
+        raise ValueError(
+            f"dataset.path: the answer {answer[-40:]!r} does not end with '#### NUMBER', as those "
+            f"of {SOURCE.hub_name} do; correct it"
+        )
+    return steps.strip(), number.strip()
+
+
+def _worked_solution(answer: str) -> str:
+    steps, number = _solution(answer)
+    return SOLUTION.format(steps=_without_annotations(steps), number=number)
+
+
+def _without_annotations(text: str) -> str:
+    """Without what the data set's solutions have for a calculator: `<<3*4=12>>`."""
+    return re.sub(r"<<[^<>\n]*>>", "", text)
+
+
+# ---------------------------------------------------------------------------------------------
+# Where the result stands
+# ---------------------------------------------------------------------------------------------
+
+_MARKUP = r"[\s*_`\"'(\[]{0,8}"
+
+# After these a number stands at once: as a heading or before reasoning they mean something else.
+_LABEL = re.compile(
+    rf"\#\#\#\#{_MARKUP}|\b(?:answer|ans)\b[*_\s]{{0,8}}(?:\([^()\n]*\))?[*_\s]{{0,8}}[:=]{_MARKUP}",
+    re.IGNORECASE,
+)
+# After these the first number of the sentence is the result.
+_PHRASE = re.compile(
+    r"\banswer\b[^.\n?!]{0,80}?\b(?:is|was|equals|(?:would|should|must|will)\s+be)\b[\s:*_]*",
+    re.IGNORECASE,
+)
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
+
+
+def extract_number(text: str) -> Fraction | None:
+    """The result that a solution states; None where it has no number.
+
+    That is the number of the last place that announces it ("The answer is 5", "Answer: 5",
+    "#### 5", "\\boxed{5}"), else the last number of the text or, in a sentence with an equals sign,
+    the one after it. Numbers that say when, or which step, count only where there is no other.
+    """
+    text = _plain_text(text)
+    announced = max(_announced(text), default=None)
+    return announced.value if announced is not None else _concluding(text)
+
+
+class _Announced(NamedTuple):
+    position: int
+    value: Fraction
+
+
+def _announced(text: str) -> Iterator[_Announced]:
+    for label in _LABEL.finditer(text):
+        number = _read_number(_NUMBER.match(text, label.end()))
+        if number is not None:
+            yield _Announced(label.start(), number.value)
+    for phrase in _PHRASE.finditer(text):
+        end = _SENTENCE_END.search(text, phrase.end())
+        yield from _first(text[phrase.end() : end and end.start()], phrase.start())
+    for box in _BOXED.finditer(text):
+        yield from _first(box[1], box.start())
+
+
+def _first(statement: str, position: int) -> Iterator[_Announced]:
+    """The first number of `statement`; of a calculation ("5 + 3 = 8") what it comes to."""
+    calculation, _, outcome = statement.rpartition("=")
+    if not re.search(r"[A-Za-z]{2}", calculation) and next(_numbers(outcome), None):
+        statement = outcome
+    for number in _numbers(statement):
+        yield _Announced(position, number.value)
+        return
+
+
+def _concluding(text: str) -> Fraction | None:
+    """The last number; of "6 + 3 = 9 of the 24 litres" the outcome, where that comes last."""
+    last = None
+    for sentence in _SENTENCE_END.split(text):
+        numbers = list(_numbers(sentence))
+        stated = [number for number in numbers if not number.incidental]
+        outcome = next(_numbers(sentence.rpartition("=")[2]), None) if "=" in sentence else None
+        if stated:
+            last = outcome or stated[-1]
+        elif numbers and (last is None or last.incidental):
+            last = numbers[-1]
+    return last and last.value
+
+
+def _plain_text(text: str) -> str:
+    """With LaTeX and typographic forms of numbers as the plain ones."""
+    text = _without_annotations(text)
+    text = re.sub(r"\\([$%,!])|\{(,)\}", lambda m: m[2] or m[1].strip(",!"), text)
+    text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=\d)\s*\\[dt]?frac", r" \\frac", text)
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    text = re.sub(r"\^\{[^{}]*\}", "", text)
+    for sign, plain in _VULGAR_FRACTIONS.items():
+        text = re.sub(rf"(?<=\d){sign}", f" {plain}", text).replace(sign, plain)
+    # Numbers of steps: "2. Then ...", "#### Step 3: ...".
+    return re.sub(
+        r"(?im)^[ \t]*(?:\#+[ \t]*)?[*_]*(?:step[ \t]+)?\d+[.):][*_]*[ \t]+(?=\S)", "", text
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# What is a number
+# ---------------------------------------------------------------------------------------------
+
+_VULGAR_FRACTIONS = {
+    sign: f"{Fraction(unicodedata.numeric(sign)).limit_denominator(10)}"
+    for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+}
+
+_NUMBER = re.compile(
+    r"""
+    (?<![A-Za-z0-9_^])(?<![0-9][.:/])(?<![A-Za-z]-)  # not inside a word, number, or power
+    (?: (?<![)\]}%$€£])(?P<minus>[-−–]) )?
+    (?: (?: [$€£] | USD | EUR | GBP )\s?(?P<minus_after>[-−–])? )?
+    (?:
+        (?P<none> [0-9]+/[0-9]+/[0-9]+ | [0-9]{4}-[0-9]{2}-[0-9]{2} )  # dates
+      | (?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?![0-9])
+      | (?P<ratio>[0-9]+:[0-9]+)
+      | (?:(?P<whole>[0-9]+)(?:\s+|-|\s+and\s+))?(?P<top>[0-9]+)\s?/\s?(?P<bottom>[0-9]+)(?![0-9.])
+      | (?P<decimal>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)
+        (?P<ordinal>(?:st|nd|rd|th)\b)?
+    )
+    """,
+    re.VERBOSE,
+)
+
+# Longer ones are a model's stutter, and slow or impossible to convert.
+_MAX_DIGITS = 100
+
+
+class _Number(NamedTuple):
+    value: Fraction
+    incidental: bool  # "3rd", "5:00", "24/7": seldom what was asked for
+
+
+def _numbers(text: str) -> Iterator[_Number]:
+    return filter(None, map(_read_number, _NUMBER.finditer(text)))
+
+
+def _read_number(match: re.Match | None) -> _Number | None:
+    if match is None or len(match[0]) > _MAX_DIGITS:
+        return None
+    value, incidental = _magnitude(match)
+    if value is None:
+        return None
+    negative = match["minus"] or match["minus_after"]
+    return _Number(-value if negative else value, incidental)
+
+
+def _magnitude(match: re.Match) -> tuple[Fraction | None, bool]:
+    if match["hour"] is not None:
+        on_the_hour = int(match["minute"]) == 0
+        return (Fraction(match["hour"]), True) if on_the_hour else (None, True)
+    if match["top"] is not None:
+        top, bottom = int(match["top"]), int(match["bottom"])
+        value = int(match["whole"] or 0) + Fraction(top, bottom) if bottom else None
+        return value, (top, bottom) == (24, 7)
+    if match["decimal"] is not None:
+        return Fraction(match["decimal"].replace(",", "")), match["ordinal"] is not None
+    return None, True
+
+
+def _parse(number: str) -> Fraction | None:
+    read = _read_number(_NUMBER.fullmatch(number.rstrip(".")))
+    return read and read.value

@@ -1,0 +1,322 @@
+"""MMLU: questions with four options in 57 subjects, scored by the letter that is answered.
+
+Knows how an answer names its option. Does not compare probabilities; the engine does.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tasks.base import Example, Task, chat_messages, check_at_least, truncate_at_stop
+from tasks.loading import DatasetSource, load_rows
+from tasks.prompts.mmlu import CHAT, INSTRUCTION, PLAIN
+
+SOURCE = DatasetSource(
+    hub_name="cais/mmlu",
+    config="all",
+    revision="c30699e8356da336a370243923dbaf21066bb9fe",
+    columns={"question": str, "subject": str, "choices": list, "answer": int},
+)
+
+LETTERS = "ABCD"
+MODES = ("generate", "logprob")
+SPLITS = ("test", "validation")
+
+_STOP = ("\nQuestion:",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mmlu(Task):
+    """Accuracy; the reference of an example has `answer` (a letter), `choices` and `subject`.
+
+    mode: `generate` reads the letter from a generated answer, `logprob` takes the letter that the
+        ensemble finds likeliest.
+    split: `test`, or `validation`.
+    subjects: their names, such as `anatomy`; None: all.
+    num_fewshot: worked examples, the first of the question's subject in the split dev, which has 5.
+    """
+
+    name: ClassVar[str] = "mmlu"
+    metric: ClassVar[str] = "accuracy"
+    max_tokens: ClassVar[int] = 32
+
+    mode: str = "generate"
+    split: str = "test"
+    subjects: list[str] | None = None
+    num_fewshot: int = 5
+
+    def __post_init__(self) -> None:
+        for option, known in (("mode", MODES), ("split", SPLITS)):
+            value = getattr(self, option)
+            if value not in known:
+                raise ValueError(f"task.mmlu.{option}: {value!r} must be {' or '.join(known)}")
+        if self.subjects is not None and not (isinstance(self.subjects, list) and self.subjects):
+            raise ValueError(
+                f"task.mmlu.subjects: {self.subjects!r} must be a list such as "
+                "[anatomy,virology], or null for all"
+            )
+        check_at_least("task.mmlu.num_fewshot", self.num_fewshot, 1)
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return () if self.chat else _STOP
+
+    def examples(self) -> list[Example]:
+        rows = load_rows(SOURCE, self.split, self.path)
+        worked = self._worked()
+        examples = []
+        for position, row in enumerate(rows):
+            if self.subjects is None or row["subject"] in self.subjects:
+                examples.append(self._example(len(examples), position, row, worked))
+        self._check_subjects({row["subject"] for row in rows})
+        return examples
+
+    def choices(self, example: Example) -> tuple[str, ...]:
+        if self.mode != "logprob":
+            return ()
+        # A plain prompt ends with a colon, a chat's with the beginning of a reply.
+        return tuple(LETTERS if self.chat else (f" {letter}" for letter in LETTERS))
+
+    def postprocess(self, example: Example, text: str) -> str:
+        return text if self.chat else truncate_at_stop(text, _STOP)
+
+    def score(self, example: Example, completion: str) -> float:
+        """1.0 if the completion names the right option, else 0.0, also where it names none."""
+        letter = extract_letter(completion, example.reference["choices"])
+        return float(letter == example.reference["answer"])
+
+    def _example(
+        self,
+        index: int,
+        position: int,  # in the split, whichever subjects are chosen
+        row: Mapping[str, Any],
+        worked: Mapping[str, list[Mapping[str, Any]]],  # by subject
+    ) -> Example:
+        _check_row(row)
+        solved = self._worked_for(row["subject"], worked)
+        return Example(
+            index=index,
+            task_id=f"mmlu/{self.split}/{position}",
+            prompt=_fill(CHAT, row) if self.chat else _plain_prompt(row, solved),
+            reference={
+                "answer": LETTERS[row["answer"]],
+                "choices": row["choices"],
+                "subject": row["subject"],
+            },
+            messages=_messages(row, solved) if self.chat else (),
+        )
+
+    def _worked(self) -> dict[str, list[Mapping[str, Any]]]:
+        by_subject = defaultdict(list)
+        if self.use_fewshot:
+            for row in load_rows(SOURCE, "dev", self.path, worked=True):
+                _check_row(row)
+                by_subject[row["subject"]].append(row)
+        return by_subject
+
+    def _worked_for(
+        self, subject: str, worked: Mapping[str, list[Mapping[str, Any]]]
+    ) -> list[Mapping[str, Any]]:
+        if not self.use_fewshot:
+            return []
+        rows = worked.get(subject, [])
+        if len(rows) < self.num_fewshot:
+            raise ValueError(
+                f"task.mmlu.num_fewshot: {self.num_fewshot} are more than the {len(rows)} rows of "
+                f"subject {subject} in the split dev"
+            )
+        return rows[: self.num_fewshot]
+
+    def _check_subjects(self, known: set[str]) -> None:
+        unknown = [subject for subject in self.subjects or () if subject not in known]
+        if unknown:
+            raise ValueError(
+                f"task.mmlu.subjects: no {', '.join(map(str, unknown))} in the split {self.split}; "
+                f"it has {', '.join(sorted(known))}"
+            )
+
+
+def _check_row(row: Mapping[str, Any]) -> None:
+    strings = all(isinstance(choice, str) for choice in row["choices"])
+    if not (strings and len(row["choices"]) == 4 and 0 <= row["answer"] < 4):
+        raise ValueError(
+            f"dataset.path: the question {row['question'][:40]!r} needs four choices and an answer "
+            f"from 0 to 3, as in {SOURCE.hub_name}; correct it"
+        )
+
+
+def _plain_prompt(row: Mapping[str, Any], worked: Sequence[Mapping[str, Any]]) -> str:
+    solved = [f"{_fill(PLAIN, example)} {LETTERS[example['answer']]}" for example in worked]
+    return "\n\n".join([_fill(INSTRUCTION, row), *solved, _fill(PLAIN, row)])
+
+
+def _messages(
+    row: Mapping[str, Any], worked: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, str], ...]:
+    requests = [(_fill(CHAT, example), LETTERS[example["answer"]]) for example in worked]
+    return chat_messages(requests, _fill(CHAT, row))
+
+
+def _fill(template: str, row: Mapping[str, Any]) -> str:
+    return template.format(
+        question=row["question"].strip(),
+        choices=[choice.strip() for choice in row["choices"]],
+        subject=row["subject"].replace("_", " "),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Which option an answer names
+# ---------------------------------------------------------------------------------------------
+
+_OPENING = r"(?:[\s*_\"'“‘`(\[{<$:]|\\(?:boxed|text|textbf|mathrm|mathbf)\b)*"
+_CLOSED = r"(?=[\s*_`]*(?:$|[\n).:,;!\"'”’\]}>$*_`]))"  # a letter that nothing follows at once
+
+# A letter alone: "B", "(B)", "B. text", "**b**".
+_LONE_LETTER = re.compile(rf"{_OPENING}([A-Da-d]){_CLOSED}")
+# What may close it, or an option's text.
+_CLOSING = " \t\n.:*_\"'”’`)]}$"
+_WEIGHING = re.compile(
+    r"(?:is|isn't|isn’t|was|are|and|or|nor|can|cannot|can't|can’t|does)\b|,\s*\(?[A-D](?!\w)"
+)
+_LISTED = re.compile(r"^[\s*_(-]*([A-D])[).:]", re.MULTILINE)
+# Within a statement a capital is a letter whatever follows.
+_CAPITAL = re.compile(rf"{_OPENING}([A-D])(?![\w'’])")
+# Before an option that is named by its letter, which need not follow at once.
+_WORD_FOR_OPTION = re.compile(
+    rf"{_OPENING}(?:(?:definitely|clearly|probably|therefore|thus|indeed)\s+)?"
+    r"(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|letter|answer)?",
+    re.IGNORECASE,
+)
+
+# "The answer is", "Answer:", "I choose", "go with": an option comes next.
+_ANNOUNCEMENT = re.compile(
+    r"""
+    \b(?:answer|solution|(?:correct|right|best)\s+(?:option|choice|one|letter|statement))\b
+        [^.\n?!]{0,60}?(?:\b(?:is|was|(?:would|should|must|will)\s+be)\b|[:=])
+    | \b(?:I(?:'d|’d|\s+would)?|we|let's|let’s)\s+(?:\w+\s+){0,2}?
+        (?:choose|pick|select|say|go\s+(?:with|for))\b
+    | (?:so|thus|therefore|hence)[,\s]+(?:it\s+is|it's|it’s|it\s+must\s+be)\b
+    | \\boxed(?=\{) | \#\#\#\#
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+# "B is correct", "(C) is the right answer"
+_VERDICT = re.compile(
+    r"(?<![\w'’])([A-D])[)\].:*_\"'”’]*\s+(?:is|must\s+be|would\s+be|seems)\s+(?:the\s+)?"
+    r"(?:only\s+|most\s+likely\s+)?(?:correct|right|best|answer)\b"
+)
+# Letters that can be nothing else: "(C)", "option C", "it is C."
+_POINTER = re.compile(
+    rf"[(\[]([A-D])[)\]]|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+[*_\"'(]*([A-D])(?![\w'’])"
+    rf"|\b(?:is|be|it's|it’s)\s+[*_\"'(]*([A-D]){_CLOSED}"
+)
+
+
+def extract_letter(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the option that an answer names; None where it names none, or several.
+
+    In this order: a letter or an option's text at the beginning, or after the last announcement
+    ("The answer is"); the last verdict ("B is correct") is as good as an announcement; the one
+    letter that is pointed at ("(C)", "option C"); the one option whose text is quoted.
+    """
+    text = text.strip()
+    return (
+        _opening_letter(text, choices)
+        or _announced_letter(text, choices)
+        or _pointed_letter(text)
+        or _quoted_option(text, choices)
+    )
+
+
+def _opening_letter(text: str, choices: Sequence[str]) -> str | None:
+    """Of a direct reply, not of one that weighs options ("(A) is wrong") or lists them again."""
+    if len(set(_LISTED.findall(text))) > 2:
+        return None
+    whole = _option_at_start(text, choices, whole=True)
+    if whole:
+        return whole
+    letter = _LONE_LETTER.match(text)
+    rest = text[letter.end() :].lstrip(_CLOSING) if letter else ""
+    if letter and (not _WEIGHING.match(rest) or _own_option_follows(letter[1], rest, choices)):
+        return letter[1].upper()
+    # "B The second arch" without a sign between; "A cell" is an article and a noun.
+    letter = _CAPITAL.match(text)
+    if letter and _own_option_follows(letter[1], text[letter.end() :].lstrip(), choices):
+        return letter[1]
+    return None
+
+
+def _own_option_follows(letter: str, rest: str, choices: Sequence[str]) -> bool:
+    return _begins_with(rest, choices[LETTERS.index(letter.upper())])
+
+
+def _announced_letter(text: str, choices: Sequence[str]) -> str | None:
+    found = [(verdict.start(), verdict[1]) for verdict in _VERDICT.finditer(text)]
+    for announcement in _ANNOUNCEMENT.finditer(text):
+        start = _WORD_FOR_OPTION.match(text, announcement.end()).end()
+        letter = _letter_at(text[start:], choices)
+        if letter:
+            found.append((announcement.start(), letter))
+    return max(found)[1] if found else None
+
+
+def _letter_at(text: str, choices: Sequence[str]) -> str | None:
+    lone = _LONE_LETTER.match(text)
+    if lone:
+        return lone[1].upper()
+    option = _option_at_start(text, choices)
+    if option:
+        return option
+    capital = _CAPITAL.match(text)
+    return capital and capital[1]
+
+
+def _pointed_letter(text: str) -> str | None:
+    letters = {next(filter(None, pointer.groups())) for pointer in _POINTER.finditer(text)}
+    return letters.pop() if len(letters) == 1 else None
+
+
+def _option_at_start(text: str, choices: Sequence[str], whole: bool = False) -> str | None:
+    """The letter of the longest option that `text` begins with; `whole`: that it is.
+
+    An option that is itself one letter is left out: there, the letter names the option.
+    """
+    bare = re.sub(rf"^{_OPENING}", "", text)
+    fitting = {
+        letter: len(choice)
+        for letter, choice in zip(LETTERS, map(str.strip, choices), strict=True)
+        for start in (text, bare)
+        if len(choice) > 1
+        and _begins_with(start, choice)
+        and not (whole and start[len(choice) :].strip(_CLOSING))
+    }
+    longest = [letter for letter, length in fitting.items() if length == max(fitting.values())]
+    return longest[0] if len(longest) == 1 else None  # the data has a few with equal options
+
+
+def _begins_with(text: str, choice: str) -> bool:
+    choice = choice.strip()
+    return bool(choice) and re.match(_pattern(choice), text, re.IGNORECASE) is not None
+
+
+def _quoted_option(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the only option that stands in `text`, but inside others that stand there."""
+    present = {
+        letter: choice.strip().lower()
+        for letter, choice in zip(LETTERS, choices, strict=True)
+        if choice.strip() and re.search(_pattern(choice.strip()), text, re.IGNORECASE)
+    }
+    longest = [
+        letter
+        for letter, choice in present.items()
+        if not any(choice in other and choice != other for other in present.values())
+    ]
+    return longest[0] if len(longest) == 1 else None
+
+
+def _pattern(choice: str) -> str:
+    # Not `\b`: an option may begin or end with a sign.
+    return rf"(?<!\w){re.escape(choice)}(?!\w)"

@@ -1,0 +1,10 @@
+"""Wording of CNN/DailyMail: an article, and a summary of the length of the data set's own."""
+
+INSTRUCTION = "Summarise each news article in three or four short sentences."
+
+ARTICLE = "Article: {article}\n\nSummary:"
+
+CHAT = (
+    "Summarise this news article in three or four short sentences. Reply with the summary "
+    "alone.\n\n{article}"
+)

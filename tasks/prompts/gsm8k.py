@@ -1,0 +1,13 @@
+"""Wording of GSM8K: reasoning first, then the result in a sentence that the score looks for."""
+
+INSTRUCTION = (
+    "Solve the problem step by step. "
+    'End with the sentence "The answer is N.", where N is the result as a number.'
+)
+
+PROBLEM = "Problem: {question}\nSolution:"
+
+# What follows a problem of a worked example, and the whole reply in a chat.
+SOLUTION = "{steps}\nThe answer is {number}."
+
+CHAT = INSTRUCTION + "\n\n{question}"

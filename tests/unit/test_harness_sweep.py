@@ -1,0 +1,181 @@
+"""Jobs of a sweep: their folders, their GPUs, and how each one ends."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+import main_dataset
+from harness import sweep
+
+CONFIG = {
+    "method": {"name": "cd", "gamma": 5, "llm": {"tensor_parallel_size": None}},
+    "dataset": {"name": "humaneval"},
+    "seed": 0,
+    "save_path": "a",
+    "verbose": False,
+}
+SUMMARY = {"metric": "pass@1", "score": 0.25, "tokens_per_second": 12.0}
+
+
+@pytest.fixture(autouse=True)
+def no_gpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "POLL_S", 0.01)
+    monkeypatch.setattr(sweep.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+# Folders
+
+
+def test_a_jobs_folder_depends_on_what_it_computes():
+    name = sweep.job_name(CONFIG)
+    assert name.startswith("humaneval-cd-") and len(name) == len("humaneval-cd-") + 8
+    assert sweep.job_name({**CONFIG, "save_path": "b", "verbose": True}) == name
+    assert sweep.job_name({**CONFIG, "seed": 1}) != name
+    nested = {**CONFIG, "method": {**CONFIG["method"], "gamma": 4}}
+    assert sweep.job_name(nested) != name
+
+
+def test_name_of_a_folder_has_no_separators():
+    name = sweep.job_name({**CONFIG, "dataset": {"name": "my.tasks:Sums/../x"}})
+    assert name.startswith("my.tasks_Sums_.._x-cd-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more"),
+    [
+        (["method=cd", "save_path=x"], []),
+        (["method=cd,sd", "--multirun"], []),
+        (["--multirun", "save_path=x", "seed=1,2"], ["hydra.sweep.dir=x"]),
+        (["-m", "save_path=x", "save_path=y=z"], ["hydra.sweep.dir=y=z"]),
+    ],
+)
+def test_folder_of_a_sweep_is_its_save_path(arguments, more):
+    assert main_dataset.with_sweep_folder(arguments) == [*arguments, *more]
+
+
+# Ends
+
+
+def run_job(monkeypatch, tmp_path, status: int, log: str, summary: dict | None = None):
+    calls = []
+
+    def run(command, input, stdout, env, **_):
+        calls.append(SimpleNamespace(command=command, config=OmegaConf.create(input), env=env))
+        stdout.write(log)
+        if summary is not None:
+            (sweep.Path(command[-1]) / "summary.json").write_text(json.dumps(summary))
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    sweep.run_job(OmegaConf.create(CONFIG), tmp_path / "sweep", ["seed=0", "method=cd"])
+    (call,) = calls
+    return call, tmp_path / "sweep" / sweep.job_name(CONFIG)
+
+
+def test_job_runs_in_a_process_with_its_configuration(monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    call, folder = run_job(monkeypatch, tmp_path, 0, "fine\n", SUMMARY)
+    assert call.command == [sys.executable, "-m", "harness.sweep", str(folder)]
+    assert call.config == {**CONFIG, "save_path": str(folder)}
+    assert call.env["PYTHONPATH"].split(os.pathsep)[0] == str(sweep.ROOT)
+    assert (folder / "log.txt").read_text() == "fine\n"
+    assert not (folder / "failure.json").exists()
+    assert caplog.messages[-1].endswith("(seed=0 method=cd): pass@1 0.250, 12.0 tokens/s")
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "error"),
+    [
+        (1, "warning\nerror: seed: -1 must be\n\n", "seed: -1 must be"),
+        (1, "Traceback\nRuntimeError: no memory\n", "RuntimeError: no memory"),
+        (3, "", "ended with status 3"),
+        (-9, "x\n", "killed by signal 9"),
+    ],
+)
+def test_job_that_fails_is_recorded_and_stops_nothing(monkeypatch, tmp_path, status, log, error):
+    _, folder = run_job(monkeypatch, tmp_path, status, log)
+    failure = json.loads((folder / "failure.json").read_text())
+    assert failure == {"overrides": ["seed=0", "method=cd"], "error": error}
+    run_job(monkeypatch, tmp_path, 0, "", SUMMARY)
+    assert not (folder / "failure.json").exists(), "it has not failed any more"
+
+
+def test_failed_jobs_are_listed_at_the_end(monkeypatch, tmp_path, capsys):
+    _, folder = run_job(monkeypatch, tmp_path, 1, "error: too bad\n")
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
+    with pytest.raises(SystemExit) as exit:
+        sweep.ListJobs().on_multirun_end(config)
+    assert exit.value.code == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"0 jobs complete, 1 failed, in {tmp_path / 'sweep'}",
+        f"failed: {folder.name} (seed=0 method=cd): too bad",
+    ]
+    run_job(monkeypatch, tmp_path, 0, "", SUMMARY)
+    sweep.ListJobs().on_multirun_end(config)
+    assert "1 jobs complete, 0 failed" in capsys.readouterr().out
+
+
+# GPUs
+
+
+def test_without_gpus_nothing_is_said_of_them():
+    with sweep._devices(1) as environment:
+        assert environment == {}
+
+
+def test_every_job_has_gpus_of_its_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,GPU-7a")
+    with sweep._devices(2) as first, sweep._devices(1) as second:
+        assert first == {"CUDA_VISIBLE_DEVICES": "3,5"}
+        assert second == {"CUDA_VISIBLE_DEVICES": "GPU-7a"}
+    with sweep._devices(1) as again:
+        assert again == {"CUDA_VISIBLE_DEVICES": "3"}
+
+
+def test_job_waits_for_a_gpu_and_holds_none_meanwhile(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    got = threading.Event()
+
+    def wait_for_two():
+        with sweep._devices(2) as environment:
+            assert environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
+            got.set()
+
+    with sweep._devices(1):
+        waiting = threading.Thread(target=wait_for_two)
+        waiting.start()
+        assert not got.wait(0.1)
+        with sweep._devices(1) as environment:  # which the waiting one must not keep
+            assert environment == {"CUDA_VISIBLE_DEVICES": "1"}
+    waiting.join(timeout=5)
+    assert got.is_set()
+
+
+def test_gpus_are_those_that_the_driver_lists(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    listed = "GPU 0: H200 (UUID: GPU-1)\nGPU 1: H200 (UUID: GPU-2)\n"
+
+    def run(command, **_):
+        assert command == ["nvidia-smi", "-L"]
+        return SimpleNamespace(stdout=listed)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    assert sweep._visible_devices() == ["0", "1"]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.CalledProcessError(9, "x")])
+def test_without_a_driver_there_are_none(monkeypatch, error):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    assert sweep._visible_devices() == []
