@@ -3,27 +3,18 @@
 Thin: Hydra reads `configs/`, `harness.run` does the work.
 """
 
-import os
 import sys
-from pathlib import Path
-
-# Errors of the configuration are shown by `main` in one line; Hydra's own handler, which cuts
-# the traceback of all others, is left out of the way.
-os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 import hydra
-from dotenv import load_dotenv
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from harness.errors import ConfigError, one_line
+from harness.command import ROOT, call
+from harness.errors import ConfigError
 from harness.run import run
 from harness.sweep import run_job as run_sweep_job
 
-ROOT = Path(__file__).resolve().parent
 FOLDER = "save_path"
 
 
@@ -37,7 +28,7 @@ def run_job(config: DictConfig) -> None:
         else:
             run(config, config.save_path)
     except ConfigError as error:
-        # Here and not in `main`: Hydra adds lines of its own to an exception that passes it.
+        # Here and not in `call`: Hydra adds lines of its own to an exception that passes it.
         sys.exit(f"error: {error}")
 
 
@@ -50,20 +41,8 @@ def with_sweep_folder(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
-    # Before anything is imported that reads the environment; torch, vLLM and the hub's client do.
-    load_dotenv(ROOT / ".env")
     sys.argv[1:] = with_sweep_folder(sys.argv[1:])
-    try:
-        run_job()
-    except MissingConfigException as error:
-        options = [option for option in error.options or () if not option.startswith("_")]
-        key, _, name = str(error.missing_cfg_file).rpartition("/")
-        sys.exit(f"error: {key}: there is no '{name}'; choose one of {', '.join(options)}")
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        print("interrupted; the run directory keeps the finished samples", file=sys.stderr)
-        sys.exit(130)
+    call(run_job, "the run directory keeps the finished samples")
 
 
 if __name__ == "__main__":

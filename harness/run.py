@@ -289,13 +289,13 @@ def _summarize(
         **fields(counts),
         "batch_size": plain["batch_size"],
         "generate": spec.sampling_params,
-        "versions": _versions(),
-        "device": _device_name(),
+        "versions": versions(),
+        "device": device_name(),
         "seed": plain["seed"],
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     versions = {}
     for name in REPORTED_VERSIONS:
         try:
@@ -305,7 +305,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _device_name() -> str:
+def device_name() -> str:
     from vllm.platforms import current_platform
 
     return current_platform.get_device_name()

@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import harness.command
 import harness.run
 import harness.session
 import main_dataset
@@ -345,7 +346,7 @@ def test_log_of_the_job_stands_beside_its_results(engine, tmp_path, caplog):
 
 def test_interrupted_command_ends_in_one_line(engine, tmp_path, monkeypatch, capsys):
     engine.dies_after, engine.error = 1, KeyboardInterrupt()
-    monkeypatch.setattr(main_dataset, "load_dotenv", lambda path: None)
+    monkeypatch.setattr(harness.command, "load_dotenv", lambda path: None)
     monkeypatch.setattr(sys, "argv", ["main_dataset.py", *overrides(tmp_path)])
     with pytest.raises(SystemExit) as exit:
         main_dataset.main()

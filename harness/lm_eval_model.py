@@ -1,0 +1,281 @@
+"""An lm-evaluation-harness model over our engine: texts continued, and scored under the ensemble.
+
+Knows what lm-eval asks of a model, in texts and tokens; knows neither its tasks nor any file.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from harness.engine import Completion, Engine, Request
+from harness.errors import ConfigError, one_line
+from harness.proposals import Counts, add
+
+logger = logging.getLogger(__name__)
+
+NAME = "speculative-ensemble"
+# lm-eval's, for tasks that say nothing.
+DEFAULT_MAX_GEN_TOKS = 256
+# The engine must generate a token; the log-probabilities of the prompt are what is asked for. With
+# one more than that of the token itself they tell whether it is the likeliest.
+SCORING = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 1, "detokenize": False}
+# As in lm-eval's own models: a stop string may be a special token.
+SHOW_SPECIAL_TOKENS = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
+
+# (what lm-eval caches an answer by, or None; tokens of the context; tokens to be scored)
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+@register_model(NAME)
+class SpeculativeEnsembleLM(TemplateLM):
+    """Answers lm-eval's requests.
+
+    Args:
+        start: starts the engine, which has no sampling parameters of its own: they would count for
+            scored texts too. Called with the first request, so that all that lm-eval refuses is
+            refused before weights are loaded.
+        tokenizer: of all members.
+        max_model_len: tokens that all members read, prompt and continuation together.
+        sampling_params: vLLM's by name, for what a task leaves open; only texts that are generated
+            have any.
+        seed: of the first text that is generated; each has one of its own.
+        batch_size: requests in flight; None: all.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Engine],
+        tokenizer: Any,
+        max_model_len: int,
+        sampling_params: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.max_length = max_model_len
+        self.num_tokens, self.time_s = 0, 0.0
+        """of generated texts: tokens, and the time around the engine"""
+        self.counts: Counts = {}
+        """of tokens proposed for generated texts"""
+        self._start = start
+        self._sampling_params = dict(sampling_params or {})
+        self._seed, self._batch_size = seed, batch_size
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        return self._start()
+
+    @property
+    def is_started(self) -> bool:
+        return "engine" in vars(self)
+
+    # Tokens
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text begins with that has no context."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ConfigError(
+            "method.model: its tokenizer has neither a BOS nor an EOS token, one of which stands "
+            "before texts without context; choose other tasks or members"
+        )
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        if add_special_tokens is None:
+            # Chat templates write the BOS token themselves.
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not (bos and string.startswith(bos))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, **kwargs)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        except (ValueError, TemplateError) as error:
+            raise ConfigError(
+                f"apply_chat_template: {one_line(error)}; set it to false, or system_instruction "
+                "to null if the template knows no system"
+            ) from error
+
+    # Scores
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Sum of the log-probabilities of each continuation, and whether each of its tokens is the
+        likeliest; a token that no other exceeds counts as such."""
+        # What has no token needs no engine: its probability is one.
+        answers = [(0.0, True)] * len(requests)
+        prompts = self._cut(
+            (context or [self.prefix_token_id]) + continuation
+            for _, context, continuation in requests
+        )
+        scored = [
+            Request(index, prompt, seed=None, sampling_params=SCORING)
+            for index, (prompt, (_, _, continuation)) in enumerate(
+                zip(prompts, requests, strict=True)
+            )
+            if self._has_tokens(continuation)
+        ]
+        for completion in self._completions(scored, "scores", disable_tqdm):
+            key, _, continuation = requests[completion.index]
+            answers[completion.index] = answer = _score(completion, continuation)
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return answers
+
+    def _has_tokens(self, continuation: Sequence[int]) -> bool:
+        # The engine generates a token, and one must be there for the first to depend on.
+        if len(continuation) > self.max_length - 2:
+            raise ConfigError(
+                f"tasks: {len(continuation)} tokens are to be scored and the members read "
+                f"{self.max_length}, of which two are needed; raise method.llm.max_model_len, or "
+                "choose other tasks or members"
+            )
+        return bool(continuation)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Sum of the log-probabilities of all tokens of each text, every one predicted once.
+
+        Unlike in lm-eval's own models, a tokenizer that begins texts with a BOS token does not lead
+        to a second one, which would be scored.
+        """
+        windows: list[TokenRequest] = []
+        owners = []
+        for index, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            # Two less: the context of one token is not counted, nor is what must be generated.
+            length = self.max_length - 2
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, length, 1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(
+            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
+        ):
+            totals[owner] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    # Generated texts
+
+    def sampling_params(self, gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """vLLM's sampling parameters for a task's `generation_kwargs`.
+
+        A task decides about its stop strings, about how many tokens it wants and whether they are
+        sampled; where it leaves that open, and for everything else, the run's parameters are taken.
+
+        Raises:
+            ConfigError: no room is left for a prompt.
+        """
+        ours = {"temperature": 0, "max_tokens": DEFAULT_MAX_GEN_TOKS, **self._sampling_params}
+        given = dict(normalize_gen_kwargs(dict(gen_kwargs), ours["max_tokens"]))
+        # Always set by lm-eval, also where the task has no `do_sample`.
+        del given["do_sample"]
+        if gen_kwargs.get("do_sample") and "temperature" not in gen_kwargs:
+            given["temperature"] = ours["temperature"] or 1
+        stop = [text for text in given.pop("until") if text] or ours.get("stop")
+        max_tokens = given.pop("max_gen_toks")
+        if given.get("num_beams") == 1:
+            del given["num_beams"]  # of transformers, where it says that there is no search
+        if max_tokens >= self.max_length:
+            raise ConfigError(
+                f"tasks: {max_tokens} tokens are to be generated and the members read "
+                f"{self.max_length} in all; give a smaller gen_kwargs.max_gen_toks"
+            )
+        return ours | SHOW_SPECIAL_TOKENS | given | {"stop": stop, "max_tokens": max_tokens}
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """A continuation of each text, in their order, cut before its first stop string."""
+        params = [self.sampling_params(request.args[1]) for request in requests]
+        prompts = self._cut(
+            (self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests),
+            [p["max_tokens"] for p in params],
+        )
+        submitted = [
+            Request(index, prompt, self._seed + index, sampling_params=params[index])
+            for index, prompt in enumerate(prompts)
+        ]
+        self.engine.warm_up(submitted[0])
+        self.engine.synchronize()
+        start = time.perf_counter()
+        texts = [""] * len(requests)
+        for completion in self._completions(submitted, "texts", disable_tqdm):
+            text = _cut_at_stop(completion.text, params[completion.index]["stop"] or ())
+            texts[completion.index] = text
+            self.num_tokens += len(completion.token_ids)
+            self.cache_hook.add_partial("generate_until", requests[completion.index].args, text)
+        self.time_s += time.perf_counter() - start
+        self.counts = add(self.counts, self.engine.proposals())
+        return texts
+
+    # Both
+
+    def _cut(
+        self, prompts: Iterable[list[int]], num_generated: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """The ends of the prompts, as far as they leave room for so many tokens; one by default."""
+        prompts = list(prompts)
+        rooms = [self.max_length - num for num in num_generated or [1] * len(prompts)]
+        too_long = sum(len(p) > room for p, room in zip(prompts, rooms, strict=True))
+        if too_long:
+            logger.warning(
+                "%d of %d prompts are longer than the %d tokens that the members read allow; their "
+                "beginnings are left out",
+                too_long,
+                len(prompts),
+                self.max_length,
+            )
+        return [prompt[-room:] for prompt, room in zip(prompts, rooms, strict=True)]
+
+    def _completions(
+        self, requests: Sequence[Request], shown: str, disable_tqdm: bool
+    ) -> Iterator[Completion]:
+        completions = self.engine.generate(requests, self._batch_size) if requests else ()
+        return tqdm(completions, shown, len(requests), disable=disable_tqdm, unit="request")
+
+
+def _score(completion: Completion, continuation: Sequence[int]) -> tuple[float, bool]:
+    rows = completion.prompt_logprobs[-len(continuation) :]
+    own = [row[token] for token, row in zip(continuation, rows, strict=True)]
+    likeliest = (max(row.values()) for row in rows)
+    return sum(own), all(a >= b for a, b in zip(own, likeliest, strict=True))
+
+
+def _cut_at_stop(text: str, stop: Iterable[str]) -> str:
+    # vLLM has cut it, unless it may not stop there yet (`min_tokens`).
+    for string in [stop] if isinstance(stop, str) else stop:
+        text = text.partition(string)[0]
+    return text
