@@ -1,182 +1,286 @@
-"""What a decoded token costs: each model alone and ensembles of them, side by side in one run.
+"""What a decoded token costs: models alone, ensembles, and members that take turns, side by side.
 
-    python benchmarks/bench_decode.py --runs llama-7b llama-7b+llama-7b --batch-sizes 1 8
-    python benchmarks/bench_decode.py --runs llama-7b+llama-68m llama-7b+llama-68m@1,5
+    python benchmarks/bench_decode.py --preset design --out result.json --time-limit 500
+    python benchmarks/bench_decode.py --preset design --out result.json --resume
+    python benchmarks/bench_decode.py --runs llama-7b+llama-68m cd0.1:llama-7b+llama-68m@1,5 \
+        --acceptance 0.8 0.6 --batch-sizes 1 8
+    python benchmarks/bench_decode.py --preset smoke        # without a GPU
 
-Dummy weights, greedy, a fixed number of tokens.  A run is one model or members joined by `+`; with
-the gammas of all members after an `@` they take turns.  What dummy weights accept is chance: the
-figure to compare is `ms_per_cycle`.
-The last line of the output is JSON; `--out FILE` writes it too.
+Every run has an engine, and a process, of its own.  `docs/benchmarks.md` has the grammar of runs,
+the method and every field.  The last line of the output is JSON; `--out FILE` has it after each
+measured cell.
 """
 
 import argparse
-import gc
 import json
-import statistics
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
-from datetime import date
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES, make_shape
+from report import complete
+from runs import GRAMMAR, PRESETS, Plan, Run, Target
+from shapes import SHAPES
 
-CHEF_WORKER = "vllm.chef.worker.ChefWorker"
-ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
+HERE = Path(__file__).parent
+DEFAULT_RUNS = ["llama-7b", "llama-7b+llama-7b"]
+# What does not change what is measured; all other settings must be the same in a resumed run.
+OF_THE_CALL = {"out", "resume", "time_limit", "engine_timeout", "preset", "runs"}
+POLL_S = 0.2
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", nargs="+", default=["llama-7b", "llama-7b+llama-7b"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--prompt-len", type=int, default=64)
-    parser.add_argument("--num-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--target", default="probs", help="ensemble_target")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--kv-cache-gib", type=float, default=8)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    for run in args.runs:
-        for name in members_of(run):
-            if name not in SHAPES:
-                parser.error(f"--runs: no shape '{name}'; there are {', '.join(SHAPES)}")
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=GRAMMAR)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="the runs, their targets, and settings that fit")
+    add("--runs", nargs="+", help="instead of a preset's")
+    add("--batch-sizes", nargs="+", type=int)
+    add(
+        "--acceptance",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="A",
+        help="set synthetically; the first at all batch sizes; none: as the models have it",
+    )
+    add(
+        "--sweep-batch-sizes",
+        nargs="+",
+        type=int,
+        default=[1],
+        help="batch sizes of the acceptances after the first",
+    )
+    add("--temperature", nargs="+", type=float, default=[0.0])
+    add("--prompt-len", type=int, default=64)
+    add("--num-tokens", type=int, default=128, help="to decode, per request")
+    add("--skip", type=int, default=4, help="steps of a batch before the clock runs")
+    add("--repeats", type=int, default=3, help="batches per cell, at least")
+    add("--min-cycles", type=int, help="of all requests of a cell together, at least")
+    add("--cell-seconds", type=float, default=15, help="after which no batch is added for those")
+    add("--target", default="probs", help="ensemble_target of weighted ensembles")
+    add("--dtype", default="bfloat16")
+    add("--enforce-eager", action="store_true")
+    add("--kv-cache-gib", type=float, help="default: what no preemption needs")
+    add("--engine-args", type=json.loads, default={}, metavar="JSON", help="of vLLM's EngineArgs")
+    add("--models", type=Path, default=HERE.parent / "models", help="folder of real members")
+    add("--prompts", type=Path, help="JSON lines with `prompt`; default: HumanEval's")
+    add("--out", type=Path)
+    add("--resume", action="store_true", help="keep what --out has, and measure the rest")
+    add("--time-limit", type=float, help="seconds after which no engine is started any more")
+    add("--engine-timeout", type=float, default=600, help="seconds for one run")
+    args = parser.parse_args(argv)
+    if args.preset and args.runs:
+        parser.error("--runs: a preset has its own; leave one of them out")
+    if args.resume and not args.out:
+        parser.error("--resume: needs the --out of the run that it goes on with")
+    if args.preset == "smoke":
+        args.dtype, args.enforce_eager = "float32", True
+        args.num_tokens, args.repeats = 32, 2
+    if args.min_cycles is None:
+        args.min_cycles = {"design": 1000, "smoke": 60}.get(args.preset, 200)
+    try:
+        check_models(plans_of(args), args.models)
+    except ValueError as error:
+        parser.error(f"--runs: {error}")
     return args
 
 
-def members_of(run: str) -> list[str]:
-    return run.split("@")[0].split("+")
+def plans_of(args: argparse.Namespace) -> list[Plan]:
+    """What to run; the batch sizes of the command line replace a preset's."""
+    if args.preset:
+        plans = PRESETS[args.preset][0]
+        if not args.batch_sizes:
+            return plans
+        return [Plan(p.run, p.acceptances, tuple(args.batch_sizes)) for p in plans]
+    sizes = tuple(args.batch_sizes or (1, 8))
+    rates, sweep = tuple(args.acceptance), tuple(args.sweep_batch_sizes)
+    return [
+        Plan(run, rates if Run.parse(run).policy else (), sizes, sweep)
+        for run in args.runs or DEFAULT_RUNS
+    ]
 
 
-def gammas_of(run: str) -> list[int]:
-    """Of all members, in their order; empty where they do not take turns."""
-    return [int(gamma) for gamma in run.partition("@")[2].split(",") if gamma]
+def targets_of(args: argparse.Namespace) -> list[Target]:
+    return PRESETS[args.preset][1] if args.preset else []
 
 
-def make_engine(run: str, args: argparse.Namespace, root: Path) -> Any:
-    from vllm import LLM
+def check_models(plans: Sequence[Plan], models: Path) -> None:
+    """Refuse models that are not there, and a run that mixes shapes with real ones: there is no
+    text for it."""
+    for plan in plans:
+        names = Run.parse(plan.run).models
+        real = [name for name in names if name not in SHAPES]
+        if 0 < len(real) < len(names):
+            raise ValueError(f"'{plan.run}' mixes shapes ({', '.join(SHAPES)}) with other models")
+        for name in real:
+            if not (models / name / "config.json").exists():
+                raise ValueError(
+                    f"no model '{name}' in '{models}', and no such shape ({', '.join(SHAPES)}); "
+                    "scripts/prepare_models.py makes the default models"
+                )
 
-    first, *others = (make_shape(name, root) for name in members_of(run))
-    ensemble = {}
-    if others:
-        config = {"extra_model": others, "ensemble_fn": "weighted", "ensemble_target": args.target}
-        ensemble = {"worker_cls": ENSEMBLE_WORKER, "additional_config": {"ensemble": config}}
-    if gammas := gammas_of(run):
-        ensemble["worker_cls"] = CHEF_WORKER
-        ensemble["additional_config"]["chef"] = {"gamma": gammas}
-        ensemble |= {"max_num_batched_tokens": 8192, "max_num_scheduled_tokens": 4096}
-        ensemble["speculative_config"] = {
-            "method": "draft_model",
-            "model": others[-1],
-            "num_speculative_tokens": sum(gammas) - 1,
+
+class Document:
+    """The one JSON document, kept on disk from cell to cell."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.out, self.targets = args.out, targets_of(args)
+        self.content = {
+            "benchmark": "bench_decode",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": None,
+            "versions": None,
+            "settings": settings_of(args),
+            "configurations": [],
+            "results": [],
+            "targets": [],
         }
-    return LLM(
-        first,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype=args.dtype,
-        enforce_eager=args.enforce_eager,
-        max_model_len=args.prompt_len + args.num_tokens,
-        max_num_seqs=max(args.batch_sizes),
-        kv_cache_memory_bytes=int(args.kv_cache_gib * 2**30),
-        enable_prefix_caching=False,
-        **ensemble,
+        if args.resume and args.out.exists():
+            self._resume(json.loads(args.out.read_text()))
+
+    def _resume(self, old: dict[str, Any]) -> None:
+        if old["settings"] != self.content["settings"]:
+            changed = sorted(
+                key
+                for key, value in self.content["settings"].items()
+                if old["settings"].get(key) != value
+            )
+            raise SystemExit(f"--resume: {self.out} was measured with other {', '.join(changed)}")
+        done = [entry for entry in old["configurations"] if entry["status"] == "done"]
+        runs = {entry["run"] for entry in done}
+        rows = [row for row in old["results"] if row["run"] in runs]
+        self.content = old | {"configurations": done, "results": rows}
+
+    def is_done(self, plan: Plan) -> bool:
+        return any(entry["run"] == plan.run for entry in self.content["configurations"])
+
+    def start(self, plan: Plan) -> dict[str, Any]:
+        entry = {"run": plan.run, "status": "running"}
+        self.content["configurations"].append(entry)
+        return entry
+
+    def describe(self, entry: dict[str, Any], engine: dict[str, Any]) -> None:
+        """What an engine says of itself; all must be of one machine."""
+        where = {key: engine.pop(key) for key in ("device", "versions")}
+        for key, value in where.items():
+            if self.content[key] not in (None, value):
+                raise SystemExit(f"{key}: {value}, but {self.out} has {self.content[key]}")
+            self.content[key] = value
+        entry |= engine
+
+    def save(self) -> None:
+        complete(self.content)
+        self.content["targets"] = [t.judge(self.content["results"]) for t in self.targets]
+        if self.out:
+            # Never half a file, whenever the process is killed.
+            part = self.out.with_suffix(".part")
+            part.write_text(json.dumps(self.content, indent=2) + "\n")
+            os.replace(part, self.out)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """As JSON gives them back."""
+    settings = {key: value for key, value in vars(args).items() if key not in OF_THE_CALL}
+    return json.loads(json.dumps(settings | {"models": None}, default=str))
+
+
+def measure(plan: Plan, args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
+    """Lines of `bench_engine.py` as they come, in a process of its own: its memory is freed for
+    sure, and what breaks in it breaks nothing else."""
+    folder = Path(tempfile.mkdtemp(dir=root))
+    request, lines = folder / "request.json", folder / "lines.jsonl"
+    request.write_text(json.dumps({"plan": asdict(plan), "args": vars(args)}, default=str))
+    lines.touch()
+    command = [sys.executable, str(HERE / "bench_engine.py"), str(request), str(lines)]
+    # vLLM writes to the standard output, where the document goes. A session of its own, so that
+    # vLLM's further processes end with it.
+    process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
+    deadline, error = time.monotonic() + args.engine_timeout, None
+    try:
+        with lines.open() as file:
+            rest = ""
+            while True:
+                ended = process.poll() is not None
+                *whole, rest = (rest + file.read()).split("\n")
+                for line in whole:
+                    content = json.loads(line)
+                    error = content.get("error", error)
+                    yield content
+                if ended:
+                    break
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"took more than {args.engine_timeout:g} s")
+                time.sleep(POLL_S)
+        if process.returncode and error is None:
+            yield {"error": f"the engine's process ended with {process.returncode}"}
+    except TimeoutError as timeout:
+        yield {"error": str(timeout)}
+    finally:
+        end_session(process)
+
+
+def end_session(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def run_plan(plan: Plan, args: argparse.Namespace, document: Document, root: Path) -> None:
+    entry, started = document.start(plan), time.monotonic()
+    entry["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    for content in measure(plan, args, root):
+        if "engine" in content:
+            document.describe(entry, content["engine"])
+        elif "graph_ms" in content:
+            entry |= content
+        elif "row" in content:
+            document.content["results"].append(content["row"])
+            document.save()
+            print(shown(content["row"]), flush=True)
+        else:
+            entry |= {"status": "failed", "error": content["error"]}
+            print(f"{plan.run}: {content['error']}", flush=True)
+    if entry["status"] == "running":
+        entry["status"] = "done"
+    entry["seconds"] = round(time.monotonic() - started, 1)
+    document.save()
+
+
+def shown(row: dict[str, Any]) -> str:
+    rate = "" if row["acceptance_set"] is None else f" a={row['acceptance_set']}"
+    speed = row.get("speed_over_plain")
+    return (
+        f"{row['run']}{rate} batch {row['batch_size']}: {row['ms_per_token']:.3f} ms per token, "
+        f"{row['ms_per_cycle']:.3f} per cycle, {row['tokens_per_cycle']:.3f} tokens per cycle"
+        + (f", {speed:.2f} x plain" if speed else "")
     )
-
-
-def time_decoding(llm: Any, batch_size: int, num_tokens: int, prompt_len: int) -> float:
-    """Seconds of one batch, prompts included."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": [3 + i] * prompt_len} for i in range(batch_size)]
-    start = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - start
-
-
-def bench(run: str, args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
-    """Milliseconds a token of each request, per batch size: a long run less one of one token."""
-    llm = make_engine(run, args, root)
-    rows = []
-    for batch_size in args.batch_sizes:
-        time_decoding(llm, batch_size, args.num_tokens, args.prompt_len)  # warm-up
-        steps = []
-        takes_turns = bool(gammas_of(run))
-        if takes_turns:
-            llm.collective_rpc("reset_turn_stats")
-        for _ in range(args.repeats):
-            prefill = time_decoding(llm, batch_size, 1, args.prompt_len)
-            whole = time_decoding(llm, batch_size, args.num_tokens, args.prompt_len)
-            steps.append(1000 * (whole - prefill) / (args.num_tokens - 1))
-        row = {
-            "run": run,
-            "batch_size": batch_size,
-            "ms_per_step": statistics.median(steps),
-            "ms_per_step_min": min(steps),
-            "ms_per_step_max": max(steps),
-        }
-        if takes_turns:
-            row |= cycles(llm.collective_rpc("turn_stats")[0], row["ms_per_step"])
-        print(row, flush=True)
-        rows.append(row)
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-    return rows
-
-
-def cycles(stats: dict[str, Any], ms_per_token: float) -> dict[str, Any]:
-    tokens_per_cycle = stats["num_tokens"] / stats["num_cycles"]
-    judged = [sum(row) for row in stats["num_judged"]]
-    accepted = [sum(row) for row in stats["num_accepted"]]
-    return {
-        "tokens_per_cycle": tokens_per_cycle,
-        "ms_per_cycle": ms_per_token * tokens_per_cycle,
-        "acceptance": [a / j if j else None for a, j in zip(accepted, judged, strict=True)],
-    }
-
-
-def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Each ensemble's cost over the sum of its members' alone, and the speed of turns over the
-    plain ensemble, where those were run too."""
-    cost = {(row["run"], row["batch_size"]): row["ms_per_step"] for row in rows}
-    for row in rows:
-        members = members_of(row["run"])
-        alone = [cost.get((member, row["batch_size"])) for member in members]
-        if gammas_of(row["run"]):
-            plain = cost.get(("+".join(members), row["batch_size"]))
-            row["speed_over_plain"] = plain / row["ms_per_step"] if plain else None
-        elif len(members) > 1 and all(alone):
-            row["ratio_to_members_alone"] = row["ms_per_step"] / sum(alone)
-
-
-def device_name() -> str:
-    from vllm.platforms import current_platform
-
-    return current_platform.get_device_name()
 
 
 def main() -> None:
     args = parse_args()
+    # A plain `kill` must end the engine's process as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    started, document = time.monotonic(), Document(args)
     with tempfile.TemporaryDirectory() as root:
-        rows = [row for run in args.runs for row in bench(run, args, Path(root))]
-    add_ratios(rows)
-    import torch
-    import vllm
-
-    document = {
-        "benchmark": "bench_decode",
-        "date": date.today().isoformat(),
-        "device": device_name(),
-        "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
-        "settings": {key: value for key, value in vars(args).items() if key != "out"},
-        "results": rows,
-    }
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps(document))
+        for plan in plans_of(args):
+            if document.is_done(plan):
+                continue
+            if args.time_limit and time.monotonic() - started > args.time_limit:
+                entry = document.start(plan)
+                entry |= {"status": "skipped", "error": f"after {args.time_limit:g} s"}
+                continue
+            run_plan(plan, args, document, Path(root))
+    document.save()
+    print(json.dumps(document.content))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
         engine_args = EngineArgs(**arguments)
         if "max_num_seqs" not in arguments:
             _, defaults = EngineArgs.get_batch_defaults(world_size=1)
-            engine_args.max_num_seqs = min(num_slots, defaults[UsageContext.LLM_CLASS])
+            num_slots = min(num_slots, defaults[UsageContext.LLM_CLASS])
+            engine_args.max_num_seqs = max(num_slots, _num_depths(arguments))
         config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
         if spec.turns is not None:
             _check_turns(config, spec)
@@ -76,6 +77,12 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
     except Exception as error:  # vLLM's own kinds, and what a value of a wrong type leads to
         key = f".{culprit}" if (culprit := _culprit(check, params)) else ""
         raise ConfigError(f"method.generate{key}: {one_line(error)}") from error
+
+
+def _num_depths(arguments: Mapping[str, Any]) -> int:
+    """Depths that `gamma: auto` chooses from: vLLM prepares one for each number of requests."""
+    speculative = arguments.get("speculative_config") or {}
+    return len(speculative.get("num_speculative_tokens_per_batch_size") or [])
 
 
 def _check_turns(config: "VllmConfig", spec: MethodSpec) -> None:

@@ -4,6 +4,7 @@ Plain data in, plain data out; starts no engine and loads nothing but model conf
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class MethodSpec:
         engine_args: vLLM engine arguments by name.
         sampling_params: vLLM sampling parameters by name, only those that are set.
         parameters: the method's own, for the record (alpha, weights, gamma, draft_model,
-            turn_order).
+            max_gamma, turn_order).
         turns: of members that take turns; None for all other methods.
     """
 
@@ -135,10 +136,12 @@ def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
         named = _named_members(method)
         members = _resolve_members(named)
 
-        from vllm.chef.config import CONFIG_KEY, ChefConfig
+        from vllm.chef.config import CONFIG_KEY, SCHEDULER, ChefConfig, depth_schedule
 
         with _errors_of_keys():
             chef = ChefConfig(method["gamma"], policy, method.get("turn_order"))
+            if chef.is_adaptive:
+                chef = dataclasses.replace(chef, max_gamma=method.get("max_gamma"))
         ensemble, parameters = _ensemble(method, members)
         configs = _model_configs(method, named, members)
         turns = _make_turns(chef, configs, ensemble)
@@ -152,11 +155,16 @@ def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
                 "num_speculative_tokens": turns.window,
             },
         }
+        if chef.is_adaptive:
+            engine_args["scheduler_cls"] = SCHEDULER
+            schedule = {"num_speculative_tokens_per_batch_size": depth_schedule(turns)}
+            engine_args["speculative_config"] |= schedule
         if method["llm"].get("max_model_len") is None:
             engine_args["max_model_len"] = _longest_context(configs)
         order = [(member, turn.gamma) for turn in turns.turns for member in turn.members]
-        gamma = chef.gamma if policy == "sd" else [gamma for _, gamma in sorted(order)]
-        parameters |= {"gamma": gamma, "turn_order": [member for member, _ in order]}
+        most = chef.most if policy == "sd" else [gamma for _, gamma in sorted(order)]
+        gammas = {"gamma": chef.gamma, "max_gamma": most} if chef.is_adaptive else {"gamma": most}
+        parameters |= {**gammas, "turn_order": [member for member, _ in order]}
         return _spec(method, members, engine_args, parameters, turns)
 
     return make_spec
@@ -174,14 +182,18 @@ METHODS = {
     "large_model": Method(_large_model, ()),
     "sd": Method(_sd, ("draft_model", "gamma")),
     "cd": Method(_plain, ("amateur_model", "alpha", "weights", "draft_model", "gamma")),
-    "cd_sd": Method(_by_turns("sd"), ("amateur_model", "alpha", "weights", "gamma")),
+    "cd_sd": Method(_by_turns("sd"), ("amateur_model", "alpha", "weights", "gamma", "max_gamma")),
     "cd_chef": Method(
-        _by_turns("chef"), ("amateur_model", "alpha", "weights", "gamma", "turn_order")
+        _by_turns("chef"),
+        ("amateur_model", "alpha", "weights", "gamma", "max_gamma", "turn_order"),
     ),
     "ensemble": Method(_plain, ("extra_model", "alpha", "weights", "draft_model", "gamma")),
-    "ensemble_sd": Method(_by_turns("sd"), ("extra_model", "alpha", "weights", "gamma")),
+    "ensemble_sd": Method(
+        _by_turns("sd"), ("extra_model", "alpha", "weights", "gamma", "max_gamma")
+    ),
     "ensemble_chef": Method(
-        _by_turns("chef"), ("extra_model", "alpha", "weights", "gamma", "turn_order")
+        _by_turns("chef"),
+        ("extra_model", "alpha", "weights", "gamma", "max_gamma", "turn_order"),
     ),
 }
 

@@ -5,6 +5,7 @@ Also the chi-square test that every sampled path must pass.
 
 import gc
 import os
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
 
+from vllm.chef.config import AUTO, SCHEDULER
 from vllm.chef.frontend import allow_all_sampling_params
 
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
@@ -44,8 +46,10 @@ def engine(
     """An engine for tiny models.
 
     With `ensemble`, the plain ensemble of `model` and others; with `chef` besides, its members
-    take turns, and `window` tokens are carried from step to step.
+    take turns, and `window` tokens are carried from step to step.  Where `chef` leaves gamma to
+    the engine, each step's depth is a random one: more changes than any measurement would bring.
     """
+    is_adaptive = chef is not None and chef["gamma"] == AUTO
     defaults = dict(
         skip_tokenizer_init=True,
         dtype="float32",
@@ -70,12 +74,20 @@ def engine(
                 "num_speculative_tokens": window,
             },
         )
+    if is_adaptive:
+        defaults["scheduler_cls"] = SCHEDULER
+        defaults["speculative_config"]["num_speculative_tokens_per_batch_size"] = [
+            [size, size, window + 1 - size] for size in range(1, window + 2)
+        ]
     # vLLM collects garbage a dozen times as it starts: half a second each, without this.
     gc.freeze()
     with _async_scheduling(bool(arguments.get("async_scheduling"))):
         llm = LLM(model, **{**defaults, **arguments})
     if ensemble is not None:
         allow_all_sampling_params(llm.llm_engine)
+    if is_adaptive:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler.dynamic_sd_lookup = RandomDepths(window)
     try:
         yield llm
     finally:
@@ -83,6 +95,16 @@ def engine(
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+class RandomDepths:
+    """In the place of what `DepthChooser` says."""
+
+    def __init__(self, max_depth: int) -> None:
+        self.random, self.max_depth = random.Random(0), max_depth
+
+    def __getitem__(self, num_reqs: int) -> int:
+        return self.random.randint(0, self.max_depth)
 
 
 @contextmanager

@@ -29,12 +29,15 @@ POLICIES = {
         (dict(gamma=[1, 5]), 5),
         (dict(gamma=[4, 1]), 4),
         (dict(policy="sd", gamma=3), 3),
+        (dict(gamma="auto", max_gamma=[1, 4]), 4),
+        (dict(policy="sd", gamma="auto", max_gamma=2), 2),
     ],
     "weighted-3": [
         (dict(gamma=[1, 1, 1]), 2),
         (dict(gamma=[3, 1, 2], turn_order=[1, 0, 2]), 5),
         (dict(gamma=[2, 1, 1], turn_order=[2, 1, 0]), 3),
         (dict(policy="sd", gamma=2), 2),
+        (dict(gamma="auto", max_gamma=[1, 2, 1]), 3),
     ],
     "outside-3": [
         (dict(gamma=[1, 1, 3]), 4),

@@ -42,6 +42,7 @@ CASES = {
     "probs-3": ("probs", 3, dict(gamma=[1, 2, 1]), 3),
     "raw-logits-3": ("raw-logits", 3, dict(gamma=[1, 1, 1]), 2),
     "outside": ("probs", "outside", dict(gamma=[1, 1, 2]), 3),
+    "auto": ("probs", 2, dict(gamma="auto", max_gamma=[1, 3]), 3),
     "sd": ("probs", 2, dict(policy="sd", gamma=2), 2),
     "sd-3": ("logits", 3, dict(policy="sd", gamma=2), 2),
 }

@@ -286,6 +286,7 @@ def runs(root, tmp_path_factory) -> dict[str, Path]:
         "cd with a draft model": f"{CD} method.alpha=0.4 method.draft_model=llama-2-7b "
         "method.gamma=2",
         "cd_chef": f"{CD} method=cd_chef method.alpha=0.4 method.gamma=3",
+        "cd_chef of its own depth": f"{CD} method=cd_chef method.alpha=0.4 method.gamma=auto",
         # The distribution of `cd`, so that it tells whether the text is right.
         "ensemble_sd": f"{ENSEMBLE} method=ensemble_sd method.llm.ensemble_fn=contrastive "
         "method.llm.ensemble_target=raw-logits method.alpha=0.4 method.gamma=2",
@@ -343,7 +344,7 @@ def test_at_temperature_0_only_the_ensemble_changes_the_text(runs):
 
 def test_at_temperature_0_who_proposes_does_not_change_the_text(runs):
     plain = tokens(runs["cd"])
-    for name in ("cd with a draft model", "cd_chef", "ensemble_sd"):
+    for name in ("cd with a draft model", "cd_chef", "cd_chef of its own depth", "ensemble_sd"):
         assert tokens(runs[name]) == plain, name
         assert completions(runs[name]) == completions(runs["cd"])
 
@@ -367,6 +368,10 @@ def test_what_became_of_proposals_is_recorded(runs, root):
     cycles = chef["calls"][0]
     # What is decided past the end of a request counts as well.
     assert 1 <= chef["num_tokens"] / cycles <= chef["tokens_per_cycle"] + 1e-9 <= 5
+
+    auto = summaries["cd_chef of its own depth"]
+    assert (auto["gamma"], auto["max_gamma"]) == ("auto", [1, 5])
+    assert auto["calls"][0] <= auto["calls"][1] <= 5 * auto["calls"][0]
 
     sd = summaries["ensemble_sd"]
     assert (sd["gamma"], sd["turn_order"]) == (2, [0, 1])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm.chef.state import Cycle, ProposalState, begin_cycle, end_cycle
+from vllm.chef.state import Cycle, ProposalState, begin_cycle, end_cycle, make_pending
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import chef_turns
 
@@ -71,8 +71,8 @@ def test_one_requests_rejection_leaves_the_others_as_they_were():
     state = make_state()
     cycle, untouched = begin(state), begin(make_state())
     for c in (cycle, untouched):
-        c.append(torch.tensor([13, 23, 33]), torch.tensor([True] * 3), turn=0)
-        c.append(torch.tensor([14, 24, 34]), torch.tensor([True] * 3), turn=1)
+        c.append(torch.tensor([13, 23, 33]), torch.tensor([True] * 3), c.lengths[:, 0])
+        c.append(torch.tensor([14, 24, 34]), torch.tensor([True] * 3), c.new_lengths[:, 1])
     scores, scored = state.scores.clone(), state.scored.clone()
     where = torch.tensor([False, True, False])
     cycle.accept(torch.tensor([0, 1, 0]), where)
@@ -96,14 +96,16 @@ def test_a_cycle_ends_with_what_is_pending():
     state = make_state()
     cycle = begin(state)
     everyone = torch.tensor([True] * 3)
-    cycle.append(torch.tensor([13, 23, 33]), everyone, turn=0)
+    cycle.append(torch.tensor([13, 23, 33]), everyone, cycle.lengths[:, 0])
     cycle.accept(torch.tensor([4, 1, 0]), everyone)
     cycle.settle(torch.tensor([0, 8, 9]), torch.tensor([False, True, True]), state)
-    cycle.append(torch.tensor([14, 24, 34]), torch.tensor([True, False, True]), turn=1)
-    cycle.append(torch.tensor([15, 25, 35]), everyone, turn=2)
+    cycle.append(
+        torch.tensor([14, 24, 34]), torch.tensor([True, False, True]), cycle.new_lengths[:, 1]
+    )
+    cycle.append(torch.tensor([15, 25, 35]), everyone, cycle.new_lengths[:, 2])
     stats = TurnStats(TURNS, torch.device("cpu"))
     cycle.replaced = torch.tensor([False, True, True])
-    stats.add(cycle)
+    stats.add(cycle, (1, 1, 2))
 
     assert end_cycle(state, cycle).tolist() == [[14, 15, 0], [25, 0, 0], [34, 35, 0]]
     assert state.lengths[4].tolist() == [0, 1, 1]
@@ -129,3 +131,26 @@ def test_rows_of_the_ring_are_the_positions_that_can_be_live():
     keep = torch.zeros(state.ring_size, dtype=torch.bool)
     assert (state.ring(positions, keep) == state.ring_size).all()
     assert state.ring_size == 2 * TURNS.window + 2
+
+
+def test_rows_that_fill_a_graphs_batch_up_are_of_no_request():
+    state, num_padded = make_state(), 5
+    cycle, expected = begin(state), begin(make_state())
+    pending = make_pending(state, NUM_SLOTS)
+    pending.load(cycle)
+    pending.load(cycle)  # where another step's requests were
+    padded = pending.rows(num_padded)
+    assert padded.slots.tolist() == [*cycle.slots.tolist(), -1, -1]
+    assert padded.active.tolist() == [True, True, True, False, False]
+    tokens, everyone = torch.arange(num_padded), torch.tensor([True] * num_padded)
+    padded.append(tokens, everyone & padded.active, padded.new_lengths[:, 1])
+    expected.append(tokens[:3], everyone[:3], expected.new_lengths[:, 1])
+    done = pending.rows(3)
+    for name in ("slots", "active", "first", "end", "new_lengths"):
+        assert getattr(done, name).equal(getattr(expected, name)), name
+    assert done.tokens[:, :-1].equal(expected.tokens[:, :-1])
+    assert done.last_position.equal(expected.last_position)
+    # What is written for slot -1 lands where no request has anything.
+    state.scored[padded.slots, 1] = 77
+    assert state.scored[:, 1].ne(77).sum() == NUM_SLOTS - 3
+    assert len(state.scored) == len(state.lengths) == state.scores.shape[1] == NUM_SLOTS + 1

@@ -52,7 +52,7 @@ def test_three_members():
     assert [turns.max_decided(t) for t in range(3)] == [2, 5, 6]
     assert [turns.num_new(t) for t in (1, 2)] == [1, 3]
     assert [turns.num_unscored(t) for t in range(3)] == [6, 5, 4]
-    assert [turns.num_passes(t) for t in (1, 2)] == [1, 2]
+    assert [turns.num_passes(turns[t].gamma) for t in (1, 2)] == [1, 2]
 
 
 def test_a_proposer_outside_the_ensemble_is_never_waited_for():
@@ -71,7 +71,7 @@ def test_sd():
     assert [turns.max_decided(t) for t in range(2)] == [4, 4]
     assert turns.num_new(1) == 1
     # One pass more: the token that was drawn goes through before anything is proposed.
-    assert turns.num_passes(1) == 4
+    assert turns.num_passes(turns[1].gamma) == 4
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_turns_that_do_not_fit_the_members_are_refused(config, scores, message):
 def test_speculation_that_turns_do_not_do_is_refused(options):
     speculative = SimpleNamespace(method="draft_model", num_speculative_tokens=2, **CARRIER_OPTIONS)
     turns = chef_turns([1, 2], [2, 1], ALL[:2])
-    _check_carrier(SimpleNamespace(speculative_config=speculative), turns)
+    _check_carrier(SimpleNamespace(speculative_config=speculative), turns, False)
     vars(speculative).update(options)
     with pytest.raises(ValueError, match=r"^method\.llm\.speculative_config[.:]") as error:
-        _check_carrier(SimpleNamespace(speculative_config=speculative), turns)
+        _check_carrier(SimpleNamespace(speculative_config=speculative), turns, False)
     assert "\n" not in str(error.value)
     for missing in (None, SimpleNamespace(method="ngram", num_speculative_tokens=2)):
         with pytest.raises(ValueError, match=r'turns need \{"method": "draft_model"'):
-            _check_carrier(SimpleNamespace(speculative_config=missing), turns)
+            _check_carrier(SimpleNamespace(speculative_config=missing), turns, False)
 
 
 def test_plain_data_and_back():
@@ -140,3 +140,19 @@ def test_plain_data_and_back():
             ChefConfig.from_additional_config(data)
     with pytest.raises(ValueError, match=r"^additional_config\.chef\.gama: unknown key"):
         ChefConfig.from_additional_config({"chef": {"gama": 1}})
+
+
+def test_a_shallower_step_leaves_out_those_that_come_first():
+    turns = chef_turns([1, 2, 3], [9, 5, 1], (True, True, True))
+    assert [turns.gammas(depth) for depth in range(6)] == [
+        (1, 0, 0),
+        (1, 0, 1),
+        (1, 0, 2),
+        (1, 0, 3),
+        (1, 1, 3),
+        (1, 2, 3),
+    ]
+    assert turns.num_passes(0) == turns.num_passes(1) == 0
+    turns = sd_turns(3, 4)
+    assert [turns.gammas(depth) for depth in (0, 4)] == [(0, 0), (0, 4)]
+    assert [turns.num_passes(depth) for depth in (0, 4)] == [0, 4]

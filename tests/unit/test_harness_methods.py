@@ -145,6 +145,20 @@ TURNS = [
 ]
 
 
+@pytest.mark.parametrize(("name", "limit"), [("cd_chef", [1, 4]), ("cd_sd", 4)])
+def test_gamma_that_is_chosen_as_it_goes(name, limit):
+    options = ["method.amateur_model=other", "method.gamma=auto", "method.max_gamma=4"]
+    result = spec(name, *options)
+    assert result.engine_args["scheduler_cls"] == "vllm.chef.scheduler.make_scheduler"
+    speculative = result.engine_args["speculative_config"]
+    assert speculative["num_speculative_tokens"] == 4
+    assert speculative["num_speculative_tokens_per_batch_size"] == [
+        [size, size, 5 - size] for size in range(1, 6)
+    ]
+    assert (result.parameters["gamma"], result.parameters["max_gamma"]) == ("auto", limit)
+    assert result.engine_args["additional_config"]["chef"]["max_gamma"] == 4
+
+
 @pytest.mark.parametrize(("name", "others", "gamma", "gammas", "order", "window", "carrier"), TURNS)
 def test_turns(root, name, others, gamma, gammas, order, window, carrier):
     member = "method.amateur_model" if name.startswith("cd") else "method.extra_model"
@@ -277,6 +291,17 @@ def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch
         ),
         ("cd_chef", ["method.gamma=0"], r"^method\.gamma: 0 is out of range; it must be 1"),
         ("cd_chef", ["method.gamma=null"], r"^method\.gamma: None is out of range; it must be 1"),
+        ("cd_chef", ["method.gamma=most"], r"^method\.gamma: 'most' is out .* or \"auto\"$"),
+        (
+            "cd_chef",
+            ["method.gamma=auto", "method.max_gamma=0"],
+            r"^method\.max_gamma: 0 is out of range; it must be 1 or more$",
+        ),
+        (
+            "cd_chef",
+            ["method.gamma=auto", "method.max_gamma=[1,2,3]"],
+            r"^method\.max_gamma: .* 3 entries for 2 members; give",
+        ),
         ("cd_chef", ["method.gamma=[2,3]"], r"^method\.gamma: \[2, 3\] has no 1; .* gamma 1"),
         ("cd_chef", ["method.gamma=[1,2,3]"], r"^method\.gamma: .* 3 entries for 2 members; give"),
         ("cd_chef", ["method.turn_order=[0,0]"], r"^method\.turn_order: \[0, 0\] must name each"),

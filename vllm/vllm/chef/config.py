@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from vllm.config import ModelConfig, VllmConfig
 
+from vllm.chef.synthetic import common_rate
 from vllm.chef.turns import Turns, chef_turns, sd_turns, spread_gamma
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.members import check_ensemble
@@ -13,6 +14,8 @@ from vllm.ensemble_decode.plain_data import PlainData
 
 CONFIG_KEY = "chef"
 POLICIES = ("chef", "sd")
+AUTO, DEFAULT_MAX_GAMMA = "auto", 5
+SCHEDULER = "vllm.chef.scheduler.make_scheduler"
 # What vLLM's own speculation can be asked for, and members that take turns would not do.
 CARRIER_OPTIONS = {
     "parallel_drafting": False,
@@ -32,7 +35,9 @@ class ChefConfig(PlainData):
     Args:
         policy: `chef`, members take turns; `sd`, the last member always proposes.
         gamma: tokens that a member proposes in its turn. A number: of the cheapest member, the
-            others propose one. A list: one entry per member in the user's order.
+            others propose one. A list: one entry per member in the user's order. "auto": chosen
+            as it goes, by batch size, from none at all to `max_gamma`.
+        max_gamma: of "auto", a number or a list as `gamma`; None: 5.
         turn_order: the members' places in the user's order, in the order of their calls. None
             leaves it to `chef_turns`.
 
@@ -46,9 +51,10 @@ class ChefConfig(PlainData):
         f'additional_config={{"{CONFIG_KEY}": {{"gamma": ...}}, "ensemble": {{...}}}}'
     )
 
-    gamma: int | tuple[int, ...] = 1
+    gamma: int | tuple[int, ...] | str = 1
     policy: str = "chef"
     turn_order: tuple[int, ...] | None = None
+    max_gamma: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -56,19 +62,37 @@ class ChefConfig(PlainData):
                 f"additional_config.{CONFIG_KEY}.policy: unknown policy '{self.policy}'; "
                 f"choose one of {', '.join(POLICIES)}"
             )
-        is_list = isinstance(self.gamma, Sequence) and not isinstance(self.gamma, str)
-        for gamma in self.gamma if is_list else [self.gamma]:
-            if type(gamma) is not int or gamma < 1:
-                raise ValueError(f"method.gamma: {gamma!r} is out of range; it must be 1 or more")
-        if is_list:
-            object.__setattr__(self, "gamma", tuple(self.gamma))
-            if self.policy == "sd":
-                raise ValueError(
-                    f"method.gamma: {list(self.gamma)} is a list, and only the last member "
-                    "proposes; give one number"
-                )
+        if not self.is_adaptive:
+            object.__setattr__(self, "gamma", self._checked_gamma("gamma"))
+        elif self.max_gamma is not None:
+            object.__setattr__(self, "max_gamma", self._checked_gamma("max_gamma"))
         if self.turn_order is not None:
             self._check_order()
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self.gamma == AUTO
+
+    @property
+    def most(self) -> int | tuple[int, ...]:
+        """What a member proposes in its turn, at most."""
+        return self.max_gamma or DEFAULT_MAX_GAMMA if self.is_adaptive else self.gamma
+
+    def _checked_gamma(self, name: str) -> int | tuple[int, ...]:
+        value = getattr(self, name)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        for gamma in value if is_list else [value]:
+            if type(gamma) is not int or gamma < 1:
+                words = f', or "{AUTO}"' if name == "gamma" else ""
+                raise ValueError(
+                    f"method.{name}: {gamma!r} is out of range; it must be 1 or more{words}"
+                )
+        if is_list and self.policy == "sd":
+            raise ValueError(
+                f"method.{name}: {list(value)} is a list, and only the last member proposes; give "
+                "one number"
+            )
+        return tuple(value) if is_list else value
 
     def _check_order(self) -> None:
         order = self.turn_order
@@ -104,11 +128,12 @@ class ChefConfig(PlainData):
                     "method.weights: every member of *_sd has a say; leave a member of weight 0 "
                     "out, or propose with it through method.draft_model"
                 )
-            return sd_turns(num_members, self.gamma)
-        gammas = spread_gamma(self.gamma, costs) if isinstance(self.gamma, int) else self.gamma
+            return sd_turns(num_members, self.most)
+        gammas = spread_gamma(self.most, costs) if isinstance(self.most, int) else self.most
         if len(gammas) != num_members:
+            key = "max_gamma" if self.is_adaptive else "gamma"
             raise ValueError(
-                f"method.gamma: {list(gammas)} has {len(gammas)} entries for {num_members} "
+                f"method.{key}: {list(gammas)} has {len(gammas)} entries for {num_members} "
                 "members; give one each, in the order of the members"
             )
         return chef_turns(gammas, costs, scores, self.turn_order)
@@ -122,7 +147,7 @@ def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfi
     ensemble, members = check_ensemble(vllm_config)
     config = ChefConfig.from_additional_config(vllm_config.additional_config)
     turns = config.make_turns([relative_cost(m) for m in members], ensemble.make_function().counted)
-    _check_carrier(vllm_config, turns)
+    _check_carrier(vllm_config, turns, config.is_adaptive)
     _check_budget(vllm_config, turns)
     return ensemble, members, turns
 
@@ -150,7 +175,15 @@ def max_scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
     return scheduler.max_num_batched_tokens - scheduler.max_num_seqs * more
 
 
-def _check_carrier(vllm_config: VllmConfig, turns: Turns) -> None:
+def depth_schedule(turns: Turns) -> list[list[int]]:
+    """All depths, as vLLM's `num_speculative_tokens_per_batch_size`, so that it prepares for each:
+    one per batch size, of which there must be as many.  Which is taken when, the scheduler decides.
+    """
+    depths = list(reversed(range(turns.window + 1)))
+    return [[size, size, depth] for size, depth in enumerate(depths, start=1)]
+
+
+def _check_carrier(vllm_config: VllmConfig, turns: Turns, is_adaptive: bool) -> None:
     """vLLM carries a window from step to step as the draft tokens of a draft model."""
     speculative = vllm_config.speculative_config
     given = None if speculative is None else speculative.num_speculative_tokens
@@ -160,11 +193,36 @@ def _check_carrier(vllm_config: VllmConfig, turns: Turns) -> None:
             '{"method": "draft_model", "model": <one of the other members>, '
             f'"num_speculative_tokens": {turns.window}}}'
         )
+    if is_adaptive:
+        _check_adaptive(vllm_config, turns)
+    is_synthetic = common_rate(speculative) is not None
     for option, default in CARRIER_OPTIONS.items():
+        if is_adaptive and option == "num_speculative_tokens_per_batch_size":
+            continue
+        if is_synthetic and option == "rejection_sample_method":
+            continue  # for benchmarks
         if getattr(speculative, option) != default:
             raise ValueError(
                 f"method.llm.speculative_config.{option}: turns make no use of it; leave it out"
             )
+
+
+def _check_adaptive(vllm_config: VllmConfig, turns: Turns) -> None:
+    scheduler, schedule = vllm_config.scheduler_config, depth_schedule(turns)
+    given = vllm_config.speculative_config.num_speculative_tokens_per_batch_size or []
+    if [list(entry) for entry in given] != schedule:
+        raise ValueError(
+            f"method.gamma: {AUTO} needs speculative_config.num_speculative_tokens_per_batch_size="
+            f"{schedule}"
+        )
+    if scheduler.scheduler_cls != SCHEDULER:
+        raise ValueError(f"method.llm.scheduler_cls: gamma {AUTO} needs {SCHEDULER}")
+    if scheduler.max_num_seqs < len(schedule):
+        raise ValueError(
+            f"method.llm.max_num_seqs: gamma {AUTO} with these turns needs {len(schedule)} or more"
+        )
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        raise ValueError(f"method.gamma: {AUTO} does not go with data parallelism; give numbers")
 
 
 def _check_budget(vllm_config: VllmConfig, turns: Turns) -> None:

@@ -27,6 +27,7 @@ class ChefRunner(MemberRunner):
 
     speculator: ChefSpeculator
     model: MemberGroup
+    num_tokens_to_propose: int  # of the step at hand
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,6 +39,11 @@ class ChefRunner(MemberRunner):
             self.turns,
             self.req_states.all_token_ids.gpu,
         )
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        if self.execute_model_state is not None:
+            self.num_tokens_to_propose = self.execute_model_state.num_spec_tokens_to_schedule
+        return super().sample_tokens(*args, **kwargs)
 
     def make_model(self) -> MemberGroup:
         first = self.turns[0].members
@@ -76,7 +82,7 @@ class ChefRunner(MemberRunner):
         prompt_logprobs = self.prompt_logprobs_worker
         # Without what CUDA graphs pad it by.
         prompt_logprobs.hidden_states = [hidden_states[: input_batch.num_tokens]]
-        speculator.begin(cycle)
+        speculator.begin(cycle, self.num_tokens_to_propose)
         logprobs = self.verifier.decide(0, scores, cycle)
         if not self.turns.draws:
             self._propose_first(scores)
@@ -147,9 +153,9 @@ class ChefRunner(MemberRunner):
         logits = scores.logits[0][rows]
         if scores.mask is not None:
             logits = logits + scores.mask[rows]
-        where = cycle.active & ~cycle.settled & self.speculator.has_room
+        where = cycle.active & ~cycle.settled & self.speculator.has_room(cycle)
         where &= cycle.end <= cycle.num_drafts
-        cycle.append(self.verifier.propose(logits, cycle), where, 0)
+        cycle.append(self.speculator.draw(logits, cycle), where, cycle.lengths[:, 0])
 
     def _output(self, logprobs: Any) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         cycle = self.speculator.cycle

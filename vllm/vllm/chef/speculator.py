@@ -14,11 +14,13 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm.chef.graphs import MemberGraphs
-from vllm.chef.state import Cycle, ProposalState, end_cycle
+from vllm.chef.state import Cycle, Pending, ProposalState, end_cycle, make_pending
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import Verifier
@@ -61,6 +63,9 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.graphs: list[MemberGraphs] = []
         """[num_turns - 1], or none"""
         self.cycle: Cycle | None = None
+        speculative = vllm_config.speculative_config
+        depths = range(turns.window + 1) if speculative.uses_dynamic_speculative_decoding() else []
+        self.possible_gammas = {turns.gammas(depth) for depth in [*depths, turns.window]}
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -76,6 +81,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             self.vllm_config.model_config.head_dtype,
             self.device,
         )
+        self.pending = make_pending(self.state, self.max_num_reqs)
         return nn.ModuleList(models)
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
@@ -88,16 +94,18 @@ class ChefSpeculator(StandaloneARSpeculator):
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        self.graphs = [
-            MemberGraphs(
+        self.graphs = []
+        for turn in range(1, len(self.turns)):
+            graphs = MemberGraphs(
                 self.vllm_config,
                 self.device,
                 cudagraph_mode,
                 1 + self.turns.window + self.turns.num_new(turn),
+                {self.turns.num_passes(gammas[turn]) for gammas in self.possible_gammas},
                 partial(self._run_member, turn),
+                partial(self._passes, turn) if self.supports_decode_metadata_update else None,
             )
-            for turn in range(1, len(self.turns))
-        ]
+            self.graphs.append(graphs)
 
     def capture(self) -> None:
         for graphs in self.graphs:
@@ -109,13 +117,40 @@ class ChefSpeculator(StandaloneARSpeculator):
                 self.kv_cache_config,
             )
 
-    def begin(self, cycle: Cycle) -> None:
+    def begin(self, cycle: Cycle, num_tokens: int) -> None:
+        """Start the step's cycle, which is to leave `num_tokens` in a window, at most."""
         self.cycle = cycle
+        self.gammas = self.turns.gammas(num_tokens)
+        # Where CUDA graphs find them: vLLM's own move about.
+        states = self.verifier.sampler.sampling_states
+        self.temperature.copy_(states.temperature.gpu)
+        self.seeds.copy_(states.seeds.gpu)
 
-    @property
-    def has_room(self) -> torch.Tensor:  # [num_reqs] bool
+    def has_room(self, pending: Pending) -> torch.Tensor:  # [num_reqs] bool
         """Whether the context of a request can take one more token."""
-        return self.cycle.last_position + 1 < self.max_model_len
+        return pending.last_position + 1 < self.max_model_len
+
+    def draw(
+        self,
+        logits: torch.Tensor,  # [num_reqs, vocab_size], raw
+        pending: Pending,
+    ) -> torch.Tensor:  # [num_reqs]
+        """Draws from a member's distribution of the token past the end of each request.
+
+        Of the sampling parameters only the temperature counts here: the others may cost
+        acceptance, never exactness.
+        """
+        return gumbel_sample(
+            logits,
+            pending.slots,
+            self.temperature,
+            self.seeds,
+            pending.last_position,
+            apply_temperature=True,
+            # Noise of its own: a replacement must not know how its proposal was drawn.
+            is_drafting=True,
+            use_fp64=self.verifier.sampler.use_fp64_gumbel,
+        )
 
     def read(self, turn: int) -> torch.Tensor:  # [num_reqs, vocab_size]
         """Run the turn's member over all that is new to it, and keep its scores there.
@@ -135,9 +170,10 @@ class ChefSpeculator(StandaloneARSpeculator):
         positions = cycle.first[:, None] + columns
         first_row = reading.query_start[:-1, None]
         rows = torch.maximum(first_row + positions - 1 - reading.start[:, None], first_row)
-        logits = self._logits(turn, hidden_states[rows.flatten()])
+        logits = self._logits(turn, hidden_states[rows.flatten()]).unflatten(0, (-1, count))
         is_new = positions >= self.state.scored[cycle.slots, turn, None]
-        self._keep(turn, positions, logits, is_new & (columns >= 0) & cycle.active[:, None])
+        keep = is_new & (columns >= 0) & cycle.active[:, None]
+        self._keep(turn, cycle.slots, positions, logits, keep)
         return logits[:, -1]
 
     def step_hidden_states(self) -> torch.Tensor:  # [num_tokens, hidden_size]
@@ -162,19 +198,83 @@ class ChefSpeculator(StandaloneARSpeculator):
     def propose_first(self, turn: int, logits: torch.Tensor, settled_before: torch.Tensor) -> None:
         """Propose from what `read` returned, where no token has been settled since."""
         cycle = self.cycle
-        fresh = cycle.active & (cycle.settled == settled_before) & self.has_room
-        cycle.append(self.verifier.propose(logits, cycle), fresh, turn)
+        if self.gammas[turn] == 0:
+            return
+        fresh = cycle.active & (cycle.settled == settled_before) & self.has_room(cycle)
+        cycle.append(self.draw(logits, cycle), fresh, cycle.new_lengths[:, turn])
 
     def propose_more(self, turn: int) -> None:
         """The turn's passes of one token."""
-        cycle = self.cycle
-        for step in range(self.turns.num_passes(turn)):
-            wanted = cycle.active & (cycle.new_lengths[:, turn] < self.turns[turn].gamma)
-            wanted &= self.has_room
-            logits = self._read_one(turn, cycle, step)
-            position = cycle.first + cycle.end
-            self._keep(turn, position[:, None], logits[:, None], wanted[:, None])
-            cycle.append(self.verifier.propose(logits, cycle), wanted, turn)
+        cycle, gamma = self.cycle, self.gammas[turn]
+        num_passes = self.turns.num_passes(gamma)
+        if self.graphs[turn - 1].run_passes(num_passes, cycle.num_reqs, self._load_pending):
+            done = self.pending.rows(cycle.num_reqs)
+            for name in ("tokens", "end", "new_lengths"):
+                getattr(cycle, name).copy_(getattr(done, name))
+            return
+        for step in range(num_passes):
+            self._prepare_token(cycle)
+            extra = self.turns.num_new(turn) + 1 + step
+            query_start_np = self.arange_np[: cycle.num_reqs + 1]
+            hidden_states = self._run(turn, cycle, query_start_np, extra)
+            self._propose_from(turn, gamma, cycle, hidden_states)
+
+    def _load_pending(self) -> None:
+        """Put everything where the graph of `_passes` finds it."""
+        self.pending.load(self.cycle)
+        for groups in self.attn_groups:
+            for group in groups:
+                tables = self.block_tables.input_block_tables[group.kv_cache_group_id]
+                group.map_to_kernel_block_table(tables)
+
+    def _passes(
+        self,
+        turn: int,
+        num_passes: int,
+        num_reqs: int,
+        num_tokens: int,
+        attn_metadata: Any,
+        slot_mappings: Any,
+    ) -> None:
+        """The turn's passes of one token, to be captured: nothing in it waits for the host."""
+        pending, buffers = self.pending.rows(num_reqs), self.input_buffers
+        gamma = num_passes + (not self.turns.draws)
+        for _ in range(num_passes):
+            self._prepare_token(pending)
+            if attn_metadata is not None:
+                self.block_tables.compute_slot_mappings(
+                    pending.slots,
+                    buffers.query_start_loc[: num_reqs + 1],
+                    buffers.positions[:num_reqs],
+                    num_tokens,
+                )
+                self._update_draft_decode_metadata(attn_metadata, num_reqs)
+            hidden_states = self._run_member(turn, num_tokens, attn_metadata, slot_mappings)
+            self._propose_from(turn, gamma, pending, hidden_states[:num_reqs])
+
+    def _prepare_token(self, pending: Pending) -> None:
+        """The last token of each request, as input of a pass."""
+        buffers, num_reqs = self.input_buffers, pending.num_reqs
+        buffers.input_ids[:num_reqs] = pending.last_token(self.all_token_ids)
+        position = pending.last_position.clamp(0, self.max_model_len - 1)
+        buffers.positions[:num_reqs] = position
+        buffers.seq_lens[:num_reqs] = position + 1
+        self._fill_query_start(self.arange_gpu[: num_reqs + 1], num_reqs)
+
+    def _propose_from(
+        self,
+        turn: int,
+        gamma: int,
+        pending: Pending,
+        hidden_states: torch.Tensor,  # [num_reqs, hidden_size] of the last tokens
+    ) -> None:
+        """Keep the member's scores of the token past the end, and propose one of `gamma`."""
+        wanted = pending.active & (pending.new_lengths[:, turn] < gamma)
+        wanted &= self.has_room(pending)
+        logits = self._logits(turn, hidden_states)
+        position = pending.last_position + 1
+        self._keep(turn, pending.slots, position[:, None], logits[:, None], wanted[:, None])
+        pending.append(self.draw(logits, pending), wanted, pending.new_lengths[:, turn])
 
     @torch.inference_mode()
     def propose(
@@ -189,7 +289,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             return self._dummy_run(input_batch)
         self.propose_more(len(self.turns) - 1)
         cycle, self.cycle = self.cycle, None
-        self.stats.add(cycle)
+        self.stats.add(cycle, self.gammas)
         return end_cycle(self.state, cycle)
 
     def _prepare_tokens(self, cycle: Cycle, extra: int, num_tokens: int) -> Reading:
@@ -224,18 +324,6 @@ class ChefSpeculator(StandaloneARSpeculator):
         np.cumsum(np.minimum(query_lens, self.max_model_len), out=query_start[1:])
         return query_start
 
-    def _read_one(self, turn: int, cycle: Cycle, step: int) -> torch.Tensor:
-        """The member's logits `[num_reqs, vocab_size]` after the last token of each request."""
-        buffers, num_reqs = self.input_buffers, cycle.num_reqs
-        buffers.input_ids[:num_reqs] = cycle.last_token(self.all_token_ids)
-        position = cycle.last_position.clamp(max=self.max_model_len - 1)
-        buffers.positions[:num_reqs] = position
-        buffers.seq_lens[:num_reqs] = position + 1
-        self._fill_query_start(self.arange_gpu[: num_reqs + 1], num_reqs)
-        extra = self.turns.num_new(turn) + 1 + step
-        query_start_np = self.arange_np[: num_reqs + 1]
-        return self._logits(turn, self._run(turn, cycle, query_start_np, extra))[:, 0]
-
     def _run(
         self,
         turn: int,
@@ -249,36 +337,39 @@ class ChefSpeculator(StandaloneARSpeculator):
         Tokens that `is_again` fill a request's share of the batch up from the front.  They must not
         be kept: a sliding window may have let go of what they look back to.
         """
-        buffers, num_reqs = self.input_buffers, cycle.num_reqs
         num_tokens = int(query_start_np[-1])
-        graphs = self.graphs[turn - 1]
-        desc = graphs.dispatch(query_start_np)
+        context: dict[str, Any] = {}
+
+        def prepare(desc: BatchExecutionDescriptor) -> None:
+            mappings = self._slot_mappings(cycle, num_tokens, desc)
+            if is_again is not None:
+                mappings[:, :num_tokens].masked_fill_(is_again, PAD_SLOT_ID)
+            context["attn_metadata"] = self._build_attn_metadata(
+                batch_desc=desc,
+                num_reqs=cycle.num_reqs,
+                query_start_loc_np=query_start_np,
+                seq_lens_cpu_upper_bound=cycle.batch.seq_lens_cpu_upper_bound,
+                step=extra,
+                slot_mappings=mappings,
+            )
+            context["slot_mappings"] = build_slot_mappings_by_layer(mappings, self.kv_cache_config)
+
+        hidden_states = self.graphs[turn - 1].run(query_start_np, prepare)
+        if hidden_states is None:
+            return self._run_member(turn, num_tokens, **context)
+        return hidden_states
+
+    def _slot_mappings(
+        self, cycle: Cycle, num_tokens: int, desc: BatchExecutionDescriptor
+    ) -> torch.Tensor:  # [num_kv_cache_groups, at least num_tokens]
         in_graph = desc.cg_mode == CUDAGraphMode.FULL
-        slot_mappings = self.block_tables.compute_slot_mappings(
+        return self.block_tables.compute_slot_mappings(
             cycle.slots,
-            buffers.query_start_loc[: num_reqs + 1],
-            buffers.positions[:num_tokens],
+            self.input_buffers.query_start_loc[: cycle.num_reqs + 1],
+            self.input_buffers.positions[:num_tokens],
             desc.num_tokens,
             # A graph reads vLLM's own buffer, which is too short for some batches with prompts.
             out=None if in_graph else self.slot_mappings,
-        )
-        if is_again is not None:
-            slot_mappings[:, :num_tokens].masked_fill_(is_again, PAD_SLOT_ID)
-        attn_metadata = self._build_attn_metadata(
-            batch_desc=desc,
-            num_reqs=num_reqs,
-            query_start_loc_np=query_start_np,
-            seq_lens_cpu_upper_bound=cycle.batch.seq_lens_cpu_upper_bound,
-            step=extra,
-            slot_mappings=slot_mappings,
-        )
-        if in_graph:
-            return graphs.run(desc)[:num_tokens]
-        return self._run_member(
-            turn,
-            num_tokens,
-            attn_metadata,
-            build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config),
         )
 
     def _run_member(
@@ -296,20 +387,22 @@ class ChefSpeculator(StandaloneARSpeculator):
         finally:
             self.model = members
 
-    def _logits(self, turn: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[num_reqs, num_rows, vocab_size]` of `[num_reqs * num_rows, hidden_size]`."""
-        logits = self.model[turn - 1].compute_logits(hidden_states)
+    def _logits(
+        self,
+        turn: int,
+        hidden_states: torch.Tensor,  # [num_rows, hidden_size]
+    ) -> torch.Tensor:  # [num_rows, vocab_size]
         # What is proposed from must be what is kept to judge the proposal by.
-        return logits.to(self.state.scores.dtype).unflatten(0, (self.cycle.num_reqs, -1))
+        return self.model[turn - 1].compute_logits(hidden_states).to(self.state.scores.dtype)
 
     def _keep(
         self,
         turn: int,
+        slots: torch.Tensor,  # [num_reqs]
         positions: torch.Tensor,  # [num_reqs, num_rows]
         logits: torch.Tensor,  # [num_reqs, num_rows, vocab_size]
         keep: torch.Tensor,  # [num_reqs, num_rows] bool
     ) -> None:
-        slots = self.cycle.slots
         self.state.scores[turn - 1][slots[:, None], self.state.ring(positions, keep)] = logits
         scored = torch.where(keep, positions + 1, 0).amax(dim=1)
         self.state.scored[slots, turn] = torch.maximum(self.state.scored[slots, turn], scored)

@@ -4,7 +4,7 @@ Knows positions and columns; knows neither models nor distributions.  A *column*
 counted from the request's first undecided token; everything is device data.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -18,7 +18,8 @@ class ProposalState:
     """Kept from step to step, per slot of a request.
 
     Scores are kept by position, in a ring, so that nothing moves when tokens are committed. The
-    ring's last row takes what nobody needs, in the place of a mask.
+    ring's last row takes what nobody needs, in the place of a mask. The last slot is that of rows
+    which fill a CUDA graph's batch up, whose slot is -1.
     """
 
     def __init__(
@@ -30,23 +31,23 @@ class ProposalState:
         device: torch.device,
     ) -> None:
         self.turns = turns
-        num_turns = len(turns)
+        num_turns, num_slots = len(turns), max_num_reqs + 1
         # Live at once, at most: the step's window, the first turn's proposal, the window of the
         # next step, and the position past its end.
         self.ring_size = 2 * turns.window + 2
-        self.lengths = torch.zeros(max_num_reqs, num_turns, dtype=torch.int64, device=device)
-        """[max_num_reqs, num_turns] tokens of each turn's segment in the window"""
-        self.scored = torch.zeros(max_num_reqs, num_turns, dtype=torch.int64, device=device)
-        """[max_num_reqs, num_turns] the first position that the turn's members have not scored"""
+        self.lengths = torch.zeros(num_slots, num_turns, dtype=torch.int64, device=device)
+        """[num_slots, num_turns] tokens of each turn's segment in the window"""
+        self.scored = torch.zeros(num_slots, num_turns, dtype=torch.int64, device=device)
+        """[num_slots, num_turns] the first position that the turn's members have not scored"""
         self.scores = torch.zeros(
             num_turns - 1,
-            max_num_reqs,
+            num_slots,
             self.ring_size + 1,
             vocab_size,
             dtype=dtype,
             device=device,
         )
-        """[num_turns - 1, max_num_reqs, ring_size + 1, vocab_size] raw logits of the turns after
+        """[num_turns - 1, num_slots, ring_size + 1, vocab_size] raw logits of the turns after
         the first, whose own are the engine step's"""
 
     def ring(
@@ -60,36 +61,23 @@ class ProposalState:
 
 
 @dataclass
-class Cycle:
-    """The step at hand: one call of every turn.
+class Pending:
+    """The undecided tokens of a step at hand: what a turn's passes of one token read and change.
 
     `columns` of a request: its window as the step found it, the first turn's proposal, then what
     the turns after propose; a replacement takes the place of what it replaces and of all behind.
     """
 
-    batch: InputBatch
-    slots: torch.Tensor  # [num_reqs] slots of the requests
+    slots: torch.Tensor  # [num_reqs] slots of the requests; -1 where there is none
     active: torch.Tensor  # [num_reqs] bool, False: the prompt goes on in the next step
-    start: torch.Tensor  # [num_reqs] position of the first token of the engine step
     first: torch.Tensor  # [num_reqs] position of column 0
-    num_drafts: torch.Tensor  # [num_reqs] columns for which the engine step has rows
-    lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step found
     tokens: torch.Tensor  # [num_reqs, num_columns + 1], the last column is never read
     end: torch.Tensor  # [num_reqs] number of columns in use
     new_lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step leaves
-    num_accepted: torch.Tensor  # [num_reqs] columns whose proposal was accepted
-    replaced: torch.Tensor  # [num_reqs] bool: the column after those has another token now
-    settled: torch.Tensor  # [num_reqs] bool: no more columns are decided in this cycle
-    num_decided: torch.Tensor  # [num_reqs] columns that are decided, hence the step's output
 
     @property
     def num_reqs(self) -> int:
         return self.slots.shape[0]
-
-    @property
-    def segments(self) -> torch.Tensor:  # [num_reqs, num_turns]
-        """Lengths of the segments in the order of `Turns.in_window`."""
-        return self.lengths.roll(-1, dims=1)
 
     @property
     def last_position(self) -> torch.Tensor:  # [num_reqs]
@@ -103,13 +91,47 @@ class Cycle:
         known = all_token_ids[self.slots, (self.first - 1).clamp(min=0)].long()
         return torch.where(self.end > 0, pending, known)
 
-    def append(self, tokens: torch.Tensor, where: torch.Tensor, turn: int) -> None:
-        """Put a token that `turn` proposes behind all others, for the requests `where`."""
+    def append(
+        self,
+        tokens: torch.Tensor,  # [num_reqs]
+        where: torch.Tensor,  # [num_reqs] bool
+        lengths: torch.Tensor,  # [num_reqs], of the segment that they belong to
+    ) -> None:
+        """Put a proposed token behind all others, for the requests `where`."""
         column = self.end.masked_fill(~where, self.tokens.shape[1] - 1)
         self.tokens.scatter_(1, column[:, None], tokens[:, None])
         self.end += where
-        lengths = self.lengths if turn == 0 else self.new_lengths
-        lengths[:, turn] += where
+        lengths += where
+
+    def rows(self, num_reqs: int) -> "Pending":
+        """The first requests, sharing memory."""
+        return Pending(*(getattr(self, field.name)[:num_reqs] for field in fields(Pending)))
+
+    def load(self, other: "Pending") -> None:
+        """Take over another's requests; the rows behind them are of no request."""
+        for field in fields(Pending):
+            getattr(self, field.name)[: other.num_reqs] = getattr(other, field.name)
+        self.slots[other.num_reqs :] = -1
+        self.active[other.num_reqs :] = False
+
+
+@dataclass
+class Cycle(Pending):
+    """The step at hand: one call of every turn."""
+
+    batch: InputBatch
+    start: torch.Tensor  # [num_reqs] position of the first token of the engine step
+    num_drafts: torch.Tensor  # [num_reqs] columns for which the engine step has rows
+    lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step found
+    num_accepted: torch.Tensor  # [num_reqs] columns whose proposal was accepted
+    replaced: torch.Tensor  # [num_reqs] bool: the column after those has another token now
+    settled: torch.Tensor  # [num_reqs] bool: no more columns are decided in this cycle
+    num_decided: torch.Tensor  # [num_reqs] columns that are decided, hence the step's output
+
+    @property
+    def segments(self) -> torch.Tensor:  # [num_reqs, num_turns]
+        """Lengths of the segments in the order of `Turns.in_window`."""
+        return self.lengths.roll(-1, dims=1)
 
     def accept(self, num_accepted: torch.Tensor, where: torch.Tensor) -> None:
         """Commit the first `num_accepted` columns, for the requests `where`."""
@@ -127,6 +149,23 @@ class Cycle:
         # The scores at its own column depend on what stands before it, those behind on the token.
         valid = torch.where(where, self.first + column + 1, NO_POSITION)
         state.scored[self.slots] = torch.minimum(state.scored[self.slots], valid[:, None])
+
+
+def make_pending(state: ProposalState, num_reqs: int) -> Pending:
+    """Memory for the pending tokens of `num_reqs` requests, as yet of none."""
+    num_turns, device = len(state.turns), state.lengths.device
+    numbers = torch.zeros(
+        num_reqs, state.ring_size + num_turns + 2, dtype=torch.int64, device=device
+    )
+    tokens, new_lengths, ends = numbers.split([state.ring_size, num_turns, 2], dim=1)
+    return Pending(
+        slots=torch.full((num_reqs,), -1, dtype=torch.int32, device=device),
+        active=torch.zeros(num_reqs, dtype=torch.bool, device=device),
+        first=ends[:, 0],
+        tokens=tokens,
+        end=ends[:, 1],
+        new_lengths=new_lengths,
+    )
 
 
 def segment_of(

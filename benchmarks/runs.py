@@ -1,0 +1,260 @@
+"""What a benchmark runs: how a run is written, which belong together, and what is to be reached.
+
+Plain data; starts no engine.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+ACCEPTANCES = (0.8, 0.6, 0.7, 0.9, 0.95)
+
+GRAMMAR = (
+    "a run is MEMBER[+MEMBER...][/PROPOSER][@GAMMAS], where GAMMAS are 1,5 (one per member, who "
+    "take turns), auto1,5 (these at most), sd5 (the last always proposes) or 5 (with a PROPOSER); "
+    "`name:0` is a member "
+    "without a say, and `cd0.1:` before all combines contrastively, here with alpha 0.1"
+)
+_RUN = re.compile(
+    r"(?:cd(?P<alpha>\d*\.?\d+):)?(?P<members>[^/@:+]+(?::0)?(?:\+[^/@:+]+(?::0)?)*)"
+    r"(?:/(?P<proposer>[^/@:+]+))?(?:@(?P<policy>sd|auto)?(?P<gammas>\d+(?:,\d+)*))?"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Models, and who proposes: one engine.
+
+    Args:
+        text: as the user wrote it.
+        members: names, in the user's order.
+        scores: by member, whether it has a say.
+        alpha: of a contrastive ensemble; None: weighted, all weights equal.
+        policy: `chef` or `sd` where members take turns, `draft_model` where vLLM's own
+            speculation proposes with `proposer`; None: nobody proposes.
+        gammas: of all members (`chef`), else one number.
+        is_adaptive: gammas are chosen as it goes; these at most.
+    """
+
+    text: str
+    members: tuple[str, ...]
+    scores: tuple[bool, ...]
+    alpha: float | None
+    policy: str | None
+    gammas: tuple[int, ...]
+    is_adaptive: bool
+    proposer: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueError with one line."""
+        match = _RUN.fullmatch(text)
+        if match is None:
+            raise ValueError(f"'{text}': {GRAMMAR}")
+        members = match["members"].split("+")
+        gammas = tuple(int(gamma) for gamma in (match["gammas"] or "").split(",") if gamma)
+        policy = None
+        if match["proposer"]:
+            policy = "draft_model"
+        elif gammas:
+            policy = "sd" if match["policy"] == "sd" else "chef"
+        run = cls(
+            text=text,
+            members=tuple(member.removesuffix(":0") for member in members),
+            scores=tuple(not member.endswith(":0") for member in members),
+            alpha=float(match["alpha"]) if match["alpha"] else None,
+            policy=policy,
+            gammas=gammas,
+            is_adaptive=match["policy"] == "auto",
+            proposer=match["proposer"],
+        )
+        run._check(match["policy"])
+        return run
+
+    def _check(self, named_policy: str | None) -> None:
+        expected = len(self.members) if self.policy == "chef" else 1 if self.policy else 0
+        if len(self.gammas) != expected or 0 in self.gammas:
+            raise ValueError(f"'{self.text}': needs {expected} gammas of 1 or more; {GRAMMAR}")
+        if self.policy == "draft_model" and named_policy:
+            raise ValueError(f"'{self.text}': a PROPOSER has a plain gamma; {GRAMMAR}")
+        if self.policy in ("chef", "sd") and len(self.members) == 1:
+            raise ValueError(f"'{self.text}': one member cannot take turns; {GRAMMAR}")
+        if self.policy != "chef" and not all(self.scores):
+            raise ValueError(f"'{self.text}': a member without a say takes turns; {GRAMMAR}")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (*self.members, self.proposer) if self.proposer else self.members
+
+    @property
+    def takes_turns(self) -> bool:
+        return self.policy in ("chef", "sd")
+
+    @property
+    def window(self) -> int:
+        """Tokens that are carried from step to step."""
+        return sum(self.gammas) - (self.policy == "chef")
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        return tuple(m for m, scores in zip(self.members, self.scores, strict=True) if scores)
+
+    @property
+    def plain_key(self) -> tuple[str, ...]:
+        """Equal for a run and the plain ensemble that it gives the output of.
+
+        Without alpha, which changes no cost.
+        """
+        return ("weighted" if self.alpha is None else "contrastive", *self.counted)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One engine and the cells measured in it.
+
+    Args:
+        run: as text.
+        acceptances: set synthetically; none: as the models have it. The first at all batch
+            sizes, the others at those of `sweep_batch_sizes`.
+    """
+
+    run: str
+    acceptances: tuple[float, ...] = ()
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    sweep_batch_sizes: tuple[int, ...] = (1,)
+
+    def cells(self) -> list[tuple[float | None, int]]:
+        """(acceptance, batch size), in the order of their measurement."""
+        first, *others = self.acceptances or (None,)
+        cells = [(first, size) for size in self.batch_sizes]
+        return cells + [(rate, size) for rate in others for size in self.sweep_batch_sizes]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number to reach, at batch size 1.
+
+    Args:
+        runs: the best of these counts.
+        field: of a row of the results; `speed_over:RUN` is the speed over another run's.
+        value: at least this, or `at_most`.
+    """
+
+    name: str
+    runs: tuple[str, ...]
+    field: str
+    value: float
+    acceptance: float | None = None
+    at_most: bool = False
+
+    def judge(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """`{"name", "target", "reached_value", "reached", "run"}`; None where nothing was run."""
+        found = [(self._value(row, rows), row["run"]) for row in rows if self._is_meant(row)]
+        found = [(value, run) for value, run in found if value is not None]
+        best, run = (min if self.at_most else max)(found, default=(None, None))
+        reached = None
+        if best is not None:
+            reached = best <= self.value if self.at_most else best >= self.value
+        sign = "<=" if self.at_most else ">="
+        return {
+            "name": self.name,
+            "target": f"{self.field} {sign} {self.value:.4g}",
+            "acceptance": self.acceptance,
+            "reached_value": best,
+            "reached": reached,
+            "run": run,
+        }
+
+    def _is_meant(self, row: dict[str, Any]) -> bool:
+        return (
+            row["run"] in self.runs
+            and row["batch_size"] == 1
+            and row["temperature"] == 0
+            and row["acceptance_set"] == self.acceptance
+        )
+
+    def _value(self, row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
+        if not self.field.startswith("speed_over:"):
+            return row.get(self.field)
+        other = replace(self, runs=(self.field.removeprefix("speed_over:"),))
+        costs = [row["ms_per_token"] for row in rows if other._is_meant(row)]
+        return costs[0] / row["ms_per_token"] if costs else None
+
+
+BIG, SMALL = "llama-7b", "llama-68m"
+TWO, THREE = f"{BIG}+{BIG}", f"{BIG}+{BIG}+{BIG}"
+CHEF_CD, SD_TARGET_ALONE = f"cd0.1:{BIG}+{SMALL}@1,5", f"cd0:{BIG}+{SMALL}@sd5"
+STOCK = f"{BIG}/{SMALL}@5"
+OUTSIDE = (f"{TWO}+{SMALL}:0@1,1,5", f"{TWO}/{SMALL}@5")
+
+# In the order of their weight: what a killed run lacks is what was asked for last.
+DESIGN = [
+    Plan(BIG),
+    Plan(TWO),
+    Plan(f"{TWO}@1,1", ACCEPTANCES),
+    Plan(f"cd0.1:{BIG}+{SMALL}"),
+    Plan(CHEF_CD, ACCEPTANCES),
+    Plan(STOCK, (0.8,)),
+    Plan(SD_TARGET_ALONE, (0.8,)),
+    Plan(OUTSIDE[0], (0.8,)),
+    Plan(THREE, batch_sizes=(1, 8, 64)),
+    Plan(f"{THREE}@1,1,1", (0.95,), batch_sizes=(1, 8, 64)),
+    Plan(SMALL),
+    Plan(OUTSIDE[1], (0.8,)),
+    Plan(f"cd0.1:{BIG}+{SMALL}@auto1,5", (0.8,)),
+    Plan(f"{TWO}@auto1,1", (0.8,)),
+]
+DESIGN_TARGETS = [
+    Target("two 7B plain", (TWO,), "ratio_to_members_alone", 1.0, at_most=True),
+    Target("cd_chef 7B + 68M", (CHEF_CD,), "speed_over_plain", 2.8, 0.8),
+    *(
+        Target(
+            "ensemble_chef 7B + 7B, 0.95 of 2/(2-a)",
+            (f"{TWO}@1,1",),
+            "speed_over_plain",
+            0.95 * 2 / (2 - rate),
+            rate,
+        )
+        for rate in sorted(ACCEPTANCES)
+    ),
+    Target("two 7B, 68M outside", OUTSIDE, "speed_over_plain", 3.0, 0.8),
+    Target("three 7B", (f"{THREE}@1,1,1",), "speed_over_plain", 2.7, 0.95),
+    Target("target alone over stock", (SD_TARGET_ALONE,), f"speed_over:{STOCK}", 2.2, 0.8),
+    *(
+        Target("step overhead", (run,), "overhead_share", 0.05, 0.8, at_most=True)
+        for run in (f"{TWO}@1,1", CHEF_CD, OUTSIDE[0], SD_TARGET_ALONE)
+    ),
+]
+
+TINY = "llama-tiny"
+SMOKE_BATCH_SIZES = (1, 4)
+SMOKE = [
+    Plan(TINY, batch_sizes=SMOKE_BATCH_SIZES),
+    Plan(f"{TINY}+{TINY}", batch_sizes=SMOKE_BATCH_SIZES),
+    Plan(f"{TINY}+{TINY}@1,1", (0.9, 0.6), SMOKE_BATCH_SIZES),
+    Plan(f"{TINY}+{TINY}/{TINY}@3", (0.9, 0.6), SMOKE_BATCH_SIZES),
+]
+SMOKE_TARGETS = [
+    Target("mechanism", (f"{TINY}+{TINY}@1,1",), "speed_over_plain", 0.95 * 2 / 1.1, 0.9),
+]
+
+EXPERT, PYTHON, AMATEUR = "smollm2-135m", "smollm2-python", "smollm2-amateur"
+REAL = [
+    Plan(EXPERT),
+    Plan(f"{EXPERT}+{PYTHON}"),
+    Plan(f"{EXPERT}+{PYTHON}@1,1"),
+    Plan(f"cd0.1:{PYTHON}+{AMATEUR}"),
+    Plan(f"cd0.1:{PYTHON}+{AMATEUR}@1,5"),
+    Plan(f"{EXPERT}+{PYTHON}+{AMATEUR}:0@1,1,5"),
+    Plan(f"{PYTHON}/{AMATEUR}@5"),
+    Plan(PYTHON),
+    Plan(AMATEUR),
+]
+
+PRESETS: dict[str, tuple[list[Plan], list[Target]]] = {
+    "design": (DESIGN, DESIGN_TARGETS),
+    "real": (REAL, []),
+    "smoke": (SMOKE, SMOKE_TARGETS),
+}

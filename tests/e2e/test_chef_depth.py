@@ -1,0 +1,61 @@
+"""Speculation whose depth is chosen as it goes: the same tokens, and none where it only costs."""
+
+import pytest
+from engines import engine, generate, greedy
+from tiny_models import llama_config, save_model, save_noisy_copy
+
+from vllm.chef.depth import PROBE_STEPS
+
+PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]
+NUM_TOKENS = 60
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One, another that agrees with it on most tokens, and one that never does."""
+    root = tmp_path_factory.mktemp("models")
+    config = llama_config()
+    first = save_model(root / "first", config, seed=0)
+    return {
+        "first": first,
+        "like": save_noisy_copy(root / "like", first, seed=1, noise=0.01),
+        "unlike": save_model(root / "unlike", config, seed=5),
+    }
+
+
+def ensemble(models: dict[str, str], other: str) -> dict:
+    return dict(extra_model=[models[other]], ensemble_fn="mean", ensemble_target="logits")
+
+
+@pytest.mark.parametrize(
+    "chef", [dict(gamma="auto", max_gamma=[1, 3]), dict(policy="sd", gamma="auto", max_gamma=3)]
+)
+def test_depth_may_change_at_every_step_that_is_scheduled_ahead(models, chef):
+    settings = ensemble(models, "like")
+    with engine(models["first"], settings) as llm:
+        expected = generate(llm, PROMPTS, greedy(NUM_TOKENS))
+    with engine(models["first"], settings, chef, 3, async_scheduling=True) as llm:
+        outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS))
+        stats = llm.collective_rpc("turn_stats")[0]
+    assert [out.token_ids for out in outputs] == [out.token_ids for out in expected]
+    # Some cycles were shallower than the deepest: fewer passes of the one that proposes.
+    assert stats["num_calls"][1] < (3 if chef.get("policy") != "sd" else 4) * stats["num_calls"][0]
+
+
+def test_nothing_is_proposed_where_nothing_is_accepted(models):
+    chef = dict(gamma="auto", max_gamma=[1, 4])
+    with engine(models["first"], ensemble(models, "unlike"), chef, 4) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        chooser = scheduler.dynamic_sd_lookup = scheduler.depths
+        for num_reqs in (1, 4):
+            assert chooser[num_reqs] == 4
+            generate(llm, PROMPTS[:num_reqs], greedy(NUM_TOKENS))
+            # One token costs nothing: it comes from the pass that decides the other's.
+            assert chooser[num_reqs] <= 1
+        assert chooser.tokens(4) < 1.5
+        llm.collective_rpc("reset_turn_stats")
+        generate(llm, PROMPTS[:4], greedy(NUM_TOKENS))
+        stats = llm.collective_rpc("turn_stats")[0]
+    # Each member reads once a cycle, but for cycles that try another depth.
+    assert stats["num_calls"][1] < 1.5 * stats["num_calls"][0]
+    assert stats["num_cycles"] >= 4 * (NUM_TOKENS - PROBE_STEPS)

@@ -1,0 +1,184 @@
+"""The depth of speculation: what is chosen where costs and acceptance are known."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from vllm.chef import depth as depth_module
+from vllm.chef import scheduler as scheduler_module
+from vllm.chef.depth import DepthChooser
+
+MAX_DEPTH = 5
+
+
+class World:
+    """Cycles whose proposals are accepted with probability `acceptance`; a cycle of depth k takes
+    `base + k * each` seconds."""
+
+    def __init__(self, acceptance: float, base: float, each: float, seed: int = 0) -> None:
+        self.acceptance, self.base, self.each = acceptance, base, each
+        self.random = random.Random(seed)
+        self.tokens, self.seconds = 0, 0.0
+
+    def expected(self, depth: int) -> float:
+        return sum(self.acceptance**i for i in range(depth + 1)) / self.time(depth)
+
+    def time(self, depth: int) -> float:
+        return self.base + depth * self.each
+
+    def run(self, chooser: DepthChooser, num_reqs: int, num_steps: int) -> list[int]:
+        depths = []
+        for _ in range(num_steps):
+            depth = chooser[num_reqs]
+            decided = [self.decided(depth) for _ in range(num_reqs)]
+            seconds = self.time(depth) * self.random.uniform(0.95, 1.05)
+            chooser.observe(num_reqs, depth, decided, seconds)
+            self.tokens += sum(decided)
+            self.seconds += seconds
+            depths.append(depth)
+        return depths
+
+    def decided(self, depth: int) -> int:
+        accepted = 0
+        while accepted < depth and self.random.random() < self.acceptance:
+            accepted += 1
+        return accepted + 1
+
+
+@pytest.mark.parametrize("num_reqs", [1, 3, 64])
+@pytest.mark.parametrize(
+    ("acceptance", "base", "each"),
+    [
+        (0.8, 5.0, 0.2),  # a small proposer: as deep as may be
+        (0.8, 1.0, 0.45),  # one that costs about as much
+        (0.5, 1.0, 0.3),
+        (0.3, 1.0, 0.6),  # speculation loses
+        (0.0, 1.0, 0.01),
+        (1.0, 1.0, 0.9),
+    ],
+)
+def test_best_depth_is_found_and_held(num_reqs, acceptance, base, each):
+    world, chooser = World(acceptance, base, each), DepthChooser(MAX_DEPTH)
+    depths = world.run(chooser, num_reqs, 4000)
+    best = max(world.expected(depth) for depth in range(MAX_DEPTH + 1))
+    assert world.expected(chooser.best(num_reqs)) > 0.96 * best
+    held = max(set(depths[1000:]), key=depths[1000:].count)
+    assert world.expected(held) > 0.96 * best
+    # With everything that was tried on the way.
+    assert world.tokens / num_reqs / world.seconds > 0.95 * best
+
+
+def test_plain_speed_is_kept_where_every_proposal_is_lost():
+    world, chooser = World(0.0, 1.0, 0.5), DepthChooser(MAX_DEPTH)
+    world.run(chooser, 8, 3000)
+    assert world.tokens / 8 / world.seconds > 0.97 * world.expected(0)
+
+
+def test_depth_follows_the_acceptance():
+    world, chooser = World(0.0, 5.0, 0.5), DepthChooser(MAX_DEPTH)
+    world.run(chooser, 2, 1000)
+    assert chooser.best(2) == 0
+    world.acceptance = 0.9
+    world.run(chooser, 2, 4000)
+    assert chooser.best(2) == MAX_DEPTH
+
+
+def test_each_size_of_a_batch_has_times_of_its_own():
+    chooser = DepthChooser(MAX_DEPTH)
+    World(0.9, 5.0, 0.02).run(chooser, 1, 500)
+    World(0.9, 1.0, 2.0).run(chooser, 64, 500)
+    assert (chooser.best(1), chooser.best(64)) == (MAX_DEPTH, 0)
+    assert chooser[33] == chooser[64] and chooser[1] == MAX_DEPTH
+
+
+def test_tokens_of_a_shallow_depth_are_known_from_a_deeper_one():
+    chooser = DepthChooser(3)
+    for decided in ([4, 1], [2, 3]):
+        chooser.observe(2, 3, decided, 1.0)
+    assert [chooser.tokens(depth) for depth in range(4)] == pytest.approx(
+        [1, 1.75, 2.25, 2.5], abs=0.01
+    )
+    assert DepthChooser(3).tokens(2) == 1
+
+
+def test_steps_under_way_when_the_depth_changes_are_not_timed():
+    chooser = DepthChooser(2)
+    for _ in range(depth_module.PROBE_STEPS):
+        chooser.observe(1, 2, [1], 1.0)
+    assert chooser[1] == 0
+    chooser.observe(1, 2, [1], 99.0)
+    chooser.observe(1, 2, [1], 99.0)
+    assert chooser[1] == 0
+    assert max(chooser.batches[0].measured[2]) == 1.0
+
+
+# The scheduler
+
+
+class StockScheduler:
+    num_spec_tokens = 2
+
+    def __init__(self, vllm_config) -> None:
+        self.dynamic_sd_lookup = [0, 2, 2]
+
+    def update_from_output(self, scheduler_output, model_runner_output):
+        return "updated"
+
+
+class Scheduler(scheduler_module._AdaptiveDepth, StockScheduler):
+    pass
+
+
+def step(num_scheduled: dict[str, int], depth: int, drafts: int | None = None, new=()):
+    drafts = len(num_scheduled) if drafts is None else drafts
+    return SimpleNamespace(
+        num_scheduled_tokens=num_scheduled,
+        num_spec_tokens_to_schedule=depth,
+        scheduled_new_reqs=new,
+        scheduled_spec_decode_tokens={str(i): [0] * depth for i in range(drafts) if depth},
+    )
+
+
+@pytest.fixture
+def scheduler(monkeypatch):
+    monkeypatch.setattr(scheduler_module.time, "perf_counter", iter(range(100)).__next__)
+    scheduler = Scheduler(vllm_config=None)
+    scheduler.observed = []
+    monkeypatch.setattr(scheduler.depths, "observe", lambda *args: scheduler.observed.append(args))
+    return scheduler
+
+
+def test_vllm_asks_the_chooser_for_the_depth(scheduler):
+    assert scheduler.dynamic_sd_lookup[1] == 2
+    assert isinstance(scheduler.dynamic_sd_lookup, DepthChooser)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [step({"0": 3, "1": 3}, 2)],  # what was before is not known
+        [step({"0": 3, "1": 3}, 2), step({"0": 3}, 2)],  # another batch
+        [step({"0": 3}, 2), step({"0": 3}, 1)],  # the depth changes
+        [step({"0": 3}, 2), step({"0": 9}, 2)],  # a prompt
+        [step({"0": 3}, 2), step({"0": 3}, 2, drafts=0)],  # a prompt of three tokens
+        [step({"0": 1}, 0), step({"0": 1}, 0, new=["0"])],
+        [step({"0": 3}, 2), step({}, 2)],
+    ],
+)
+def test_steps_that_are_not_like_those_before_are_not_timed(scheduler, steps):
+    for output in steps:
+        answer = scheduler.update_from_output(output, SimpleNamespace(sampled_token_ids=[[1]] * 2))
+        assert answer == "updated"
+    assert scheduler.observed == []
+
+
+def test_steps_that_only_decode_are_observed(scheduler):
+    tokens = SimpleNamespace(sampled_token_ids=[[4, 5, 6], [7]])
+    for _ in range(3):
+        scheduler.update_from_output(step({"0": 3, "1": 3}, 2), tokens)
+    assert scheduler.observed == [(2, 2, [3, 1], 1)] * 2
+    for _ in range(2):
+        tokens = SimpleNamespace(sampled_token_ids=[[4]])
+        scheduler.update_from_output(step({"0": 1}, 0), tokens)
+    assert scheduler.observed[2:] == [(1, 0, [1], 1)]

@@ -1,0 +1,129 @@
+"""How deep to speculate: chosen from what cycles have brought and taken so far.
+
+Plain numbers; knows neither models nor vLLM.  Depth is the number of tokens that a step leaves
+pending for the next.  At depth 0 a cycle decides one token with one call of each member, as the
+plain ensemble does; so depth 0 is where speculation loses.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from statistics import median
+
+import numpy as np
+
+# Steps that a depth is tried for; the first ones still have something of the depth before.
+PROBE_STEPS, SKIPPED_STEPS = 6, 2
+# Steps between two probes: twice as many each time that nothing better is found.
+MIN_HOLD_STEPS, MAX_HOLD_STEPS = 256, 2048
+# About how many cycles of requests are remembered, and how many times of steps.
+NUM_CYCLES, NUM_TIMES = 4000, 32
+
+
+class DepthChooser:
+    """Chooses the depth of most expected tokens per second, for each size of a batch.
+
+    What a depth brings is estimated over all batches: a cycle of depth k decides D tokens, of which
+    a cycle of depth j < k would have decided min(D, j + 1).  What it takes is measured by batch
+    size, between those depths that were tried by straight lines.
+
+    Args:
+        max_depth: the deepest there is.
+    """
+
+    def __init__(self, max_depth: int) -> None:
+        self.max_depth = max_depth
+        self.counts = np.zeros((max_depth + 1, max_depth + 2))
+        """[depth, tokens decided] cycles of requests, old ones counting less"""
+        self.batches: dict[int, _Batch] = defaultdict(lambda: _Batch(max_depth))
+
+    def __getitem__(self, num_reqs: int) -> int:
+        """The depth for the next step of a batch of `num_reqs` requests."""
+        return self.batches[_size(num_reqs)].depth
+
+    def observe(
+        self,
+        num_reqs: int,
+        depth: int,
+        num_decided: Sequence[int],  # [num_reqs]
+        seconds: float,
+    ) -> None:
+        """Take account of a step all of whose requests were at `depth`, and stayed there."""
+        self.counts *= (1 - 1 / NUM_CYCLES) ** num_reqs
+        decided = np.clip(num_decided, 0, depth + 1)
+        np.add.at(self.counts[depth], decided, 1)
+        batch = self.batches[_size(num_reqs)]
+        batch.observe(depth, seconds)
+        if batch.is_probed:
+            batch.settle(self.best(num_reqs))
+
+    def tokens(self, depth: int) -> float:
+        """Tokens that a cycle of this depth decides per request, expected; at least 1."""
+        counts = self.counts[depth:].sum(axis=0)
+        if not counts.sum():
+            return 1.0
+        decided = np.minimum(np.arange(len(counts)), depth + 1)
+        return max(1.0, float(counts @ decided / counts.sum()))
+
+    def best(self, num_reqs: int) -> int:
+        """The depth of most tokens per second; the smaller one where two are equal."""
+        times = self.batches[_size(num_reqs)].times()
+        return max(range(self.max_depth + 1), key=lambda depth: self.tokens(depth) / times[depth])
+
+
+class _Batch:
+    """Batches of about one size: times by depth, and which depth is tried when."""
+
+    def __init__(self, max_depth: int) -> None:
+        self.max_depth = max_depth
+        self.measured: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=NUM_TIMES))
+        # The deepest first: it tells what all the others bring.
+        self.probes = deque(dict.fromkeys([max_depth, 0, max_depth // 2]))
+        self.chosen = max_depth
+        self.hold = MIN_HOLD_STEPS
+        self.num_steps = 0
+
+    @property
+    def depth(self) -> int:
+        return self.probes[0] if self.probes else self.chosen
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether all that was to be tried has been."""
+        return not self.probes and self.num_steps == 0
+
+    def observe(self, depth: int, seconds: float) -> None:
+        if depth != self.depth:
+            return  # a step that was under way when the depth changed
+        self.num_steps += 1
+        if self.num_steps > SKIPPED_STEPS:
+            self.measured[depth].append(seconds)
+        if self.probes and self.num_steps >= PROBE_STEPS:
+            self.probes.popleft()
+            self.num_steps = 0
+        elif not self.probes and self.num_steps >= self.hold:
+            self.probes.extend(self._candidates())
+            self.num_steps = 0
+
+    def settle(self, depth: int) -> None:
+        is_same = depth == self.chosen
+        self.hold = min(2 * self.hold, MAX_HOLD_STEPS) if is_same else MIN_HOLD_STEPS
+        self.chosen = depth
+        self.num_steps = 1  # of those that it is held for
+
+    def times(self) -> np.ndarray:  # [max_depth + 1]
+        """Seconds per step by depth."""
+        depths = sorted(depth for depth, times in self.measured.items() if times)
+        seconds = [median(self.measured[depth]) for depth in depths]
+        return np.interp(range(self.max_depth + 1), depths, seconds)
+
+    def _candidates(self) -> list[int]:
+        """What may have become better meanwhile. The deepest is always among them, since a shallow
+        depth does not tell what a deeper one would bring."""
+        near = [self.max_depth, self.chosen - 1, self.chosen + 1]
+        known = dict.fromkeys(depth for depth in near if 0 <= depth <= self.max_depth)
+        return [depth for depth in known if depth != self.chosen]
+
+
+def _size(num_reqs: int) -> int:
+    """Batches of like sizes share their times: 1, 2, 3 to 4, 5 to 8, ..."""
+    return (num_reqs - 1).bit_length()
