@@ -149,7 +149,7 @@ def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 def plain_config(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """The configuration of the plain ensemble of a run: nobody proposes."""
-    left_out = ("draft_model", "gamma", "turn_order")
+    left_out = ("draft_model", "gamma", "max_gamma", "turn_order")
     method = {key: value for key, value in config["method"].items() if key not in left_out}
     llm = {**method.get("llm", {}), "speculative_config": None}
     return {**config, "method": {**method, "name": family, "llm": llm}}

@@ -38,7 +38,7 @@ SHORTER = {
 }
 MODEL_KEYS = ("method.draft_model", "method.llm.speculative_config.model")
 # As resolved when the run was over, which says more than the configuration does.
-RESOLVED = ("gamma", "turn_order")
+RESOLVED = ("gamma", "max_gamma", "turn_order")
 
 
 def make_records(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -132,6 +132,8 @@ def _settings(run: Run, names: Mapping[str, str]) -> dict[str, Any]:
         settings.pop("gamma", None)  # of a draft model that it does not have
     summary = run.summary or {}
     settings |= {key: summary[key] for key in RESOLVED if summary.get(key) is not None}
+    if settings.get("gamma") != "auto":
+        settings.pop("max_gamma", None)
     settings["device"] = summary.get("device")
     versions = summary.get("versions") or {}
     settings["versions"] = ", ".join(f"{k} {v}" for k, v in versions.items()) or None

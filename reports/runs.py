@@ -23,6 +23,7 @@ FREE_KEYS = {
     "method.name",
     "method.draft_model",
     "method.gamma",
+    "method.max_gamma",
     "method.turn_order",
     "method.llm.speculative_config",
     "method.llm.gpu_memory_utilization",

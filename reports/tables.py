@@ -21,6 +21,7 @@ FIRST = (
     "alpha",
     "weights",
     "gamma",
+    "max_gamma",
     "turn_order",
     "ensemble_fn",
     "ensemble_target",

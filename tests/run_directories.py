@@ -22,7 +22,7 @@ def make_config(name: str = "cd", **changes: Any) -> dict[str, Any]:
     if name == "sd":
         method["draft_model"] = "org/small"
     if name.endswith(("sd", "chef")):
-        method["gamma"] = 3
+        method |= {"gamma": 3, "max_gamma": 5}
     dataset = {"name": "gsm8k", "size": 10, "path": None, "seed": None, "indices": None}
     dataset |= {"use_fewshot": False, "chat": False}
     config = OmegaConf.create(

@@ -145,7 +145,7 @@ def test_margins_come_from_the_plain_ensemble_after_the_common_prefix(tmp_path):
     assert clear.texts == ("<8>", "")
     (config,) = engine.configs
     assert config["method"]["name"] == "cd"
-    assert not {"gamma", "turn_order", "draft_model"} & config["method"].keys()
+    assert not {"gamma", "max_gamma", "turn_order", "draft_model"} & config["method"].keys()
     assert [request.sampling_params["logprobs"] for request in engine.asked] == [2, 2]
     text = paired.text([measured])
     assert "1e-07" in text and "float32, bfloat16" in text and "neither" in text

@@ -132,6 +132,7 @@ def test_another_setting_is_no_baseline(tmp_path, change):
         {"save_path": "elsewhere"},
         {"method__gamma": 9},
         {"method__turn_order": [1, 0]},
+        {"method__max_gamma": 7},
         {"method__llm__gpu_memory_utilization": 0.5},
         {"method__generate__temperature": 0.0},
         {"evaluate__execute_code": True},
