@@ -1,0 +1,133 @@
+"""What members' CUDA graphs replay, without a GPU: the same functions called once more.
+
+A stand-in for vLLM's manager "captures" by keeping the function and "replays" by calling it on
+fixed memory, at sizes that are rounded up. So it shows what a real graph would hide: a value that
+came from the host, memory that has moved, rows that fill a batch up and are taken for requests.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engines import engine, generate, greedy
+from tiny_models import llama_config, save_model, save_noisy_copy
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+import vllm.chef.graphs
+from vllm.chef.speculator import ChefSpeculator
+
+PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]
+NUM_TOKENS = 24
+CASES = {
+    "two": (2, dict(gamma=[1, 4]), 4),
+    "three": (3, dict(gamma=[1, 2, 3]), 5),
+    "sd": (2, dict(policy="sd", gamma=3), 3),
+    "auto": (2, dict(gamma="auto", max_gamma=[1, 4]), 4),
+}
+
+
+class Manager:
+    """Graphs of batches of 4, 8, ... requests."""
+
+    num_replays = 0
+
+    def __init__(self, speculator: ChefSpeculator, length: int) -> None:
+        self.speculator = speculator
+        self.length = length
+        # The largest, which `MemberGraphs` makes room for.
+        largest = self.descriptor(speculator.max_num_reqs, length)
+        self._capture_descs = {CUDAGraphMode.FULL: [largest]}
+
+    def descriptor(self, num_reqs: int, length: int) -> BatchExecutionDescriptor:
+        num_reqs = min(-(-num_reqs // 4) * 4, self.speculator.max_num_reqs)
+        return BatchExecutionDescriptor(
+            CUDAGraphMode.FULL, num_reqs * length, num_reqs, uniform_token_count=length
+        )
+
+    def needs_capture(self) -> bool:
+        return True
+
+    def capture(self, function: Any, *_: Any, progress_bar_desc: str) -> None:
+        self.function = function
+
+    def dispatch(self, num_reqs: int, num_tokens: int, length: int, **_: Any) -> Any:
+        assert num_tokens == num_reqs * length
+        return self.descriptor(num_reqs, length)
+
+    def run_fullgraph(self, desc: BatchExecutionDescriptor) -> None:
+        Manager.num_replays += 1
+        speculator, num_tokens = self.speculator, desc.num_tokens
+        mappings = speculator.block_tables.slot_mappings[:, :num_tokens]
+        self.function(
+            desc.num_reqs,
+            num_tokens,
+            speculator.rebuild_metadata(desc),
+            build_slot_mappings_by_layer(mappings, speculator.kv_cache_config),
+        )
+
+
+def use_graphs(speculator: ChefSpeculator, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata: dict[str, Any] = {}
+
+    def rebuild_metadata(desc: BatchExecutionDescriptor) -> dict[str, Any]:
+        # A real graph's metadata keeps its memory, and so sees what the buffers hold by then.
+        query_start = np.arange(desc.num_reqs + 1, dtype=np.int32) * desc.uniform_token_count
+        speculator.input_buffers.query_start_loc[: desc.num_reqs + 1] = torch.from_numpy(
+            query_start
+        )
+        metadata.update(
+            speculator._build_attn_metadata(
+                num_reqs=desc.num_reqs,
+                batch_desc=desc,
+                query_start_loc_np=query_start,
+                seq_lens_cpu_upper_bound=torch.full((desc.num_reqs,), speculator.max_model_len),
+                step=0,
+            )
+        )
+        speculator.desc = desc
+        return metadata
+
+    def make_manager(vllm_config: Any, device: Any, mode: Any, length: int) -> Manager:
+        return Manager(speculator, length)
+
+    monkeypatch.setattr(vllm.chef.graphs, "SpeculatorCudaGraphManager", make_manager)
+    speculator.rebuild_metadata = rebuild_metadata
+    speculator.supports_decode_metadata_update = True
+    speculator._update_draft_decode_metadata = lambda _, num_reqs: rebuild_metadata(speculator.desc)
+    speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
+    speculator.capture()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("models")
+    first = save_model(root / "0", llama_config(), seed=0)
+    return [first] + [save_noisy_copy(root / str(s), first, s, 0.01 * s) for s in (1, 2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
+    num_members, chef, window = CASES[case]
+    settings = dict(extra_model=models[1:num_members], ensemble_fn="mean", ensemble_target="logits")
+    with engine(models[0], settings) as llm:
+        expected = generate(llm, PROMPTS, greedy(NUM_TOKENS))
+    with engine(models[0], settings, chef, window) as llm:
+
+        def run() -> tuple[list[Any], dict[str, Any]]:
+            llm.reset_prefix_cache()
+            llm.collective_rpc("reset_turn_stats")
+            outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS))
+            return [out.token_ids for out in outputs], llm.collective_rpc("turn_stats")[0]
+
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
+        _, eager_stats = run()
+        use_graphs(runner.speculator, monkeypatch)
+        Manager.num_replays = 0
+        tokens, stats = run()
+    assert tokens == [out.token_ids for out in expected]
+    # What is proposed is the same as well, and so what is accepted; depths of `auto` are random.
+    assert case == "auto" or stats == eager_stats
+    assert Manager.num_replays > stats["num_cycles"] / len(PROMPTS), "most steps only decode"
