@@ -3,6 +3,7 @@
 Thin: Hydra reads `configs/`, `harness.run` does the work.
 """
 
+import os
 import sys
 
 import hydra
@@ -11,8 +12,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from harness.command import ROOT, call
-from harness.errors import ConfigError
+from harness.errors import ConfigError, one_line
 from harness.run import run
+from harness.sweep import ListJobs, list_jobs, search_path
 from harness.sweep import run_job as run_sweep_job
 
 FOLDER = "save_path"
@@ -32,17 +34,36 @@ def run_job(config: DictConfig) -> None:
         sys.exit(f"error: {error}")
 
 
+def is_sweep(arguments: list[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(arguments))
+
+
 def with_sweep_folder(arguments: list[str]) -> list[str]:
     """In a sweep `save_path` is the folder of all jobs, which Hydra has a name of its own for."""
-    folders = [value for name, _, value in (a.partition("=") for a in arguments) if name == FOLDER]
-    if not folders or not {"-m", "--multirun"} & set(arguments):
-        return arguments
-    return [*arguments, f"hydra.sweep.dir={folders[-1]}"]
+    made = []
+    for argument in arguments:
+        made.append(argument)
+        name, _, value = argument.partition("=")
+        if name == FOLDER and is_sweep(arguments):
+            made.append(f"hydra.sweep.dir={value}")
+    return made
 
 
 def main() -> None:
+    if not is_sweep(sys.argv[1:]):
+        call(run_job, "the run directory keeps the finished samples")
+        return
     sys.argv[1:] = with_sweep_folder(sys.argv[1:])
-    call(run_job, "the run directory keeps the finished samples")
+    # Launchers start processes that find this file by its name alone.
+    os.environ["PYTHONPATH"] = search_path()
+    try:
+        call(run_job, "every job keeps its finished samples")
+    except Exception as error:  # a launcher's own, such as of a job that the cluster has killed
+        if not hasattr(ListJobs, "start"):
+            raise  # before there were any jobs
+        print(f"error: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        list_jobs(ListJobs.sweep_dir, ListJobs.start)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the entries do around Hydra: the environment before, and errors in one line after."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ def call(job: Callable[[], None], interrupted: str) -> None:
     """
     # Before anything is imported that reads the environment; torch, vLLM and the hub's client do.
     load_dotenv(ROOT / ".env")
+    # What a cluster or a user stops ends as with Ctrl-C: nothing is left running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         job()
     except MissingConfigException as error:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +19,14 @@ from harness.proposals import Counts
 
 # What may differ between the parts of a run: neither changes what is computed.
 FREE_KEYS = ("save_path", "verbose")
+
+
+class Progress(NamedTuple):
+    """Of a run: in how many parts it has been generated so far, and what became of the tokens that
+    were proposed."""
+
+    parts: int = 0
+    counts: Counts = {}
 
 
 class RunDirectory:
@@ -41,6 +49,7 @@ class RunDirectory:
         self._config = config
         self._file: IO[bytes] | None = None
         self._check_config()
+        self._check_free()
         self._num_bytes = self._size()
         nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -51,12 +60,12 @@ class RunDirectory:
 
     def open(self) -> None:
         """Make the directory; leave out a line that a killed run left unfinished."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._file = self.samples.open("ab")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._taken() from None
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._file = self.samples.open("ab")
+        except OSError as error:
+            raise ConfigError(f"save_path: {one_line(error)}; choose another") from error
+        self._lock(self._file)
         if self._size() != self._num_bytes:  # by another run, since this one was constructed
             raise self._taken()
         self._check_config()
@@ -75,8 +84,21 @@ class RunDirectory:
         self._file.flush()
 
     def read_samples(self) -> list[dict[str, Any]]:
-        """All whole samples, in the order of the data set."""
-        return sorted(map(json.loads, self._whole_lines()), key=lambda sample: sample["index"])
+        """All whole samples, in the order of the data set.
+
+        Raises:
+            ConfigError: a line is none of ours.
+        """
+        samples = []
+        for number, line in enumerate(self._whole_lines(), start=1):
+            try:
+                samples.append(json.loads(line))
+                samples[-1]["index"], samples[-1]["prompt"], samples[-1]["elapsed_s"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(
+                    f"save_path: line {number} of '{self.samples}' is damaged; remove it"
+                ) from error
+        return sorted(samples, key=lambda sample: sample["index"])
 
     def write_scores(self, samples: list[dict[str, Any]]) -> None:
         """Replace the samples by the scored ones, at once or not at all."""
@@ -89,18 +111,30 @@ class RunDirectory:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def read_counts(self) -> Counts:
-        """What had become of proposed tokens when it was last written down."""
-        return self._read_json(".counts.json") or {}
+    def read_progress(self) -> Progress:
+        """How far the run had come when it was last written down."""
+        return Progress(**(self._read_json(".progress.json") or {}))
 
-    def write_counts(self, counts: Counts) -> None:
-        self._write(".counts.json", json.dumps(counts))
+    def write_progress(self, progress: "Progress") -> None:
+        self._write(".progress.json", json.dumps(progress._asdict()))
 
     def _whole_lines(self) -> list[bytes]:
         if not self.samples.exists():
             return []
         lines = self.samples.read_bytes().splitlines(keepends=True)
         return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+
+    def _check_free(self) -> None:
+        if self.samples.exists():
+            with self.samples.open("rb") as file:
+                self._lock(file)
+
+    def _lock(self, file: IO[bytes]) -> None:
+        """Held until the file is closed."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._taken() from None
 
     def _size(self) -> int:
         return self.samples.stat().st_size if self.samples.exists() else 0
@@ -131,7 +165,12 @@ class RunDirectory:
 
     def _read_json(self, name: str) -> Any:
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"save_path: '{file}' is damaged; remove it") from error
 
     def _write(self, name: str, text: str) -> None:
         partial = self.path / f".{name}.partial"

@@ -19,7 +19,7 @@ from harness.engine import Completion, Engine, Request
 from harness.errors import ConfigError, one_line
 from harness.methods import MethodSpec
 from harness.proposals import add, fields, rows
-from harness.results import RunDirectory, table
+from harness.results import Progress, RunDirectory, table
 from harness.scoring import Scorer, means
 from harness.session import Session
 from tasks import Example, Task, load_task, select, task_name
@@ -31,8 +31,8 @@ KEYS = ("method", "dataset", "task", "evaluate", "seed", "batch_size", "save_pat
 GROUPS = ("method", "dataset", "task", "evaluate", "method.generate", "method.llm")
 # Both torch and numpy take seeds below this; examples add their index.
 MAX_SEED = 2**31
-# How often counts are written, and the postfix of the progress bar is made anew.
-COUNTS_EVERY_S, SHOW_EVERY_S = 5, 0.5
+# How often progress is written, and the postfix of the progress bar is made anew.
+PROGRESS_EVERY_S, SHOW_EVERY_S = 2, 0.5
 
 
 def run(config: DictConfig, directory: str) -> dict[str, Any]:
@@ -115,9 +115,15 @@ class _Job:
     def _generate(self, engine: Engine, requests: Sequence[Request], scorer: Scorer) -> None:
         """Write every sample as it finishes, with the time that the run has taken until then."""
         examples = {example.index: example for example in self.missing}
-        counts = self.directory.read_counts()
+        before = self.directory.read_progress()
         time_before_s = max((sample["elapsed_s"] for sample in self.finished), default=0.0)
         num_tokens = shown_at = 0
+
+        def write_progress() -> None:
+            counts = add(before.counts, engine.proposals())
+            self.directory.write_progress(Progress(before.parts + 1, counts))
+
+        write_progress()
         with self._progress_bar() as progress:
             engine.synchronize()
             start = written_at = time.perf_counter()
@@ -131,12 +137,12 @@ class _Job:
                 if now - shown_at > SHOW_EVERY_S:
                     progress.set_postfix_str(self._shown(num_tokens / (now - start), scorer), False)
                     shown_at = now
-                if now - written_at > COUNTS_EVERY_S:
-                    self.directory.write_counts(add(counts, engine.proposals()))
+                if now - written_at > PROGRESS_EVERY_S:
+                    write_progress()
                     written_at = now
                 progress.update()
             progress.set_postfix_str(self._shown(num_tokens / (now - start), scorer))
-            self.directory.write_counts(add(counts, engine.proposals()))
+            write_progress()
 
     def _progress_bar(self) -> tqdm:
         return tqdm(
@@ -153,8 +159,8 @@ class _Job:
 
     def _record(self, spec: MethodSpec, samples: list[dict[str, Any]]) -> dict[str, Any]:
         self.directory.write_scores(samples)
-        counts = self.directory.read_counts()
-        summary = _summarize(self.plain, spec, self.task, samples, counts)
+        progress = self.directory.read_progress()
+        summary = _summarize(self.plain, spec, self.task, samples, progress)
         self.directory.write_summary(summary)
         return summary
 
@@ -268,7 +274,7 @@ def _summarize(
     spec: MethodSpec,
     task: Task,
     samples: Sequence[Mapping[str, Any]],
-    counts: Mapping[str, Any],
+    progress: Progress,
 ) -> dict[str, Any]:
     num_tokens = sum(sample["num_tokens"] for sample in samples)
     # The time around the engine, warm-up left out, until the last sample was there.
@@ -286,7 +292,8 @@ def _summarize(
         "tokens_per_second": num_tokens / total_time_s,
         "total_time_s": total_time_s,
         "num_tokens": num_tokens,
-        **fields(counts),
+        **fields(progress.counts),
+        "parts": progress.parts,
         "batch_size": plain["batch_size"],
         "generate": spec.sampling_params,
         "versions": versions(),

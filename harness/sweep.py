@@ -11,13 +11,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar, NamedTuple
 
 from dotenv import load_dotenv
 from hydra.experimental.callback import Callback
@@ -29,7 +30,7 @@ from harness.results import FREE_KEYS
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
-LOG, FAILURE, SUMMARY = "log.txt", "failure.json", "summary.json"
+LOG, JOB, FAILURE, SUMMARY = "log.txt", "job.json", "failure.json", "summary.json"
 POLL_S = 0.5
 
 
@@ -46,9 +47,10 @@ def run_job(config: DictConfig, sweep_dir: str | Path, overrides: Sequence[str])
     directory = Path(sweep_dir) / job_name(plain)
     directory.mkdir(parents=True, exist_ok=True)
     shown = f"{directory.name} ({' '.join(overrides)})"
-    with _devices(plain["method"]["llm"].get("tensor_parallel_size") or 1) as environment:
+    with _devices(plain["method"]["llm"].get("tensor_parallel_size") or 1) as devices:
+        _write(directory / JOB, {"overrides": list(overrides)})
         logger.info("starts: %s", shown)
-        status = _run_process(plain, directory, environment)
+        status = _run_process(plain, directory, devices)
     failure = directory / FAILURE
     if status == 0:
         failure.unlink(missing_ok=True)
@@ -58,7 +60,7 @@ def run_job(config: DictConfig, sweep_dir: str | Path, overrides: Sequence[str])
         logger.info("complete: %s: %s %s, %s", shown, summary["metric"], score, speed)
     else:
         error = _last_words(directory / LOG, status)
-        failure.write_text(json.dumps({"overrides": list(overrides), "error": error}) + "\n")
+        _write(failure, {"overrides": list(overrides), "error": error})
         logger.error("failed: %s: %s", shown, error)
 
 
@@ -71,35 +73,67 @@ def job_name(plain: Mapping[str, Any]) -> str:
 
 
 class ListJobs(Callback):
-    """Hydra's callback that says at the end of a sweep how its jobs ended; exits with 1 if one
-    failed."""
+    """Hydra's callback that says at the end of a sweep how its jobs ended; exits with 1 if one did
+    not end well."""
+
+    sweep_dir: ClassVar[Path]
+    start: ClassVar[float]
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        ListJobs.sweep_dir = Path(config.hydra.sweep.dir)
+        ListJobs.start = time.time()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        sweep_dir = Path(config.hydra.sweep.dir)
-        complete = [path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")]
-        failures = sorted(sweep_dir.glob(f"*/{FAILURE}"))
-        print(f"{len(complete)} jobs complete, {len(failures)} failed, in {sweep_dir}", flush=True)
-        for path in failures:
-            failure = json.loads(path.read_text(encoding="utf-8"))
-            overrides = " ".join(failure["overrides"])
-            print(f"failed: {path.parent.name} ({overrides}): {failure['error']}", flush=True)
-        if failures:
+        if list_jobs(self.sweep_dir, self.start):
             sys.exit(1)
 
 
-def _run_process(plain: Mapping[str, Any], directory: Path, environment: Mapping[str, str]) -> int:
-    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+def list_jobs(sweep_dir: Path, start: float) -> int:
+    """Print how the jobs ended that were started since `start`, in s since the epoch.
+
+    Returns the number of those that did not end well.
+    """
+    # A file's time may be coarser than the clock.
+    jobs = [path for path in sorted(sweep_dir.glob(f"*/{JOB}")) if path.stat().st_mtime > start - 2]
+    unwell = [path for path in jobs if (path.parent / FAILURE).exists() or not _is_complete(path)]
+    num_complete = len(jobs) - len(unwell)
+    print(f"{num_complete} jobs complete, {len(unwell)} failed, in {sweep_dir}", flush=True)
+    for path in unwell:
+        failure = path.parent / FAILURE
+        known = json.loads((failure if failure.exists() else path).read_text(encoding="utf-8"))
+        overrides = " ".join(known["overrides"])
+        error = known.get("error", f"did not end; see {LOG}")
+        print(f"failed: {path.parent.name} ({overrides}): {error}", flush=True)
+    return len(unwell)
+
+
+def _is_complete(job: Path) -> bool:
+    return (job.parent / SUMMARY).exists()
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def _run_process(plain: Mapping[str, Any], directory: Path, devices: "_Devices") -> int:
     # The bar's lines end up in a file.
-    defaults = {"TQDM_MININTERVAL": "10", "PYTHONPATH": search_path}
-    with (directory / LOG).open("w", encoding="utf-8") as log:
+    defaults = {"TQDM_MININTERVAL": "10", "PYTHONPATH": search_path()}
+    with (directory / LOG).open("a", encoding="utf-8") as log:
         return subprocess.run(
             [sys.executable, "-m", "harness.sweep", str(directory)],
             input=OmegaConf.to_yaml(OmegaConf.create({**plain, "save_path": str(directory)})),
             text=True,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **defaults, **environment},
+            env={**os.environ, **defaults, **devices.environment},
+            # So that the GPUs stay locked if this process is killed and the job is not.
+            pass_fds=[file.fileno() for file in devices.locks],
         ).returncode
+
+
+def search_path() -> str:
+    """PYTHONPATH for processes that are started in any folder."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def _last_words(log: Path, status: int) -> str:
@@ -109,13 +143,18 @@ def _last_words(log: Path, status: int) -> str:
     return lines[-1].removeprefix("error: ") if lines else f"ended with status {status}"
 
 
+class _Devices(NamedTuple):
+    environment: dict[str, str]
+    locks: Sequence[IO[str]]
+
+
 @contextlib.contextmanager
-def _devices(num_devices: int) -> Iterator[dict[str, str]]:
+def _devices(num_devices: int) -> Iterator[_Devices]:
     """An environment that shows `num_devices` GPUs which no other job on this host has; waits for
     them. Without a GPU it is empty."""
     visible = _visible_devices()
     if len(visible) < num_devices:  # vLLM says what is wrong; without a GPU nothing is
-        yield {}
+        yield _Devices({}, ())
         return
     with contextlib.ExitStack() as stack:
         while len(locked := _lock(visible, num_devices)) < num_devices:
@@ -123,19 +162,19 @@ def _devices(num_devices: int) -> Iterator[dict[str, str]]:
                 file.close()
             time.sleep(POLL_S)
         for file in locked.values():
-            stack.enter_context(file)  # closing it unlocks
-        yield {"CUDA_VISIBLE_DEVICES": ",".join(locked)}
+            stack.enter_context(file)  # closing it unlocks, unless the job has it still
+        yield _Devices({"CUDA_VISIBLE_DEVICES": ",".join(locked)}, tuple(locked.values()))
 
 
-def _lock(devices: Sequence[str], num_devices: int) -> dict[str, IO[str]]:
+def _lock(visible: Mapping[str, str], num_devices: int) -> dict[str, IO[str]]:
     """Up to `num_devices` of the GPUs, with the files whose locks stand for them."""
     folder = Path(tempfile.gettempdir()) / f"speculative-ensemble-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     locked: dict[str, IO[str]] = {}
-    for device in devices:
+    for device, uuid in visible.items():
         if len(locked) == num_devices:
             break
-        file = (folder / f"gpu-{device}.lock").open("w")
+        file = (folder / f"{uuid}.lock").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -145,15 +184,22 @@ def _lock(devices: Sequence[str], num_devices: int) -> dict[str, IO[str]]:
     return locked
 
 
-def _visible_devices() -> list[str]:
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [device for device in visible.split(",") if device.strip()]
+def _visible_devices() -> dict[str, str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them, with a name that
+    means the same to every process: a cluster's jobs may each know their own GPU as number 0."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return []
-    num_devices = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    return [str(index) for index in range(num_devices)]
+        uuids = []
+    else:
+        uuids = re.findall(r"^GPU \d+:.*\(UUID: ([^)]+)\)", listed.stdout, re.MULTILINE)
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(len(uuids))) if given is None else map(str.strip, given.split(","))
+    return {
+        name: uuids[int(name)] if name.isdigit() and int(name) < len(uuids) else name
+        for name in names
+        if name
+    }
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ run() {
     last[${argument%%=*}]=$argument
   done
   python main_dataset.py --multirun "${last[@]}" || status=$?
+  ((status != 130)) || exit 130 # Ctrl-C
 }
 
 given=("$@")

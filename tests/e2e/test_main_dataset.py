@@ -181,7 +181,7 @@ def read_samples(run: Path) -> list[dict]:
 
 def check_files(run: Path, method: str, num_samples: int) -> dict:
     """What every run must have written; returns its summary."""
-    files = [".counts.json", "config.yaml", "main_dataset.log", "samples.jsonl", "summary.json"]
+    files = [".progress.json", "config.yaml", "main_dataset.log", "samples.jsonl", "summary.json"]
     assert sorted(os.listdir(run)) == files
     samples = read_samples(run)
     assert [sample["index"] for sample in samples] == list(range(num_samples))
@@ -439,6 +439,7 @@ def test_stopped_and_continued_run_equals_an_unbroken_one(command, number):
     assert tokens(run) == tokens(unbroken)
     assert completions(run) == completions(unbroken)
     summary = check_files(run, "cd_chef", num_samples=8)
+    assert summary["parts"] == 2
     assert summary["num_tokens"] == check_files(unbroken, "cd_chef", num_samples=8)["num_tokens"]
 
 

@@ -11,11 +11,18 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from harness.errors import MAX_LENGTH, ConfigError, one_line
-from harness.results import RunDirectory, table
+from harness.results import Progress, RunDirectory, table
 
 TEXT = 'é "quoted"\r\nline 🙂\u2028 and half a character \ud83d'
 CONFIG = {"method": {"name": "cd", "gamma": [1, 5], "llm": {}}, "seed": 0, "save_path": "a"}
-SAMPLE = {"index": 0, "completion": TEXT, "token_ids": [1, 2], "score": None}
+SAMPLE = {
+    "index": 0,
+    "prompt": "p",
+    "elapsed_s": 1.0,
+    "completion": TEXT,
+    "token_ids": [1, 2],
+    "score": None,
+}
 
 
 @pytest.fixture
@@ -80,6 +87,7 @@ def test_run_of_the_same_configuration_is_continued(directory):
 )
 def test_run_of_another_configuration_is_refused(directory, config, differences):
     directory.append_sample(SAMPLE)
+    directory.close()
     with pytest.raises(
         ConfigError,
         match=f"^save_path: '.*run' holds a run that differs in {differences}; choose another",
@@ -90,6 +98,7 @@ def test_run_of_another_configuration_is_refused(directory, config, differences)
 
 def test_samples_without_a_configuration_are_refused(directory):
     directory.append_sample(SAMPLE)
+    directory.close()
     (directory.path / "config.yaml").unlink()
     with pytest.raises(ConfigError, match="^save_path: '.*run' holds samples but no config.yaml"):
         RunDirectory(directory.path, CONFIG)
@@ -143,9 +152,30 @@ def test_directory_with_other_files_is_taken(tmp_path):
 
 
 def test_counts_are_kept(directory):
-    assert directory.read_counts() == {}
-    directory.write_counts({"num_tokens": 3})
-    assert RunDirectory(directory.path, CONFIG).read_counts() == {"num_tokens": 3}
+    assert directory.read_progress() == Progress(parts=0, counts={})
+    directory.write_progress(Progress(2, {"num_tokens": 3}))
+    directory.close()
+    assert RunDirectory(directory.path, CONFIG).read_progress() == Progress(2, {"num_tokens": 3})
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "7", '{"index": 0}', "\xff"])
+def test_damaged_line_is_named(directory, line):
+    directory.append_sample(SAMPLE)
+    with directory.samples.open("a", encoding="latin-1") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ConfigError, match=r"^save_path: line 2 of '.*' is damaged; remove it"):
+        directory.read_samples()
+
+
+def test_damaged_summary_is_named(directory):
+    (directory.path / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"^save_path: '.*summary.json' is damaged; remove it"):
+        directory.read_summary()
+
+
+def test_run_that_is_under_way_is_refused_at_once(directory):
+    with pytest.raises(ConfigError, match="^save_path: another process writes"):
+        RunDirectory(directory.path, CONFIG)
 
 
 def test_path_below_a_file_is_refused(tmp_path):

@@ -179,7 +179,7 @@ def test_files_of_a_run(engine, tmp_path, capsys):
     assert (config.seed, config.method.name) == (5, "large_model")
     assert config.save_path == str(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        ".counts.json",
+        ".progress.json",
         "config.yaml",
         "main_dataset.log",
         "samples.jsonl",
@@ -194,8 +194,10 @@ def test_warm_up_is_not_timed_and_the_device_is_waited_for(engine, tmp_path):
     assert engine.calls == [
         "start",
         ("warm_up", 0),
+        "proposals",
         "synchronize",
         ("generate", None),
+        "proposals",  # after three of the engine's seconds
         "proposals",
         "close",
     ]
@@ -276,12 +278,13 @@ def test_run_that_dies_keeps_what_it_had_and_is_continued(engine, tmp_path, erro
 
 
 def test_counts_of_all_parts_of_a_run_are_added(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness.run, "COUNTS_EVERY_S", 0)
+    monkeypatch.setattr(harness.run, "PROGRESS_EVERY_S", 0)
     engine.dies_after, engine.error, engine.counts = 2, KeyboardInterrupt(), COUNTS
     with pytest.raises(KeyboardInterrupt):
         run_letters(tmp_path)
     engine.dies_after = None
-    assert run_letters(tmp_path)["calls"] == [8, 16]
+    summary = run_letters(tmp_path)
+    assert (summary["calls"], summary["parts"]) == ([8, 16], 2)
 
 
 def test_line_that_was_cut_off_is_generated_again(engine, tmp_path):

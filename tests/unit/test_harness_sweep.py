@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -23,11 +24,26 @@ CONFIG = {
 SUMMARY = {"metric": "pass@1", "score": 0.25, "tokens_per_second": 12.0}
 
 
+def use_gpus(monkeypatch, listed: str | None, visible: str | None) -> None:
+    """What `nvidia-smi -L` prints, None where there is none, and CUDA_VISIBLE_DEVICES."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    def run(command, **_):
+        assert command == ["nvidia-smi", "-L"]
+        if listed is None:
+            raise FileNotFoundError
+        return SimpleNamespace(stdout=listed)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+
+
 @pytest.fixture(autouse=True)
 def no_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "POLL_S", 0.01)
     monkeypatch.setattr(sweep.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    use_gpus(monkeypatch, None, visible="")
 
 
 # Folders
@@ -53,11 +69,17 @@ def test_name_of_a_folder_has_no_separators():
         (["method=cd", "save_path=x"], []),
         (["method=cd,sd", "--multirun"], []),
         (["--multirun", "save_path=x", "seed=1,2"], ["hydra.sweep.dir=x"]),
-        (["-m", "save_path=x", "save_path=y=z"], ["hydra.sweep.dir=y=z"]),
+        (["save_path=y=z", "-m"], ["hydra.sweep.dir=y=z"]),
     ],
 )
 def test_folder_of_a_sweep_is_its_save_path(arguments, more):
-    assert main_dataset.with_sweep_folder(arguments) == [*arguments, *more]
+    made = main_dataset.with_sweep_folder(arguments)
+    assert [argument for argument in made if argument not in more] == arguments
+    # Hydra takes no value behind a flag.
+    assert (
+        not more
+        or made.index(more[0]) == made.index(more[0].replace("hydra.sweep.dir", "save_path")) + 1
+    )
 
 
 # Ends
@@ -66,7 +88,9 @@ def test_folder_of_a_sweep_is_its_save_path(arguments, more):
 def run_job(monkeypatch, tmp_path, status: int, log: str, summary: dict | None = None):
     calls = []
 
-    def run(command, input, stdout, env, **_):
+    def run(command, input=None, stdout=None, env=None, pass_fds=(), **_):
+        if command[0] == "nvidia-smi":
+            raise FileNotFoundError
         calls.append(SimpleNamespace(command=command, config=OmegaConf.create(input), env=env))
         stdout.write(log)
         if summary is not None:
@@ -107,75 +131,114 @@ def test_job_that_fails_is_recorded_and_stops_nothing(monkeypatch, tmp_path, sta
     assert not (folder / "failure.json").exists(), "it has not failed any more"
 
 
+def list_jobs(tmp_path, start: float = 0.0) -> int:
+    return sweep.list_jobs(tmp_path / "sweep", start)
+
+
 def test_failed_jobs_are_listed_at_the_end(monkeypatch, tmp_path, capsys):
-    _, folder = run_job(monkeypatch, tmp_path, 1, "error: too bad\n")
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
+    callback = sweep.ListJobs()
+    callback.on_multirun_start(config)
+    _, folder = run_job(monkeypatch, tmp_path, 1, "error: too bad\n")
     with pytest.raises(SystemExit) as exit:
-        sweep.ListJobs().on_multirun_end(config)
+        callback.on_multirun_end(config)
     assert exit.value.code == 1
     assert capsys.readouterr().out.splitlines() == [
         f"0 jobs complete, 1 failed, in {tmp_path / 'sweep'}",
         f"failed: {folder.name} (seed=0 method=cd): too bad",
     ]
     run_job(monkeypatch, tmp_path, 0, "", SUMMARY)
-    sweep.ListJobs().on_multirun_end(config)
+    callback.on_multirun_end(config)
     assert "1 jobs complete, 0 failed" in capsys.readouterr().out
+
+
+def test_job_that_was_killed_with_its_launcher_is_listed(monkeypatch, tmp_path, capsys):
+    _, folder = run_job(monkeypatch, tmp_path, 0, "", SUMMARY)
+    (folder / "summary.json").unlink()
+    assert list_jobs(tmp_path) == 1
+    assert "(seed=0 method=cd): did not end; see log.txt" in capsys.readouterr().out
+
+
+def test_jobs_of_earlier_sweeps_are_not_counted(monkeypatch, tmp_path, capsys):
+    _, folder = run_job(monkeypatch, tmp_path, 1, "error: too bad\n")
+    os.utime(folder / "job.json", (1000, 1000))
+    assert list_jobs(tmp_path, start=2000) == 0
+    assert "0 jobs complete, 0 failed" in capsys.readouterr().out
+
+
+def test_log_of_a_job_goes_on(monkeypatch, tmp_path):
+    run_job(monkeypatch, tmp_path, -9, "first\n")
+    _, folder = run_job(monkeypatch, tmp_path, 0, "second\n", SUMMARY)
+    assert (folder / "log.txt").read_text() == "first\nsecond\n"
 
 
 # GPUs
 
+LISTED = "".join(f"GPU {i}: NVIDIA H200 (UUID: GPU-{i}a)\n" for i in range(4))
+
 
 def test_without_gpus_nothing_is_said_of_them():
-    with sweep._devices(1) as environment:
-        assert environment == {}
+    with sweep._devices(1) as devices:
+        assert devices == ({}, ())
 
 
 def test_every_job_has_gpus_of_its_own(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,GPU-7a")
+    use_gpus(monkeypatch, LISTED, visible="3,1,GPU-7a")
     with sweep._devices(2) as first, sweep._devices(1) as second:
-        assert first == {"CUDA_VISIBLE_DEVICES": "3,5"}
-        assert second == {"CUDA_VISIBLE_DEVICES": "GPU-7a"}
+        assert first.environment == {"CUDA_VISIBLE_DEVICES": "3,1"}
+        assert second.environment == {"CUDA_VISIBLE_DEVICES": "GPU-7a"}
     with sweep._devices(1) as again:
-        assert again == {"CUDA_VISIBLE_DEVICES": "3"}
+        assert again.environment == {"CUDA_VISIBLE_DEVICES": "3"}
+
+
+def test_locks_are_named_by_what_a_gpu_is_and_not_by_its_number(monkeypatch):
+    use_gpus(monkeypatch, LISTED, visible="3")
+    with sweep._devices(1):
+        # Another job of the cluster, which sees one GPU only: the last, or another.
+        use_gpus(monkeypatch, "GPU 0: NVIDIA H200 (UUID: GPU-3a)\n", visible="0")
+        assert sweep._lock(sweep._visible_devices(), 1) == {}
+        use_gpus(monkeypatch, "GPU 0: NVIDIA H200 (UUID: GPU-0a)\n", visible="0")
+        with sweep._devices(1) as devices:
+            assert devices.environment == {"CUDA_VISIBLE_DEVICES": "0"}
 
 
 def test_job_waits_for_a_gpu_and_holds_none_meanwhile(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    use_gpus(monkeypatch, LISTED, visible="0,1")
     got = threading.Event()
 
     def wait_for_two():
-        with sweep._devices(2) as environment:
-            assert environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
+        with sweep._devices(2) as devices:
+            assert devices.environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
             got.set()
 
     with sweep._devices(1):
         waiting = threading.Thread(target=wait_for_two)
         waiting.start()
         assert not got.wait(0.1)
-        with sweep._devices(1) as environment:  # which the waiting one must not keep
-            assert environment == {"CUDA_VISIBLE_DEVICES": "1"}
+        deadline = time.monotonic() + 5
+        while not (free := sweep._lock({"1": "GPU-1a"}, 1)):  # which the waiting one must not keep
+            assert time.monotonic() < deadline
+        free["1"].close()
     waiting.join(timeout=5)
     assert got.is_set()
 
 
+def test_job_that_outlives_its_sweep_keeps_its_gpu(monkeypatch):
+    use_gpus(monkeypatch, LISTED, visible="0")
+    popen = subprocess.Popen
+    with sweep._devices(1) as devices:
+        fds = [file.fileno() for file in devices.locks]
+        job = popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=fds)
+    assert sweep._lock(sweep._visible_devices(), 1) == {}
+    job.communicate(b"\n")
+    assert [*sweep._lock(sweep._visible_devices(), 1)] == ["0"]
+
+
 def test_gpus_are_those_that_the_driver_lists(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    listed = "GPU 0: H200 (UUID: GPU-1)\nGPU 1: H200 (UUID: GPU-2)\n"
-
-    def run(command, **_):
-        assert command == ["nvidia-smi", "-L"]
-        return SimpleNamespace(stdout=listed)
-
-    monkeypatch.setattr(sweep.subprocess, "run", run)
-    assert sweep._visible_devices() == ["0", "1"]
+    use_gpus(monkeypatch, LISTED, visible=None)
+    assert sweep._visible_devices() == {str(i): f"GPU-{i}a" for i in range(4)}
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.CalledProcessError(9, "x")])
-def test_without_a_driver_there_are_none(monkeypatch, error):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-
-    def run(*_, **__):
-        raise error
-
-    monkeypatch.setattr(sweep.subprocess, "run", run)
-    assert sweep._visible_devices() == []
+def test_without_a_driver_there_are_none(monkeypatch):
+    use_gpus(monkeypatch, None, visible=None)
+    assert sweep._visible_devices() == {}
