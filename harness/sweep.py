@@ -102,7 +102,7 @@ def list_jobs(sweep_dir: Path, start: float) -> int:
         failure = path.parent / FAILURE
         known = json.loads((failure if failure.exists() else path).read_text(encoding="utf-8"))
         overrides = " ".join(known["overrides"])
-        error = known.get("error", f"did not end; see {LOG}")
+        error = known.get("error", f"has not ended; see {LOG}")
         print(f"failed: {path.parent.name} ({overrides}): {error}", flush=True)
     return len(unwell)
 

@@ -133,7 +133,7 @@ def compare(a: Run, b: Run) -> Comparison:
         num_scored=len(scored),
         means=tuple(sum(column) / len(column) for column in scores) if scored else None,
         interval=statistics.mean_interval([x - y for x, y in scored]),
-        test=statistics.paired_test(*scores) if scored else None,
+        test=statistics.paired_test(*scores, a.is_graded or b.is_graded) if scored else None,
         differing=differing,
         divergences=_divergences(first, second, both) if greedy else None,
     )

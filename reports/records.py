@@ -3,6 +3,7 @@
 Knows how results follow from a run's files and from its plain ensembles; shows nothing.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -65,16 +66,10 @@ def method_label(run: Run) -> str:
     return f"{run.method} + draft" if drafted else run.method
 
 
-def speed_up(run: Run, runs: Sequence[Run]) -> float | None:
+def speed_up(run: Run, baselines: Sequence[Run]) -> float | None:
     """Of a finished run over the mean of its finished plain ensembles; None where there is none."""
-    if run.summary is None:
-        return None
-    speeds = [
-        plain.summary["tokens_per_second"]
-        for plain in plain_runs(run, runs)
-        if plain.summary is not None
-    ]
-    if not speeds or not sum(speeds):
+    speeds = [plain.summary["tokens_per_second"] for plain in baselines]
+    if run.summary is None or not sum(speeds):
         return None
     return run.summary["tokens_per_second"] * len(speeds) / sum(speeds)
 
@@ -83,7 +78,7 @@ def _record(run: Run, runs: Sequence[Run], names: Mapping[str, str]) -> dict[str
     summary = run.summary or {}
     scores = [score for score in run.scores.values() if score is not None]
     score = sum(scores) / len(scores) if scores else None
-    interval = statistics.score_interval(scores)
+    interval = statistics.score_interval(scores, run.is_graded)
     if run.summary is not None:
         recorded = summary.get("score")
         # A score that is not the mean of the samples has no interval of theirs.
@@ -91,6 +86,7 @@ def _record(run: Run, runs: Sequence[Run], names: Mapping[str, str]) -> dict[str
             interval = None
         score = recorded
     low, high, kind = interval or (None, None, None)
+    baselines = [plain for plain in plain_runs(run, runs) if plain.summary is not None]
     return {
         "run": run.name,
         "status": run.status,
@@ -111,7 +107,10 @@ def _record(run: Run, runs: Sequence[Run], names: Mapping[str, str]) -> dict[str
         "score_interval": kind,
         "scores": summary.get("scores") or {},
         "tokens_per_second": summary.get("tokens_per_second"),
-        "speed_up": speed_up(run, runs),
+        "parts": run.num_parts,
+        "speed_up": speed_up(run, baselines),
+        # The most of the runs that the speed-up rests on.
+        "speed_up_parts": max(b.num_parts for b in [run, *baselines]) if baselines else None,
         "tokens_per_cycle": summary.get("tokens_per_cycle"),
         "acceptance": summary.get("acceptance"),
         "acceptance_by_position": summary.get("acceptance_by_position"),
@@ -160,19 +159,24 @@ def _column(key: str) -> str:
 
 def _sort_key(run: Run) -> tuple:
     key = {k: v for k, v in matching_key(run).items() if not k.startswith("dataset.")}
-    shared = sorted((k, str(v)) for k, v in key.items())
+    shared = sorted((k, _sortable(v)) for k, v in key.items())
     gamma = run.flat.get("method.gamma", 0)
+    gammas = gamma if isinstance(gamma, list) else [gamma]
     label = method_label(run)
     place = METHOD_ORDER.index(label) if label in METHOD_ORDER else len(METHOD_ORDER)
-    return (
-        run.flat["dataset.name"],
-        run.members[0],
-        run.family,
-        run.members,
-        run.temperature,
-        shared,
-        (place, label),
-        gamma if isinstance(gamma, list) else [gamma],
-        run.flat.get("seed", 0),
-        run.name,
-    )
+    data = (run.flat["dataset.name"], run.members[0], run.family, run.members)
+    settings = (run.temperature, shared, (place, label), gammas, run.flat.get("seed", 0))
+    return _sortable((*data, *settings, run.name))
+
+
+def _sortable(value: Any) -> tuple:
+    """A key by which values of any types can be sorted: null, numbers, text, lists, all others."""
+    if value is None:
+        return (0,)
+    if isinstance(value, int | float):
+        return (1, value)
+    if isinstance(value, str):
+        return (2, value)
+    if isinstance(value, list | tuple):
+        return (3, [_sortable(item) for item in value])
+    return (4, json.dumps(value, sort_keys=True, default=str))

@@ -4,6 +4,7 @@ Knows the files of a run and what makes two runs comparable; computes no statist
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from harness.errors import ConfigError, one_line
+from tasks import TASKS
 
 # Any of them makes a directory a run; a job that failed early has the last one only.
 RUN_FILES = ("config.yaml", "samples.jsonl", "summary.json", "failure.json")
@@ -47,6 +49,8 @@ class Run:
         config: the resolved configuration; empty if the run failed before it wrote one.
         summary: of a finished run, else None.
         scores: by example index, of the samples that are there; None where not evaluated.
+        is_graded: whether the task gives several scores a sample, such as ROUGE; then none of them
+            is a count of right answers, even if all happen to be 0 or 1.
         overrides: the command line of a failed job of a sweep.
         error: one line, of a run that failed or cannot be read.
         unreadable: whether a file of the run cannot be read.
@@ -57,6 +61,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] | None = None
     scores: Mapping[int, float | None] = field(default_factory=dict)
+    is_graded: bool = False
     overrides: Sequence[str] = ()
     error: str | None = None
     unreadable: bool = False
@@ -73,8 +78,17 @@ class Run:
     def flat(self) -> dict[str, Any]:
         """The configuration by dotted key, without what is null or belongs to another task."""
         flat = flatten(self.config)
-        own = f"task.{flat.get('dataset.name')}."
+        task = flat.get("dataset.name")
+        # What a user's own class calls itself only the class knows, and it may have inherited that.
+        if task not in TASKS:
+            return flat
+        own = f"task.{task}."
         return {k: v for k, v in flat.items() if not k.startswith("task.") or k.startswith(own)}
+
+    @property
+    def num_parts(self) -> int | None:
+        """In how many parts a finished run was generated: more than one if it was continued."""
+        return None if self.summary is None else self.summary.get("parts", 1)
 
     @property
     def method(self) -> str:
@@ -147,13 +161,19 @@ def read_run(path: Path, name: str | None = None) -> Run:
         config = _read_config(path / "config.yaml")
         summary = _read_json(path / "summary.json")
         failure = _read_json(path / "failure.json") or {}
-        scores = {sample["index"]: sample.get("score") for sample in iterate_samples(path)}
-    except (ValueError, KeyError, OSError) as error:
+        if config and summary is not None:
+            _check_summary(summary, path / "summary.json")
+        scores, is_graded = {}, "scores" in (summary or {})
+        for sample in iterate_samples(path):
+            scores[sample["index"]] = sample.get("score")
+            is_graded |= "scores" in sample
+    except (ValueError, OSError) as error:
         return Run(path, name, error=one_line(error), unreadable=True)
     error = None if summary is not None else failure.get("error")
     if error is None and not (path / "config.yaml").exists():
         return Run(path, name, error="config.yaml is missing", unreadable=True)
-    return Run(path, name, config, summary, scores, failure.get("overrides", ()), error)
+    overrides = failure.get("overrides", ())
+    return Run(path, name, config, summary, scores, is_graded, overrides, error)
 
 
 def iterate_samples(path: Path) -> Iterator[dict[str, Any]]:
@@ -162,7 +182,7 @@ def iterate_samples(path: Path) -> Iterator[dict[str, Any]]:
     The last line may be torn, by a run that died or one that is writing, and is then left out.
 
     Raises:
-        ConfigError: another line is not JSON.
+        ConfigError: another line is not JSON, or a line is JSON but no sample.
     """
     file = path / "samples.jsonl"
     if not file.exists():
@@ -173,9 +193,13 @@ def iterate_samples(path: Path) -> Iterator[dict[str, Any]]:
             if torn is not None:
                 raise ConfigError(f"'{file}': line {torn} is not JSON; remove it")
             try:
-                yield json.loads(line)
+                sample = json.loads(line)
             except json.JSONDecodeError:
                 torn = number
+                continue
+            if not _is_sample(sample):
+                raise ConfigError(f"'{file}': line {number} is no sample of a run; remove it")
+            yield sample
 
 
 def matching_key(run: Run) -> dict[str, Any]:
@@ -216,12 +240,33 @@ def _same_place(a: Run, b: Run) -> bool:
     return all(a.summary.get(key) == b.summary.get(key) for key in SAME_IN_SUMMARY)
 
 
+def _is_sample(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and type(content.get("index")) is int
+        and isinstance(content.get("task_id"), str)
+        and isinstance(content.get("token_ids"), list)
+        and (content.get("score") is None or _is_number(content["score"]))
+    )
+
+
+def _check_summary(summary: Mapping[str, Any], path: Path) -> None:
+    if not _is_number(summary.get("tokens_per_second")):
+        raise ConfigError(f"'{path}' has no number at tokens_per_second; remove it")
+    if summary.get("score") is not None and not _is_number(summary["score"]):
+        raise ConfigError(f"'{path}' has neither a number nor null at score; remove it")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of bytes that are no text
         raise ConfigError(f"'{path}' is not JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"'{path}' does not hold a JSON object")

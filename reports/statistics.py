@@ -32,12 +32,13 @@ def is_binary(scores: Sequence[float]) -> bool:
     return all(score in (0, 1) for score in scores)
 
 
-def score_interval(scores: Sequence[float]) -> Interval | None:
+def score_interval(scores: Sequence[float], is_graded: bool = False) -> Interval | None:
     """Of the mean: Wilson's where every score is 0 or 1, otherwise by bootstrap.
 
-    None without scores, or where a bootstrap has nothing to go by.
+    `is_graded` scores are never taken for counts, even if all are 0 or 1. None without scores, or
+    where a bootstrap has nothing to go by.
     """
-    if len(scores) and is_binary(scores):
+    if len(scores) and is_binary(scores) and not is_graded:
         test = stats.binomtest(int(sum(scores)), len(scores))
         low, high = test.proportion_ci(CONFIDENCE, method="wilson")
         return Interval(float(low), float(high), "Wilson")
@@ -69,13 +70,13 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     return Interval(float(low), float(high), f"{method} bootstrap")
 
 
-def paired_test(a: Sequence[float], b: Sequence[float]) -> Test | None:
-    """Whether paired scores differ, two-sided: exact McNemar where every score is 0 or 1, otherwise
-    a permutation test of the mean difference. None without pairs."""
+def paired_test(a: Sequence[float], b: Sequence[float], is_graded: bool = False) -> Test | None:
+    """Whether paired scores differ, two-sided: exact McNemar where every score is 0 or 1 and none
+    `is_graded`, otherwise a permutation test of the mean difference. None without pairs."""
     if not len(a):
         return None
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if is_binary(a) and is_binary(b):
+    if is_binary(a) and is_binary(b) and not is_graded:
         only_a, only_b = int((a > b).sum()), int((b > a).sum())
         return Test(mcnemar(only_a, only_b), f"McNemar, exact ({only_a} : {only_b})")
     # All 2 ** n exchanges within pairs where there are no more than resamples, else as many drawn.

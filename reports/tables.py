@@ -31,6 +31,8 @@ LAST = ("batch_size", "seed", "device", "versions")
 # Known once a run is over.
 AT_THE_END = ("metric", "device", "versions")
 RESULTS = ("tokens/s", "speed-up", "tokens/cycle", "acceptance")
+# Behind a speed that is of more than one part of a run, or over one that is.
+CONTINUED = "*"
 
 
 def write_csv(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], path: Any) -> None:
@@ -89,6 +91,11 @@ def study_table(records: Sequence[Mapping[str, Any]]) -> str:
     table = everything.drop(columns=constant)
     if not table.columns.empty:
         parts.append(markdown(table, right=[c for c in results if c not in ("metric", "status")]))
+    if any(_continued(record[key]) for record in records for key in ("parts", "speed_up_parts")):
+        parts.append(
+            f"\\{CONTINUED} of a run that was continued, or over one: its time includes that in which "
+            "requests in flight when it broke off were begun, and then begun again."
+        )
     return "\n\n".join(parts)
 
 
@@ -146,6 +153,10 @@ def _notes(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _continued(num_parts: int | None) -> str:
+    return CONTINUED if (num_parts or 1) > 1 else ""
+
+
 def _picture(name: str, caption: str) -> str:
     return (
         "<picture>\n"
@@ -165,9 +176,13 @@ def _result_cells(record: Mapping[str, Any]) -> dict[str, str]:
         "n": str(record["n"]),
         "metric": record["metric"] or "",
         "score [95% interval]": with_interval(record["score"], interval, 3),
-        **{f"score: {name}": number(score, 3) for name, score in record["scores"].items()},
-        "tokens/s": number(record["tokens_per_second"], 1),
-        "speed-up": number(record["speed_up"], 2),
+        **{
+            f"score: {name}": number(score, 3)
+            for name, score in record["scores"].items()
+            if name != record["metric"]
+        },
+        "tokens/s": number(record["tokens_per_second"], 1) + _continued(record["parts"]),
+        "speed-up": number(record["speed_up"], 2) + _continued(record["speed_up_parts"]),
         "tokens/cycle": number(record["tokens_per_cycle"], 2),
         "acceptance": ", ".join(number(value, 2) or "-" for value in by_member)
         if acceptance is not None

@@ -156,7 +156,7 @@ def test_job_that_was_killed_with_its_launcher_is_listed(monkeypatch, tmp_path, 
     _, folder = run_job(monkeypatch, tmp_path, 0, "", SUMMARY)
     (folder / "summary.json").unlink()
     assert list_jobs(tmp_path) == 1
-    assert "(seed=0 method=cd): did not end; see log.txt" in capsys.readouterr().out
+    assert "(seed=0 method=cd): has not ended; see log.txt" in capsys.readouterr().out
 
 
 def test_jobs_of_earlier_sweeps_are_not_counted(monkeypatch, tmp_path, capsys):
