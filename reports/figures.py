@@ -39,6 +39,7 @@ COLORS = {
 MARKERS = "osD^vPX<>*"
 LINES = ("-", "--", ":", "-.")
 WIDTH = 8.0  # inches: the width of a README's column, at which fonts have their size
+MAX_HEIGHT = 9.0  # inches of all panels, so that a figure fits a page
 MAX_PANELS = 8
 MAX_NAME = 28
 
@@ -91,9 +92,10 @@ def speed_up(records: Sequence[Record], foreground: str) -> Figure | None:
     if not panels:
         return None
     num_bars = max(len(_groups(p, "dataset", "method")) for p in panels.values())
-    figure, axes = _panels(panels, 2 if num_bars <= 6 else 1)
+    columns = 2 if num_bars <= 6 or len(panels) > 3 else 1
+    figure, axes = _panels(panels, columns)
     for axis, panel in zip(axes, panels.values(), strict=True):
-        _draw_bars(axis, panel, foreground)
+        _draw_bars(axis, panel, foreground, is_narrow=num_bars * columns > 16)
         axis.set_ylabel("speed-up")
     top = max(axis.get_ylim()[1] for axis in axes)
     for axis in axes:
@@ -135,22 +137,20 @@ def acceptance_by_position(records: Sequence[Record], foreground: str) -> Figure
     panels = _split(records, "dataset", "members")
     if not panels:
         return None
-    figure, axes = _panels(panels, 1, height=2.6 if len(panels) < 4 else 2.1, title_width=56)
+    known = {line[:3]: None for line in _lines(records)}  # by method, then by place
+    handles = [_line_handle(*line, foreground) for line in known]
+    figure, axes = _panels(panels, 2, legend_rows=-(-len(handles) // 3))
     longest = max(len(line) for p in panels.values() for *_, line in _lines(p))
     for axis, panel in zip(axes, panels.values(), strict=True):
-        ends = []
         lines = _lines(panel)
-        for order, (method, rank, name, line) in enumerate(lines):
+        for order, (method, rank, _, line) in enumerate(lines):
             # Ever thinner, so that lines on top of one another are all seen.
-            size = 7.5 - 3.5 * order / len(lines)
-            drawn = axis.plot(range(1, len(line) + 1), line, LINES[rank % 4], clip_on=False,
-                              color=COLORS.get(method, foreground), linewidth=size / 2.5,
-                              marker=MARKERS[rank % len(MARKERS)], markersize=size)  # fmt: skip
-            ends.append((drawn[0], f"{method}: {_short(name)}"))
+            style = _line_style(method, rank, foreground, size=7.5 - 3.5 * order / len(lines))
+            axis.plot(range(1, len(line) + 1), line, clip_on=False, **style)
         axis.set(xlim=(0.75, longest + 0.25), ylim=(0, 1), ylabel="accepted")
-        axis.set_xticks(range(1, longest + 1, -(-longest // 12)))
-        _label_ends(axis, ends, foreground)
-    axes[-1].set_xlabel("position in what a member proposes in its turn")
+        axis.set_xticks(range(1, longest + 1, -(-longest // 8)))
+    figure.supxlabel("position in what a member proposes in its turn", fontsize="medium")
+    _legend(figure, handles, columns=3)
     return figure
 
 
@@ -158,7 +158,8 @@ FIGURES = {
     "speed_up": (
         speed_up,
         "Speed-up over the plain ensemble of the same members and data set. A bar is the mean over "
-        "configurations (gamma, alpha and the like), the line on it their range.",
+        "configurations (gamma, alpha and the like), the line on it their range; a star marks one "
+        "that rests on a run that was continued.",
     ),
     "score_against_speed": (
         score_against_speed,
@@ -198,37 +199,38 @@ def _title(key: str, value: Any) -> str:
 
 
 def _panels(
-    titles: Iterable[str], columns: int, height: float = 2.6, title_width: int = 84
+    titles: Iterable[str], columns: int, height: float = 2.6, legend_rows: int = 2
 ) -> tuple[Figure, list[Axes]]:
     titles = list(titles)
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(WIDTH, rows * height + 0.4), layout="constrained")
+    total = min(rows * height, MAX_HEIGHT) + 0.2 * legend_rows
+    figure = Figure(figsize=(WIDTH, total), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, title in zip(axes, titles, strict=False):
-        axis.set_title(textwrap.fill(title, title_width // columns, break_on_hyphens=False))
+        axis.set_title(textwrap.fill(title, 84 // columns, break_on_hyphens=False))
     for axis in axes[len(titles) :]:
         axis.remove()
     return figure, axes[: len(titles)]
 
 
-def _draw_bars(axis: Axes, panel: Sequence[Record], foreground: str) -> None:
+def _draw_bars(axis: Axes, panel: Sequence[Record], foreground: str, is_narrow: bool) -> None:
     datasets = list(dict.fromkeys(record["dataset"] for record in panel))
     methods = _methods(panel)
     width = min(0.8 / len(methods), 0.25)
-    rotation = 90 if len(methods) * len(datasets) > 16 else 0
     for (dataset, method), records in _groups(panel, "dataset", "method").items():
         offset = (methods.index(method) - (len(methods) - 1) / 2) * width
         x = datasets.index(dataset) + offset
         values = [record["speed_up"] for record in records]
         mean, low, high = np.mean(values), min(values), max(values)
+        star = "*" if any(record["speed_up_parts"] > 1 for record in records) else ""
         color = COLORS.get(method, foreground)
         axis.bar(x, mean, width * 0.92, color=color)
         if high > low:
             axis.plot([x, x], [low, high], color=foreground, linewidth=1.2)
         # Below the plain ensemble's line, where the range of hardly any bar comes.
-        axis.annotate(f"{mean:.2f}", (x, 0), xytext=(0, 4), textcoords="offset points", ha="center",
-                      fontsize=8.5, color=_legible_on(color), rotation=rotation)  # fmt: skip
+        axis.annotate(f"{mean:.2f}{star}", (x, 0), xytext=(0, 4), textcoords="offset points", ha="center",
+                      fontsize=8.5, color=_legible_on(color), rotation=90 if is_narrow else 0)  # fmt: skip
     axis.axhline(1, color=foreground, linewidth=1, linestyle="--")
     axis.set_xticks(range(len(datasets)), datasets)
     axis.set_xlim(-0.6, len(datasets) - 0.4)
@@ -256,26 +258,20 @@ def _lines(panel: Sequence[Record]) -> list[tuple[str, int, str, list[float]]]:
     return sorted(lines, key=lambda line: (methods.index(line[0]), line[1]))
 
 
-def _label_ends(axis: Axes, ends: Sequence[tuple[Line2D, str]], foreground: str) -> None:
-    """Label each line beside the axes, at the height of its end, moved apart where they collide."""
-    gap = 14 / (axis.get_window_extent().height * 72 / axis.figure.dpi)
-    ends = sorted(ends, key=lambda end: end[0].get_ydata()[-1])
-    heights = [float(line.get_ydata()[-1]) for line, _ in ends]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    ceiling = 1.0
-    for i in reversed(range(len(heights))):
-        heights[i] = ceiling = min(heights[i], ceiling)
-        ceiling -= gap
-    for (line, text), height in zip(ends, heights, strict=True):
-        end = (line.get_xdata()[-1], line.get_ydata()[-1])
-        beside = {"xycoords": "data", "textcoords": axis.get_yaxis_transform()}
-        thread = {"arrowstyle": "-", "color": foreground, "alpha": 0.4, "linestyle": ":"}
-        axis.annotate("", end, (1.015, height), **beside, arrowprops=thread, annotation_clip=False)
-        axis.plot(1.025, height, line.get_marker(), color=line.get_color(), markersize=6,
-                  transform=axis.get_yaxis_transform(), clip_on=False)  # fmt: skip
-        axis.annotate(text, end, (1.045, height), **beside, va="center", fontsize=9,
-                      annotation_clip=False)  # fmt: skip
+def _line_style(method: str, rank: int, foreground: str, size: float = 6.0) -> dict[str, Any]:
+    """A method has a colour, a member's place its dashes and marker."""
+    return {
+        "color": COLORS.get(method, foreground),
+        "linestyle": LINES[rank % len(LINES)],
+        "linewidth": size / 2.5,
+        "marker": MARKERS[rank % len(MARKERS)],
+        "markersize": size,
+    }
+
+
+def _line_handle(method: str, rank: int, name: str, foreground: str) -> Line2D:
+    style = _line_style(method, rank, foreground)
+    return Line2D([], [], label=f"{method}: {_short(name)}", **style)
 
 
 def _legible_on(color: str) -> str:
@@ -296,11 +292,11 @@ def _method_handles(records: Iterable[Record], foreground: str) -> list[Line2D]:
     ]  # fmt: skip
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+def _legend(figure: Figure, handles: Sequence[Line2D], columns: int = 5) -> None:
     figure.legend(
         handles=handles,
         loc="outside upper left",
-        ncols=min(len(handles), 5),
+        ncols=min(len(handles), columns),
         handletextpad=0.2,
         columnspacing=1.2,
     )

@@ -255,6 +255,8 @@ def _check_summary(summary: Mapping[str, Any], path: Path) -> None:
         raise ConfigError(f"'{path}' has no number at tokens_per_second; remove it")
     if summary.get("score") is not None and not _is_number(summary["score"]):
         raise ConfigError(f"'{path}' has neither a number nor null at score; remove it")
+    if type(summary.get("parts", 1)) is not int:
+        raise ConfigError(f"'{path}' has no integer at parts; remove it")
 
 
 def _is_number(value: Any) -> bool:

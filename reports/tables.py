@@ -93,8 +93,8 @@ def study_table(records: Sequence[Mapping[str, Any]]) -> str:
         parts.append(markdown(table, right=[c for c in results if c not in ("metric", "status")]))
     if any(_continued(record[key]) for record in records for key in ("parts", "speed_up_parts")):
         parts.append(
-            f"\\{CONTINUED} of a run that was continued, or over one: its time includes that in which "
-            "requests in flight when it broke off were begun, and then begun again."
+            f"\\{CONTINUED} of a run that was continued, or over one. Its speed is not quite that of an "
+            "unbroken run: what was in flight at the break was begun twice."
         )
     return "\n\n".join(parts)
 
