@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from tasks.base import Example, Task, chat_messages, check_at_least, truncate_at_stop
 from tasks.loading import DatasetSource, load_rows
@@ -104,7 +105,8 @@ class CnnDailyMail(Task):
 
 @functools.cache
 def _scorer() -> RougeScorer:
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    # Without a tokenizer given, it takes this one and logs so, through the progress bar.
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
 
 
 def _first_words(article: str, count: int | None) -> str:

@@ -112,95 +112,6 @@ def _without_annotations(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Where the result stands
-# ---------------------------------------------------------------------------------------------
-
-_MARKUP = r"[\s*_`\"'(\[]{0,8}"
-
-# After these a number stands at once: as a heading or before reasoning they mean something else.
-_LABEL = re.compile(
-    rf"\#\#\#\#{_MARKUP}|\b(?:answer|ans)\b[*_\s]{{0,8}}(?:\([^()\n]*\))?[*_\s]{{0,8}}[:=]{_MARKUP}",
-    re.IGNORECASE,
-)
-# After these the first number of the sentence is the result.
-_PHRASE = re.compile(
-    r"\banswer\b[^.\n?!]{0,80}?\b(?:is|was|equals|(?:would|should|must|will)\s+be)\b[\s:*_]*",
-    re.IGNORECASE,
-)
-_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
-
-
-def extract_number(text: str) -> Fraction | None:
-    """The result that a solution states; None where it has no number.
-
-    That is the number of the last place that announces it ("The answer is 5", "Answer: 5",
-    "#### 5", "\\boxed{5}"), else the last number of the text or, in a sentence with an equals sign,
-    the one after it. Numbers that say when, or which step, count only where there is no other.
-    """
-    text = _plain_text(text)
-    announced = max(_announced(text), default=None)
-    return announced.value if announced is not None else _concluding(text)
-
-
-class _Announced(NamedTuple):
-    position: int
-    value: Fraction
-
-
-def _announced(text: str) -> Iterator[_Announced]:
-    for label in _LABEL.finditer(text):
-        number = _read_number(_NUMBER.match(text, label.end()))
-        if number is not None:
-            yield _Announced(label.start(), number.value)
-    for phrase in _PHRASE.finditer(text):
-        end = _SENTENCE_END.search(text, phrase.end())
-        yield from _first(text[phrase.end() : end and end.start()], phrase.start())
-    for box in _BOXED.finditer(text):
-        yield from _first(box[1], box.start())
-
-
-def _first(statement: str, position: int) -> Iterator[_Announced]:
-    """The first number of `statement`; of a calculation ("5 + 3 = 8") what it comes to."""
-    calculation, _, outcome = statement.rpartition("=")
-    if not re.search(r"[A-Za-z]{2}", calculation) and next(_numbers(outcome), None):
-        statement = outcome
-    for number in _numbers(statement):
-        yield _Announced(position, number.value)
-        return
-
-
-def _concluding(text: str) -> Fraction | None:
-    """The last number; of "6 + 3 = 9 of the 24 litres" the outcome, where that comes last."""
-    last = None
-    for sentence in _SENTENCE_END.split(text):
-        numbers = list(_numbers(sentence))
-        stated = [number for number in numbers if not number.incidental]
-        outcome = next(_numbers(sentence.rpartition("=")[2]), None) if "=" in sentence else None
-        if stated:
-            last = outcome or stated[-1]
-        elif numbers and (last is None or last.incidental):
-            last = numbers[-1]
-    return last and last.value
-
-
-def _plain_text(text: str) -> str:
-    """With LaTeX and typographic forms of numbers as the plain ones."""
-    text = _without_annotations(text)
-    text = re.sub(r"\\([$%,!])|\{(,)\}", lambda m: m[2] or m[1].strip(",!"), text)
-    text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"(?<=\d)\s*\\[dt]?frac", r" \\frac", text)
-    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
-    text = re.sub(r"\^\{[^{}]*\}", "", text)
-    for sign, plain in _VULGAR_FRACTIONS.items():
-        text = re.sub(rf"(?<=\d){sign}", f" {plain}", text).replace(sign, plain)
-    # Numbers of steps: "2. Then ...", "#### Step 3: ...".
-    return re.sub(
-        r"(?im)^[ \t]*(?:\#+[ \t]*)?[*_]*(?:step[ \t]+)?\d+[.):][*_]*[ \t]+(?=\S)", "", text
-    )
-
-
-# ---------------------------------------------------------------------------------------------
 # What is a number
 # ---------------------------------------------------------------------------------------------
 
@@ -233,6 +144,7 @@ _MAX_DIGITS = 100
 class _Number(NamedTuple):
     value: Fraction
     incidental: bool  # "3rd", "5:00", "24/7": seldom what was asked for
+    digits: str  # as written, without sign and currency
 
 
 def _numbers(text: str) -> Iterator[_Number]:
@@ -246,7 +158,8 @@ def _read_number(match: re.Match | None) -> _Number | None:
     if value is None:
         return None
     negative = match["minus"] or match["minus_after"]
-    return _Number(-value if negative else value, incidental)
+    digits = re.sub(r"^[^0-9.]+", "", match[0])
+    return _Number(-value if negative else value, incidental, digits)
 
 
 def _magnitude(match: re.Match) -> tuple[Fraction | None, bool]:
@@ -265,3 +178,152 @@ def _magnitude(match: re.Match) -> tuple[Fraction | None, bool]:
 def _parse(number: str) -> Fraction | None:
     read = _read_number(_NUMBER.fullmatch(number.rstrip(".")))
     return read and read.value
+
+
+# ---------------------------------------------------------------------------------------------
+# Where the result stands
+# ---------------------------------------------------------------------------------------------
+
+_MARKUP = r"[\s*_`\"'(\[\\]{0,8}(?:[a-z]\s?=\s?)?"
+
+# After these a number stands at once: as a heading or before reasoning they mean something else.
+_LABEL = re.compile(
+    rf"\#\#\#\#{_MARKUP}|\b(?:answer|ans)\b[*_\s]{{0,8}}(?:\([^()\n]*\))?[*_\s]{{0,8}}[:=]{_MARKUP}",
+    re.IGNORECASE,
+)
+# After these the sentence states the result.
+_PHRASE = re.compile(
+    r"\banswer\b[^.\n?!]{0,80}?\b(?:is|was|equals|(?:would|should|must|will)\s+be)\b[\s:*_]*"
+    r"(?:not\b[^.\n?!]{0,40}?\bbut\b)?",
+    re.IGNORECASE,
+)
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
+_PARAGRAPH_END = re.compile(r"\n\s*\n")
+_LONGEST = 600  # characters of a sentence or paragraph, so that any text is read in linear time
+
+# What follows gives grounds ("because she has 16 eggs"), and no longer the result.
+_GROUNDS = re.compile(
+    r"\b(?:because|since|as|based|correct|incorrect|right|wrong|which|not(?=\s[$€£(]*\d))\b",
+    re.IGNORECASE,
+)
+# Behind a calculation's first number: "60 minutes - 15", "9 times $2", "2(40 + 9)", "60/6 = 10".
+_OPERATION = re.compile(
+    r"""
+    (?: [^=\d]*?(?: [-−–+*/×÷·^] | (?<![a-z])(?:x|plus|minus|times|(?:multiplied|divided)\s+by) )
+      | \W*= | (?=\() )
+    [\s$€£(]*\.?\d
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def extract_number(text: str) -> Fraction | None:
+    """The result that a solution states; None where it has no number.
+
+    That is the number of the last place that announces it ("The answer is 5", "Answer: 5",
+    "#### 5", "\\boxed{5}"), of a calculation there what it comes to; else the last number of the
+    text or, in a sentence with an equals sign, the one after it. Numbers that say when, or which
+    step, count only where there is no other.
+    """
+    text = _plain_text(text)
+    announced = [number for _, number in sorted(_announced(text))]
+    if len(announced) > 1 and _is_cut_off(text, announced[-1], announced[-2]):
+        announced.pop()
+    number = announced[-1] if announced else _concluding(text)
+    return number and number.value
+
+
+def _announced(text: str) -> Iterator[tuple[int, _Number]]:
+    """Each announced number, with the position of its announcement."""
+    for label in _LABEL.finditer(text):
+        yield from _placed(label, _labelled(text, label.end()))
+    for phrase in _PHRASE.finditer(text):
+        yield from _placed(phrase, _stated(_up_to(_SENTENCE_END, text, phrase.end())))
+    for box in _BOXED.finditer(text):
+        yield from _placed(box, _stated(box[1]))
+
+
+def _placed(announcement: re.Match, number: _Number | None) -> Iterator[tuple[int, _Number]]:
+    if number is not None:
+        yield announcement.start(), number
+
+
+def _is_cut_off(text: str, last: _Number, previous: _Number) -> bool:
+    """Whether generation ended within a repeated number: "The answer is 18. The answer is 1"."""
+    tail = text[len(text.rstrip("0123456789.,")) :]
+    return (
+        tail.startswith(last.digits)
+        and not tail.endswith(".")
+        and previous.digits.startswith(tail)
+        and previous.digits != tail
+    )
+
+
+def _labelled(text: str, start: int) -> _Number | None:
+    """The number at `start`; of calculations, which may fill lines, what the last comes to."""
+    number = _read_number(_NUMBER.match(text, start))
+    first, *more = _SENTENCE_END.split(_up_to(_PARAGRAPH_END, text, start))
+    if number is None or _outcome(first) is None:
+        return number
+    return list(filter(None, map(_outcome, [first, *more])))[-1]
+
+
+def _stated(statement: str) -> _Number | None:
+    """The first number of `statement`; of a calculation ("5 + 3 = 8") what it comes to."""
+    statement = _GROUNDS.split(statement, maxsplit=1)[0]
+    return _outcome(statement) or next(_numbers(statement), None)
+
+
+def _outcome(statement: str) -> _Number | None:
+    """What a calculation comes to: the number behind its last equals sign; None without one.
+
+    It begins with the first number, or behind words ("She needs 3 and makes 9 * 2 = 18") later.
+    """
+    calculation, _, outcome = statement.rpartition("=")
+    operands = list(_NUMBER.finditer(statement))
+    if not calculation or not operands:
+        return None
+    if not re.search(r"[A-Za-z]{2}", statement[: operands[0].start()]):
+        operands = operands[:1]
+    if any(_OPERATION.match(statement, operand.end()) for operand in operands):
+        return next(_numbers(outcome), None)
+    return None
+
+
+def _up_to(end: re.Pattern, text: str, start: int) -> str:
+    limit = start + _LONGEST
+    stop = end.search(text, start, limit)
+    return text[start : stop.start() if stop else limit]
+
+
+def _concluding(text: str) -> _Number | None:
+    """The last number; of "6 + 3 = 9 of the 24 litres" the outcome, where that comes last."""
+    last = None
+    for sentence in _SENTENCE_END.split(text):
+        numbers = list(_numbers(sentence))
+        stated = [number for number in numbers if not number.incidental]
+        outcome = next(_numbers(sentence.rpartition("=")[2]), None) if "=" in sentence else None
+        if stated:
+            last = outcome or stated[-1]
+        elif numbers and (last is None or last.incidental):
+            last = numbers[-1]
+    return last
+
+
+def _plain_text(text: str) -> str:
+    """With LaTeX and typographic forms of numbers as the plain ones."""
+    text = _without_annotations(text)
+    text = re.sub(r"\\([$%,!])|\{(,)\}", lambda m: m[2] or m[1].strip(",!"), text)
+    text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=\d)\s*\\[dt]?frac", r" \\frac", text)
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    text = re.sub(r"\^\{[^{}]*\}", "", text)
+    text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "×", text)
+    text = re.sub(r"\\div(?![A-Za-z])", "÷", text)
+    for sign, plain in _VULGAR_FRACTIONS.items():
+        text = re.sub(rf"(?<=\d){sign}", f" {plain}", text).replace(sign, plain)
+    # Numbers of steps: "2. Then ...", "#### Step 3: ...".
+    return re.sub(
+        r"(?im)^[ \t]*(?:\#+[ \t]*)?[*_]*(?:step[ \t]+)?\d+[.):][*_]*[ \t]+(?=\S)", "", text
+    )

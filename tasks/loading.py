@@ -17,6 +17,10 @@ _SUFFIXES = (".jsonl", ".parquet")
 _HUB_TIMEOUT_S = 10.0
 
 
+class MissingSplit(ValueError):
+    """A split that is in none of the places where it is looked for."""
+
+
 @dataclass(frozen=True)
 class DatasetSource:
     """A data set on the hub, as Parquet files `<config>/<split>-*-of-*.parquet`.
@@ -54,7 +58,8 @@ def load_rows(
         taken from the rows that are scored.
 
     Raises:
-        ValueError: the split is not there, or cannot be read; says what to place where.
+        MissingSplit: the split is not there; says what to place where.
+        ValueError: it cannot be read, or `path` or DATASET_PATH is wrong.
     """
     if path is not None:
         places = _below_path(source, split, path, worked)
@@ -87,7 +92,7 @@ def _below_path(source: DatasetSource, split: str, path: str, worked: bool) -> l
     places = _in_folder(source, split, place)
     if not places:
         remedy = _remedy(source, place / f"{source.short_name}_{split}")
-        raise ValueError(f"dataset.path: no split '{split}' in '{place}'; {remedy}")
+        raise MissingSplit(f"dataset.path: no split '{split}' in '{place}'; {remedy}")
     return places
 
 
@@ -145,7 +150,7 @@ def _on_hub(source: DatasetSource, split: str) -> list[Path]:
         root = _data_root()
         folder = (root or Path("DATASET_PATH")) / source.short_name
         here = f"not below DATASET_PATH='{root}'" if root else "DATASET_PATH is not set"
-        raise ValueError(
+        raise MissingSplit(
             f"dataset.path: no split '{split}' of {source.hub_name}: {here}, and not on the hub "
             f"({problem}); {_remedy(source, folder / split)}"
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tasks.base import Example, Task, chat_messages, check_at_least, truncate_at_stop
-from tasks.loading import DatasetSource, load_rows
+from tasks.loading import DatasetSource, MissingSplit, load_rows
 from tasks.prompts.mmlu import CHAT, INSTRUCTION, PLAIN
 
 SOURCE = DatasetSource(
@@ -35,7 +35,8 @@ class Mmlu(Task):
         ensemble finds likeliest.
     split: `test`, or `validation`.
     subjects: their names, such as `anatomy`; None: all.
-    num_fewshot: worked examples, the first of the question's subject in the split dev, which has 5.
+    num_fewshot: worked examples, the first of the question's subject in the split dev, which has 5;
+        one that equals the question is left out, so that such a question may have one fewer.
     """
 
     name: ClassVar[str] = "mmlu"
@@ -64,7 +65,7 @@ class Mmlu(Task):
         return () if self.chat else _STOP
 
     def examples(self) -> list[Example]:
-        rows = load_rows(SOURCE, self.split, self.path)
+        rows = self._rows()
         worked = self._worked()
         examples = []
         for position, row in enumerate(rows):
@@ -95,7 +96,7 @@ class Mmlu(Task):
         worked: Mapping[str, list[Mapping[str, Any]]],  # by subject
     ) -> Example:
         _check_row(row)
-        solved = self._worked_for(row["subject"], worked)
+        solved = self._worked_for(row, worked)
         return Example(
             index=index,
             task_id=f"mmlu/{self.split}/{position}",
@@ -108,6 +109,16 @@ class Mmlu(Task):
             messages=_messages(row, solved) if self.chat else (),
         )
 
+    def _rows(self) -> list[dict[str, Any]]:
+        try:
+            return load_rows(SOURCE, self.split, self.path)
+        except MissingSplit as error:
+            if self.split == "validation":
+                raise
+            raise ValueError(
+                f"{error}; where only the split validation is at hand: task.mmlu.split=validation"
+            ) from error
+
     def _worked(self) -> dict[str, list[Mapping[str, Any]]]:
         by_subject = defaultdict(list)
         if self.use_fewshot:
@@ -117,17 +128,18 @@ class Mmlu(Task):
         return by_subject
 
     def _worked_for(
-        self, subject: str, worked: Mapping[str, list[Mapping[str, Any]]]
+        self, row: Mapping[str, Any], worked: Mapping[str, list[Mapping[str, Any]]]
     ) -> list[Mapping[str, Any]]:
         if not self.use_fewshot:
             return []
-        rows = worked.get(subject, [])
+        rows = worked.get(row["subject"], [])
         if len(rows) < self.num_fewshot:
             raise ValueError(
                 f"task.mmlu.num_fewshot: {self.num_fewshot} are more than the {len(rows)} rows of "
-                f"subject {subject} in the split dev"
+                f"subject {row['subject']} in the split dev"
             )
-        return rows[: self.num_fewshot]
+        # One question of the hub's validation stands in dev too, where it would show its answer.
+        return [other for other in rows if not _same_question(other, row)][: self.num_fewshot]
 
     def _check_subjects(self, known: set[str]) -> None:
         unknown = [subject for subject in self.subjects or () if subject not in known]
@@ -145,6 +157,11 @@ def _check_row(row: Mapping[str, Any]) -> None:
             f"dataset.path: the question {row['question'][:40]!r} needs four choices and an answer "
             f"from 0 to 3, as in {SOURCE.hub_name}; correct it"
         )
+
+
+def _same_question(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    same = one["question"].strip() == other["question"].strip()
+    return same and sorted(one["choices"]) == sorted(other["choices"])
 
 
 def _plain_prompt(row: Mapping[str, Any], worked: Sequence[Mapping[str, Any]]) -> str:
@@ -181,12 +198,21 @@ _CLOSING = " \t\n.:*_\"'”’`)]}$"
 _WEIGHING = re.compile(
     r"(?:is|isn't|isn’t|was|are|and|or|nor|can|cannot|can't|can’t|does)\b|,\s*\(?[A-D](?!\w)"
 )
-_LISTED = re.compile(r"^[\s*_(-]*([A-D])[).:]", re.MULTILINE)
+# "A. ..." where a line or a sentence begins, and a line that is one letter.
+_LISTED = re.compile(r"(?:^|(?<=[.;]\s))[ \t*_(-]*([A-D])[).:]", re.MULTILINE)
+_LETTER_LINE = re.compile(r"^[ \t*_(]*([A-D])[).*_ \t]*$", re.MULTILINE)
 # Within a statement a capital is a letter whatever follows.
 _CAPITAL = re.compile(rf"{_OPENING}([A-D])(?![\w'’])")
+# Other letters that are named with one: "and B", ", C or D"; not "A, B is wrong", "B, A cell".
+_AND_OTHERS = re.compile(
+    r"(?:[\s*_\"'”’)\]]*(?:,|/|&|\+|\b(?:and|or)\b)\s*(?:(?:and|or|option)\s+)*"
+    r"[*_\"'“‘(\[]*(?:[B-D]|A(?!\s+(?!and\b|or\b|because\b)\w))(?![\w'’-]))++"
+    r"(?![)\]*_]*\s+(?:is|are|was|were|isn|aren|can|does|do|has|have)\b)"
+)
 # Before an option that is named by its letter, which need not follow at once.
 _WORD_FOR_OPTION = re.compile(
-    rf"{_OPENING}(?:(?:definitely|clearly|probably|therefore|thus|indeed)\s+)?"
+    rf"{_OPENING}(?:not\b[^.\n]{{0,60}}?\bbut\s+(?:rather\s+)?)?"
+    r"(?:(?:definitely|clearly|probably|(?:most\s+)?likely|therefore|thus|indeed|either)\s+)?"
     r"(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|letter|answer)?",
     re.IGNORECASE,
 )
@@ -196,22 +222,32 @@ _ANNOUNCEMENT = re.compile(
     r"""
     \b(?:answer|solution|(?:correct|right|best)\s+(?:option|choice|one|letter|statement))\b
         [^.\n?!]{0,60}?(?:\b(?:is|was|(?:would|should|must|will)\s+be)\b|[:=])
-    | \b(?:I(?:'d|’d|\s+would)?|we|let's|let’s)\s+(?:\w+\s+){0,2}?
+    | \b(?:I(?:['’](?:d|ll)|\s+would)?|we|let's|let’s)\s+(?:\w+\s+){0,2}?
         (?:choose|pick|select|say|go\s+(?:with|for))\b
     | (?:so|thus|therefore|hence)[,\s]+(?:it\s+is|it's|it’s|it\s+must\s+be)\b
     | \\boxed(?=\{) | \#\#\#\#
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+# "Answer B", "Therefore, D.": only before a letter that nothing follows at once.
+_BARE_ANNOUNCEMENT = re.compile(
+    r"\b(?:[Aa]nswer|ANSWER|[Ss]o|[Tt]hus|[Tt]herefore|[Hh]ence)\b[\s*_,]{1,8}"
+    rf"(?=[*_\"'“‘(\[]*[A-D]{_CLOSED})"
+)
 # "B is correct", "(C) is the right answer"
 _VERDICT = re.compile(
     r"(?<![\w'’])([A-D])[)\].:*_\"'”’]*\s+(?:is|must\s+be|would\s+be|seems)\s+(?:the\s+)?"
     r"(?:only\s+|most\s+likely\s+)?(?:correct|right|best|answer)\b"
 )
+# Words that may stand before the letter of a verdict; "Hepatitis B is correct" is none.
+_BEFORE_VERDICT = frozenset(
+    "option choice letter answer statement so that thus therefore hence and but then only think "
+    "believe say".split()
+)
 # Letters that can be nothing else: "(C)", "option C", "it is C."
 _POINTER = re.compile(
     rf"[(\[]([A-D])[)\]]|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+[*_\"'(]*([A-D])(?![\w'’])"
-    rf"|\b(?:is|be|it's|it’s)\s+[*_\"'(]*([A-D]){_CLOSED}"
+    rf"|(?<!not )(?<!n't )(?<!n’t )\b(?:is|be|it's|it’s)\s+[*_\"'(]*([A-D]){_CLOSED}"
 )
 
 
@@ -223,17 +259,21 @@ def extract_letter(text: str, choices: Sequence[str]) -> str | None:
     letter that is pointed at ("(C)", "option C"); the one option whose text is quoted.
     """
     text = text.strip()
-    return (
-        _opening_letter(text, choices)
-        or _announced_letter(text, choices)
-        or _pointed_letter(text)
-        or _quoted_option(text, choices)
-    )
+    announced = _announced_letters(text, choices)
+    letters = _opening_letter(text, choices, announced) or announced
+    if letters:
+        return letters if len(letters) == 1 else None
+    return _pointed_letter(text) or _quoted_option(text, choices)
 
 
-def _opening_letter(text: str, choices: Sequence[str]) -> str | None:
-    """Of a direct reply, not of one that weighs options ("(A) is wrong") or lists them again."""
-    if len(set(_LISTED.findall(text))) > 2:
+def _opening_letter(text: str, choices: Sequence[str], announced: str) -> str | None:
+    """Of a direct reply, not of one that weighs options ("(A) is wrong") or lists them again.
+
+    Two options may be listed, as in "B. This. A. That is wrong", but not before an announcement.
+    """
+    if len(set(_LISTED.findall(text))) > (1 if announced else 2):
+        return None
+    if len(set(_LETTER_LINE.findall(text))) > 1:
         return None
     whole = _option_at_start(text, choices, whole=True)
     if whole:
@@ -253,25 +293,38 @@ def _own_option_follows(letter: str, rest: str, choices: Sequence[str]) -> bool:
     return _begins_with(rest, choices[LETTERS.index(letter.upper())])
 
 
-def _announced_letter(text: str, choices: Sequence[str]) -> str | None:
-    found = [(verdict.start(), verdict[1]) for verdict in _VERDICT.finditer(text)]
-    for announcement in _ANNOUNCEMENT.finditer(text):
+def _announced_letters(text: str, choices: Sequence[str]) -> str:
+    """The letters that the last announcement or verdict names; empty without one."""
+    found = [
+        (verdict.start(), verdict[1])
+        for verdict in _VERDICT.finditer(text)
+        if _may_precede_verdict(text, verdict.start())
+    ]
+    for announcement in (*_ANNOUNCEMENT.finditer(text), *_BARE_ANNOUNCEMENT.finditer(text)):
         start = _WORD_FOR_OPTION.match(text, announcement.end()).end()
-        letter = _letter_at(text[start:], choices)
-        if letter:
-            found.append((announcement.start(), letter))
-    return max(found)[1] if found else None
+        letters = _letters_at(text[start:], choices)
+        if letters:
+            found.append((announcement.start(), letters))
+    return max(found)[1] if found else ""
 
 
-def _letter_at(text: str, choices: Sequence[str]) -> str | None:
-    lone = _LONE_LETTER.match(text)
-    if lone:
-        return lone[1].upper()
-    option = _option_at_start(text, choices)
-    if option:
-        return option
-    capital = _CAPITAL.match(text)
-    return capital and capital[1]
+def _may_precede_verdict(text: str, position: int) -> bool:
+    word = re.search(r"([\w’']+)[ \t(*_\"'\[]*$", text[max(0, position - 24) : position])
+    return word is None or word[1].lower() in _BEFORE_VERDICT
+
+
+def _letters_at(text: str, choices: Sequence[str]) -> str:
+    lone, capital = _LONE_LETTER.match(text), _CAPITAL.match(text)
+    letter = lone or capital
+    others = letter and _AND_OTHERS.match(text, letter.end())
+    rest = text[letter.end() :].lstrip(_CLOSING + ",") if letter else ""
+    if others and _own_option_follows(letter[1], rest, choices):
+        others = None
+    option = None if lone and not others else _option_at_start(text, choices)
+    if option or not letter:
+        return option or ""
+    named = {letter[1].upper(), *re.findall(r"(?<!\w)[A-D](?!\w)", others[0] if others else "")}
+    return "".join(sorted(named))
 
 
 def _pointed_letter(text: str) -> str | None:

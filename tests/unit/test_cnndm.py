@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from tasks import load_task, select
+from tasks import cnndm, load_task, select
 from tasks.cnndm import CnnDailyMail
 
 HIGHLIGHTS = [
@@ -66,6 +66,17 @@ def test_scores_equal_those_of_the_package(folder, completion):
             "rougeL": theirs["rougeL"].fmeasure,
         }
         assert task.metric in task.score(example, completion)
+
+
+def test_scoring_logs_nothing(folder, caplog):
+    caplog.set_level("DEBUG", logger="absl")
+    RougeScorer(["rougeL"])
+    assert "tokenizer" in caplog.text  # the package does, left to itself
+    caplog.clear()
+    cnndm._scorer.cache_clear()
+    task = CnnDailyMail(path=folder)
+    task.score(task.examples()[0], "A film")
+    assert caplog.text == ""
 
 
 def test_a_score_that_can_be_counted_by_hand(folder):

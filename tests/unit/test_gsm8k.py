@@ -95,6 +95,45 @@ CASES = [  # (text, its result)
     ("#### Step 1\n2 + 3 = 5\n#### Step 2\n5 * 2 = 10", "10"),
     ("#### 2. Total\nShe pays $30", "30"),
     ("What is the answer? She has 4 + 5 = 9 cats", "9"),
+    # of a calculation what it comes to
+    (r"The answer is $9 \times 2 = 18$.", "18"),
+    (r"\boxed{9 \times 2 = 18}", "18"),
+    (r"9 \cdot 2 = 18", "18"),
+    (r"The answer is \(9 \cdot 2 = 18\).", "18"),
+    (r"The answer is 36 \div 2 = 18", "18"),
+    (r"Answer: \(9 \times 2 = 18\)", "18"),
+    ("The answer is 9 times 2 = 18", "18"),
+    ("The answer is 9x2 = 18", "18"),
+    ("The answer is 2^3 = 8.", "8"),
+    ("The answer is 2(40+9) = 98", "98"),
+    ("The answer is 60/6 = 10", "10"),
+    ("The answer is 16-3-4=9, 9*2=18", "18"),
+    ("The answer is 60 minutes - 15 minutes = 45 minutes.", "45"),
+    ("The answer is 5 dollars/egg * 4 eggs = 20 dollars.", "20"),
+    ("The answer is that she had 16 eggs, and sells 9 * 2 = $18 of them.", "18"),
+    ("The answer is Janet's 16 eggs minus 7 = 9, times $2 = $18.", "18"),
+    ("The answer is 3 + 5 * 2 = 13 for 2 people", "13"),
+    ("The answer is 5 + 3 = 8, not 4 + 3 = 7", "8"),
+    ("Answer: 9 * 2 = 18", "18"),
+    ("#### 9 * 2 = 18", "18"),
+    ("Answer: 16 - 7 = 9 eggs.\n9 * 2 = 18", "18"),
+    ("Answer: 16 - 7 = 9 eggs. 9 * 2 = 18 dollars.\n\nCheck: 18 / 2 = 9", "18"),
+    ("Answer: x = 5 of the 24", "5"),
+    ("Answer: x = 5. Out of 24", "5"),
+    ("The answer is 18 (9 eggs * $2 = $18).", "18"),
+    ("The answer is 5 (2 + 4 = 6 less 1)", "5"),
+    ("The answer is 18 - note that 2 * 5 = 10.", "18"),
+    ("The answer is that Janet makes $18.", "18"),
+    # grounds are no announcement, and a repetition may be cut off
+    ("The answer is not 20 but 18.", "18"),
+    ("The answer is 18.\n\nThis answer is correct because she has 16 eggs.", "18"),
+    ("The answer is 18.\nNote: The answer is based on 16 eggs.", "18"),
+    ("The answer is 18.\n\nThe answer is 18.\n\nThe answer is 1", "18"),
+    ("The answer is $1,234.\n\nThe answer is $1,", "1234"),
+    ("The answer is $1,234.\n\nThe answer is $1,2", "1234"),
+    ("The answer is 18. No, the answer is 1.", "1"),
+    ("The answer is 18. No, the answer is 2", "2"),
+    ("The answer is 18. The answer is 180", "180"),
     # units, currency, separators
     ("18 eggs", "18"),
     ("It costs $1,234.50", "1234.5"),
@@ -169,7 +208,19 @@ def test_extraction(text, number):
 
 
 def test_a_text_without_end_is_read_in_linear_time():
-    for part in ("1,", "answer ", "answer\n", "5 ", "= ", "\\\\boxed{", "#### ", "1/", "-"):
+    for part in (
+        "1,",
+        "answer ",
+        "answer is ",
+        "answer: 1 + ",
+        "answer\n",
+        "5 ",
+        "= ",
+        "\\\\boxed{",
+        "#### ",
+        "1/",
+        "-",
+    ):
         start = time.process_time()
         extract_number(part * 20_000)
         assert time.process_time() - start < 5.0

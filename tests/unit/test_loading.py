@@ -8,7 +8,7 @@ import pandas
 import pytest
 
 from tasks import loading
-from tasks.loading import DatasetSource, load_rows
+from tasks.loading import DatasetSource, MissingSplit, load_rows
 
 SOURCE = DatasetSource(
     hub_name="someone/sums",
@@ -96,7 +96,7 @@ def test_a_folder_has_a_place_for_each_split(tmp_path, no_hub, name, suffix):
     WRITERS[suffix](tmp_path / f"{name}{suffix}".replace("test", "train"), OTHER)
     assert load_rows(SOURCE, "test", str(tmp_path)) == ROWS
     assert load_rows(SOURCE, "train", str(tmp_path), worked=True) == OTHER
-    with pytest.raises(ValueError, match=r"^dataset\.path: no split 'dev' in .*/sums_dev\.jsonl"):
+    with pytest.raises(MissingSplit, match=r"^dataset\.path: no split 'dev' in .*/sums_dev\.jsonl"):
         load_rows(SOURCE, "dev", str(tmp_path))
 
 
@@ -249,7 +249,7 @@ def test_offline_reads_the_clients_own_cache(tmp_path, monkeypatch):
         load_rows(SOURCE, "test")
     write_parquet(snapshot / SOURCE.revision / "main" / "test-00000-of-00001.parquet", ROWS)
     assert load_rows(SOURCE, "test") == ROWS
-    with pytest.raises(ValueError, match="no split 'train'"):
+    with pytest.raises(MissingSplit, match="no split 'train'"):
         load_rows(SOURCE, "train")
 
 

@@ -1,6 +1,7 @@
 """MMLU: which option an answer names, the prompts, and the two ways to answer."""
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -69,7 +70,24 @@ CASES = [
     ("The answer is 0.4.", NUMBERS, "C"),
     ("The answer is D major.", KEYS, "B"),
     ("The answer is D.", KEYS, "D"),
+    ("The answer is most likely B", BONES, "B"),
+    ("The answer is probably B", BONES, "B"),
+    ("Answer B", BONES, "B"),
+    ("### Answer\nB", BONES, "B"),
+    ("Therefore, D.", BONES, "D"),
+    ("thus D", BONES, "D"),
+    ("I'll pick D", BONES, "D"),
+    ("Hence the answer: C", BONES, "C"),
     # weighed first
+    ("It cannot be A. So B.", BONES, "B"),
+    ("It cannot be A.", BONES, None),
+    ("The answer is not A but B.", BONES, "B"),
+    ("The answer is not A, but rather B.", BONES, "B"),
+    ("The answer is not A.", BONES, None),
+    ("The answer is A, B is wrong", BONES, "A"),
+    ("The answer is A, B and C are wrong", BONES, "A"),
+    ("A: That is early, it is wrong. B: It is right. The answer is B", BONES, "B"),
+    ("B. Two arches.\n\nA. One arch is wrong.", BONES, "B"),
     ("A is wrong, so the answer is C", BONES, "C"),
     ("(A) is wrong. (B) is wrong too. The answer is (D).", BONES, "D"),
     ("A and B are wrong. The correct answer is D.", BONES, "D"),
@@ -94,6 +112,10 @@ CASES = [
     # vitamins and the like
     ("A lack of vitamin C", BONES, None),
     ("hepatitis B and D", BONES, None),
+    ("Hepatitis B is correct", BONES, None),
+    ("Vitamin C is the best answer", BONES, None),
+    ("I think that B is correct", BONES, "B"),
+    ("So A cell divides", BONES, None),
     # the text of an option
     ("True, False", TRUTH, "C"),
     ("true, false.", TRUTH, "C"),
@@ -113,6 +135,19 @@ CASES = [
     ("Because", BONES, None),
     ("Dogs", BONES, None),
     ("The answer is unclear", BONES, None),
+    ("A or B", BONES, None),
+    ("A\nB", BONES, None),
+    ("A\nB\nC\nD", BONES, None),
+    ("Answer: A, B", BONES, None),
+    ("Answer: A, C and D", BONES, None),
+    ("The answer is A and B.", BONES, None),
+    ("The answer is (A) and (B).", BONES, None),
+    ("The answer is either A or B", BONES, None),
+    ("The answer is option B, and D because", BONES, None),
+    ("Neither A nor B is correct", BONES, None),
+    ("B\n\nB\n\nB", BONES, "B"),
+    ("The answer is A or B", ("C", "A or B", "A", "B"), "B"),
+    ("The answer is B, A cell", ("One", "A cell", "Two", "A bone"), "B"),
     ("A, B and C are wrong; the answer is D", BONES, "D"),
     (
         "A. The first pharyngeal arch\nB. The first and second pharyngeal arches\n"
@@ -176,6 +211,9 @@ FORMS = [
     "Answer: **{letter}**",
     "Let us see. {letter} is correct.",
     "I would choose {letter}",
+    "Answer {letter}",
+    "Therefore, {letter}.",
+    "The answer is most likely option {letter}, {text}",
 ]
 
 
@@ -253,6 +291,25 @@ def test_fewshot_shows_the_first_dev_rows_of_the_questions_subject(folder, count
         ]
 
 
+def test_a_worked_example_that_equals_the_question_is_left_out(folder):
+    asked = {**DEV[3], "question": f" {DEV[3]['question']}"}
+    other = {**asked, "choices": list("wxyv")}
+    with open(f"{folder}/mmlu_test.jsonl", "w") as file:
+        file.write(json.dumps(asked) + "\n" + json.dumps(other) + "\n")
+    shown = {
+        count: [
+            example.prompt.count("Question: ")
+            for example in Mmlu(path=folder, use_fewshot=True, num_fewshot=count).examples()
+        ]
+        for count in (1, 2, 4, 5)
+    }
+    assert shown == {1: [2, 2], 2: [3, 3], 4: [5, 5], 5: [5, 6]}
+    example, _ = Mmlu(path=folder, use_fewshot=True).examples()
+    assert example.prompt.count(f"Question: {DEV[3]['question']}\n") == 1
+    example, _ = Mmlu(path=folder, use_fewshot=True, chat=True).examples()
+    assert len(example.messages) == 9
+
+
 @pytest.mark.parametrize("use_fewshot", [False, True])
 def test_chat_turns_alternate_and_end_with_the_question(folder, use_fewshot):
     task = Mmlu(path=folder, chat=True, use_fewshot=use_fewshot)
@@ -297,6 +354,22 @@ def test_subjects_and_splits(folder):
     assert [(example.index, example.task_id) for example in examples] == [(0, "mmlu/test/2")]
     (example,) = Mmlu(path=folder, split="validation").examples()
     assert example.task_id == "mmlu/validation/0"
+
+
+def test_where_only_the_validation_split_lies_the_error_names_the_option(tmp_path, folder):
+    shutil.copy(f"{folder}/mmlu_validation.jsonl", tmp_path / "validation.jsonl")
+    (tmp_path / "mmlu_test.jsonl").unlink()
+    (tmp_path / "mmlu_validation.jsonl").unlink()
+    path = str(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^dataset\.path: no split 'test' .*task\.mmlu\.split=validation$"
+    ):
+        Mmlu(path=path).examples()
+    assert len(Mmlu(path=path, split="validation").examples()) == 1
+    (tmp_path / "validation.jsonl").unlink()
+    with pytest.raises(ValueError, match="no split 'validation'") as caught:
+        Mmlu(path=path, split="validation").examples()
+    assert "task.mmlu.split" not in str(caught.value)
 
 
 def test_unknown_subjects_are_named_with_the_known(folder):
