@@ -229,8 +229,9 @@ def _draw_bars(axis: Axes, panel: Sequence[Record], foreground: str, is_narrow: 
         if high > low:
             axis.plot([x, x], [low, high], color=foreground, linewidth=1.2)
         # Below the plain ensemble's line, where the range of hardly any bar comes.
-        axis.annotate(f"{mean:.2f}{star}", (x, 0), xytext=(0, 4), textcoords="offset points", ha="center",
-                      fontsize=8.5, color=_legible_on(color), rotation=90 if is_narrow else 0)  # fmt: skip
+        axis.annotate(f"{mean:.2f}{star}", (x, 0), xytext=(0, 4), textcoords="offset points",
+                      ha="center", fontsize=8.5, color=_legible_on(color),
+                      rotation=90 if is_narrow else 0)  # fmt: skip
     axis.axhline(1, color=foreground, linewidth=1, linestyle="--")
     axis.set_xticks(range(len(datasets)), datasets)
     axis.set_xlim(-0.6, len(datasets) - 0.4)
@@ -297,7 +298,7 @@ def _legend(figure: Figure, handles: Sequence[Line2D], columns: int = 5) -> None
         handles=handles,
         loc="outside upper left",
         ncols=min(len(handles), columns),
-        handletextpad=0.2,
+        handletextpad=0.5,
         columnspacing=1.2,
     )
 

@@ -87,6 +87,7 @@ def _record(run: Run, runs: Sequence[Run], names: Mapping[str, str]) -> dict[str
         score = recorded
     low, high, kind = interval or (None, None, None)
     baselines = [plain for plain in plain_runs(run, runs) if plain.summary is not None]
+    ratio = speed_up(run, baselines)
     return {
         "run": run.name,
         "status": run.status,
@@ -108,9 +109,9 @@ def _record(run: Run, runs: Sequence[Run], names: Mapping[str, str]) -> dict[str
         "scores": summary.get("scores") or {},
         "tokens_per_second": summary.get("tokens_per_second"),
         "parts": run.num_parts,
-        "speed_up": speed_up(run, baselines),
+        "speed_up": ratio,
         # The most of the runs that the speed-up rests on.
-        "speed_up_parts": max(b.num_parts for b in [run, *baselines]) if baselines else None,
+        "speed_up_parts": ratio and max(r.num_parts for r in [run, *baselines]),
         "tokens_per_cycle": summary.get("tokens_per_cycle"),
         "acceptance": summary.get("acceptance"),
         "acceptance_by_position": summary.get("acceptance_by_position"),

@@ -33,6 +33,10 @@ AT_THE_END = ("metric", "device", "versions")
 RESULTS = ("tokens/s", "speed-up", "tokens/cycle", "acceptance")
 # Behind a speed that is of more than one part of a run, or over one that is.
 CONTINUED = "*"
+CONTINUED_NOTE = (
+    f"\\{CONTINUED} of a run that was continued, or over one. Its speed is not quite that of an "
+    "unbroken run: what was in flight at the break was begun twice."
+)
 
 
 def write_csv(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], path: Any) -> None:
@@ -92,10 +96,7 @@ def study_table(records: Sequence[Mapping[str, Any]]) -> str:
     if not table.columns.empty:
         parts.append(markdown(table, right=[c for c in results if c not in ("metric", "status")]))
     if any(_continued(record[key]) for record in records for key in ("parts", "speed_up_parts")):
-        parts.append(
-            f"\\{CONTINUED} of a run that was continued, or over one. Its speed is not quite that of an "
-            "unbroken run: what was in flight at the break was begun twice."
-        )
+        parts.append(CONTINUED_NOTE)
     return "\n\n".join(parts)
 
 

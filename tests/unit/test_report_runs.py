@@ -1,13 +1,21 @@
 """Reading run directories, whole or not; which plain ensemble a run is compared with."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from run_directories import make_config, make_run
 
 from harness.errors import ConfigError
+from reports.command import main
+from reports.paired import plain_config
 from reports.records import make_records, short_names
-from reports.runs import differing_keys, find_runs, iterate_samples, plain_runs, read_run
+from reports.runs import Run, differing_keys, find_runs, iterate_samples, plain_runs, read_run
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def runs_of(tmp_path, **configs) -> dict:
@@ -182,3 +190,92 @@ def test_speeds_of_other_devices_and_builds_are_not_compared(tmp_path, other):
 def test_models_have_their_last_name_unless_two_share_it():
     assert short_names(["a/x", "/models/y/", "z"]) == {"a/x": "x", "/models/y/": "y", "z": "z"}
     assert short_names(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}
+
+
+def test_settings_of_any_types_can_be_sorted(tmp_path):
+    values = [None, 3, "auto", [1, 3], ["auto", 1], [2], {"a": 1}, 0.5, True]
+    for key in ("method__gamma", "method__alpha", "seed", "dataset__size", "batch_size"):
+        for i, value in enumerate(values):
+            make_run(tmp_path / f"{key}{i}", make_config("cd_chef", **{key: value}), speed=None)
+    records = make_records(find_runs(tmp_path))
+    assert len(records) == 5 * len(values)
+    known = {f"method__gamma{i}" for i in (1, 2, 3, 4, 5)}
+    gammas = [r["settings"]["gamma"] for r in records if r["run"] in known]
+    assert gammas == [[1, 3], [2], 3, "auto", ["auto", 1]]
+
+
+def composed(path: Path, *overrides: str) -> Run:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("default", [*overrides, f"save_path={path}"])
+    make_run(path, OmegaConf.to_container(config, resolve=True))
+    return read_run(path)
+
+
+@pytest.mark.parametrize("gamma", ["3", "auto"])
+@pytest.mark.parametrize(
+    ("method", "plain"),
+    [
+        *((f"cd{by}", "cd") for by in ("", "_sd", "_chef")),
+        *((f"ensemble{by}", "ensemble") for by in ("", "_sd", "_chef")),
+        ("sd", "large_model"),
+    ],
+)
+def test_every_key_of_who_proposes_is_free_in_the_real_configurations(
+    tmp_path, method, plain, gamma
+):
+    baseline = composed(tmp_path / "plain", f"method={plain}")
+    draft = ["method.draft_model=org/draft"] if method in ("cd", "ensemble") else []
+    run = composed(tmp_path / "run", f"method={method}", f"method.gamma={gamma}", *draft)
+    # Null, a key is not looked at: all that the plain ensemble does not have get a value.
+    own = run.config["method"].keys() - baseline.config["method"].keys()
+    given = {key: run.config["method"][key] or "given" for key in own}
+    run = replace(run, config={**run.config, "method": {**run.config["method"], **given}})
+    assert not run.is_plain and baseline.is_plain
+    assert differing_keys(run, baseline) == []
+    assert plain_runs(run, [run, baseline]) == [baseline]
+    method = plain_config(run.config, run.family)["method"]
+    assert method.keys() <= baseline.config["method"].keys()
+
+
+@pytest.mark.parametrize("group", ["letters", "gsm8k"])  # a class may inherit a built-in's name
+def test_options_of_a_users_own_task_must_be_equal_and_are_shown(tmp_path, group):
+    own = {"dataset__name": "mine:Letters"}
+    run = make_config("cd_chef", **own, **{f"task__{group}__until": "c"})
+    runs = runs_of(
+        tmp_path,
+        run=run,
+        plain=make_config("cd", **own, **{f"task__{group}__until": "c"}),
+        other=make_config("cd", **own, **{f"task__{group}__until": "d"}),
+    )
+    assert differing_keys(runs["run"], runs["other"]) == [f"task.{group}.until"]
+    assert plain_runs(runs["run"], list(runs.values())) == [runs["plain"]]
+    (record,) = (r for r in make_records(list(runs.values())) if r["run"] == "run")
+    assert record["settings"][f"task.{group}.until"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error"),
+    [
+        ("summary.json", "{}", "has no number at tokens_per_second"),
+        ("summary.json", '{"tokens_per_second": NaN}', "has no number at tokens_per_second"),
+        ("summary.json", '{"tokens_per_second": 1, "score": "x"}', "at score"),
+        ("summary.json", '{"tokens_per_second": 1, "parts": null}', "at parts"),
+        ("summary.json", "[]", "does not hold a JSON object"),
+        ("summary.json", b"\xff\xfe", "is not JSON"),
+        ("samples.jsonl", "null\n", "line 1 is no sample"),
+        ("samples.jsonl", '{"score": 1}\n', "line 1 is no sample"),
+        ("samples.jsonl", '{"index": "0", "task_id": "t", "token_ids": []}\n', "line 1 is no"),
+        ("samples.jsonl", '{"index": 0, "task_id": "t", "token_ids": 1}\n', "line 1 is no"),
+        ("samples.jsonl", '{"index": 0, "task_id": "t", "token_ids": [], "score": "x"}\n', "line"),
+        ("samples.jsonl", "\0\0\n\0\n", "line 1 is not JSON"),
+    ],
+)
+def test_what_is_no_summary_or_sample_is_one_line(tmp_path, file, content, error):
+    make_run(tmp_path / "good", make_config())
+    bad = make_run(tmp_path / "bad", make_config())
+    (bad / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    run, good = find_runs(tmp_path)
+    assert (run.status, good.status) == ("unreadable", "finished")
+    assert error in run.error and file in run.error and "\n" not in run.error
+    assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    assert error in (tmp_path / "out/report.md").read_text()

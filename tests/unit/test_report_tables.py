@@ -9,6 +9,7 @@ from run_directories import TURNS, make_config, make_run
 
 from reports import figures, tables
 from reports.command import main
+from reports.paired import compare
 from reports.records import make_records
 from reports.runs import find_runs
 
@@ -65,8 +66,61 @@ def test_further_metrics_and_graded_scores(tmp_path):
     assert records[0]["score_interval"] == "BCa bootstrap"
     table = table_of(tables.study_table(records))
     assert table["score: rouge1"].tolist() == ["0.400", ""]
+    assert "score: rougeL" not in table
     assert table["score [95% interval]"][1] == ""
     assert "BCa bootstrap (gsm8k)" in tables.report_text(runs, records, {})
+
+
+def test_graded_scores_are_no_counts_even_if_all_are_zero(tmp_path):
+    more = {"metric": "rougeL", "scores": {"rouge1": 0.1, "rougeL": 0.0}}
+    make_run(tmp_path / "a", make_config("cd"), [0.0, 0.0], summary=more)
+    make_run(tmp_path / "b", make_config("cd_chef"), [0.0, 0.0], summary=more)
+    runs = find_runs(tmp_path)
+    assert [r["score_interval"] for r in make_records(runs)] == [None, None]
+    assert compare(*runs).test.kind == "permutation, exact"
+    # An unfinished run has only its samples to say so.
+    (tmp_path / "a/summary.json").unlink()
+    sample = {"index": 0, "task_id": "t/0", "token_ids": [1], "score": 0.0}
+    sample["scores"] = {"rougeL": 0.0}
+    (tmp_path / "a/samples.jsonl").write_text(json.dumps(sample) + "\n")
+    assert find_runs(tmp_path)[0].is_graded
+
+
+def test_speeds_that_rest_on_a_continued_run_are_marked(tmp_path):
+    make_run(tmp_path / "cd", make_config("cd"), speed=100.0, summary={"parts": 2})
+    make_run(tmp_path / "chef", make_config("cd_chef"), speed=150.0, summary={"parts": 1})
+    other = {"dataset__name": "mmlu"}
+    make_run(tmp_path / "mmlu_cd", make_config("cd", **other), speed=100.0)
+    make_run(tmp_path / "mmlu_chef", make_config("cd_chef", **other), speed=150.0)
+    make_run(tmp_path / "late", make_config("cd_chef", **other, method__gamma=9), speed=None)
+    runs = find_runs(tmp_path)
+    records = make_records(runs)
+    text = tables.study_table(records)
+    table = table_of(text)
+    assert table["tokens/s"].tolist() == ["100.0*", "150.0", "100.0", "150.0", ""]
+    assert table["speed-up"].tolist() == ["1.00*", "1.50*", "1.00", "1.50", ""]
+    assert text.endswith(tables.CONTINUED_NOTE)
+    (axis,) = figures.speed_up(records, "#000000").axes
+    assert [label.get_text() for label in axis.texts] == ["1.50*", "1.50"]
+    tables.write_csv(runs, records, tmp_path / "report.csv")
+    written = pd.read_csv(tmp_path / "report.csv").set_index("run")
+    assert written["parts"].drop("late").to_dict() == {
+        **{"cd": 2, "chef": 1},
+        **{"mmlu_cd": 1, "mmlu_chef": 1},
+    }
+    unbroken = [record for record in records if record["dataset"] == "mmlu"]
+    assert tables.CONTINUED_NOTE not in tables.study_table(unbroken)
+
+
+def test_a_figure_of_all_panels_fits_a_page(tmp_path):
+    for i in range(figures.MAX_PANELS):
+        config = make_config("cd_chef", dataset__name=f"set_{i}")
+        make_run(tmp_path / f"chef_{i}", config, summary=TURNS)
+        make_run(tmp_path / f"cd_{i}", make_config("cd", dataset__name=f"set_{i}"))
+    records = make_records(find_runs(tmp_path))
+    for name, (draw, _) in figures.FIGURES.items():
+        width, height = draw(records, "#000000").get_size_inches()
+        assert width <= 8 and height <= 10, name
 
 
 def test_a_score_that_is_no_mean_of_the_samples_has_no_interval(tmp_path):
