@@ -534,7 +534,7 @@ def test_sweep_runs_every_job_and_lists_those_that_fail(command):
 # Refused before vLLM is imported, which takes seconds.
 AT_ONCE = {
     "method=nope": r"method: there is no 'nope'; choose one of cd, cd_chef, cd_sd, ensemble, ",
-    "dataset.name=nope": r"dataset\.name='nope' is not a task: known are humaneval",
+    "dataset.name=nope": r"dataset\.name='nope' is not a task: known are cnndm, gsm",
     "dataset.size=huge": r"dataset\.size='huge' is not a size: use tiny, small, full",
     "batch_size=0": r"batch_size: 0 must be 1 or more, or null",
     "foo=1": r"Could not override 'foo'",
