@@ -16,7 +16,7 @@ from runs import Plan, Run
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 TINY = "llama-tiny"
-RATES = (0.0, 0.3, 0.8, 1.0)
+RATES = (0.0, 0.7, 1.0)
 BATCH_SIZE = 32
 CASES = {
     "chef-1-1": f"{TINY}+{TINY}@1,1",
