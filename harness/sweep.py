@@ -82,6 +82,9 @@ class ListJobs(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         ListJobs.sweep_dir = Path(config.hydra.sweep.dir)
         ListJobs.start = time.time()
+        # They list the jobs as well, some of them some of the time.
+        for name in ("hydra", "hydra_plugins"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if list_jobs(self.sweep_dir, self.start):
