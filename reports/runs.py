@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from harness.errors import ConfigError, one_line
 from tasks import TASKS
 
-# Any of them makes a directory a run; a job that failed early has the last one only.
-RUN_FILES = ("config.yaml", "samples.jsonl", "summary.json", "failure.json")
+# Any of them makes a directory a run; a job that ended early has the last ones only.
+RUN_FILES = ("config.yaml", "samples.jsonl", "summary.json", "failure.json", "job.json")
 # Configuration keys in which a run may differ from its plain ensemble: who proposes, the memory
 # that is set aside, how scores are made, and what is not the method's at all.
 FREE_KEYS = {
@@ -161,6 +161,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         config = _read_config(path / "config.yaml")
         summary = _read_json(path / "summary.json")
         failure = _read_json(path / "failure.json") or {}
+        job = _read_json(path / "job.json")
         if config and summary is not None:
             _check_summary(summary, path / "summary.json")
         scores, is_graded = {}, "scores" in (summary or {})
@@ -171,6 +172,9 @@ def read_run(path: Path, name: str | None = None) -> Run:
         return Run(path, name, error=one_line(error), unreadable=True)
     error = None if summary is not None else failure.get("error")
     if error is None and not (path / "config.yaml").exists():
+        if job and not scores:
+            error = "has not begun to generate, or was killed before; see log.txt"
+            return Run(path, name, overrides=job.get("overrides", ()), error=error)
         return Run(path, name, error="config.yaml is missing", unreadable=True)
     overrides = failure.get("overrides", ())
     return Run(path, name, config, summary, scores, is_graded, overrides, error)

@@ -279,3 +279,11 @@ def test_what_is_no_summary_or_sample_is_one_line(tmp_path, file, content, error
     assert error in run.error and file in run.error and "\n" not in run.error
     assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     assert error in (tmp_path / "out/report.md").read_text()
+
+
+def test_job_that_was_killed_before_it_began_is_listed(tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "job.json").write_text('{"overrides": ["method=cd"]}')
+    (run,) = find_runs(tmp_path)
+    assert (run.name, run.overrides, run.unreadable) == ("job", ["method=cd"], False)
+    assert run.error.startswith("has not begun to generate, or was killed")
