@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from harness.checks import check_flags, check_groups, check_known, check_path
 from harness.engine import Engine, configure_process
 from harness.engine_config import check_sampling_params
 from harness.errors import ConfigError, one_line
@@ -83,23 +84,15 @@ def run(config: DictConfig, directory: str) -> dict[str, Any]:
 
 
 def _check(plain: Mapping[str, Any]) -> None:
-    for key in plain:
-        if key not in KEYS:
-            raise ConfigError(f"{key}: unknown key; known are {', '.join(KEYS)}")
-    for key in ("method", "gen_kwargs"):
-        if not isinstance(plain[key], dict):
-            raise ConfigError(f"{key}: {plain[key]!r} is not a group of keys; see configs/")
-    for key in FLAGS:
-        # A word such as 'no' is a string here, and would count as true.
-        if not isinstance(plain[key], bool):
-            raise ConfigError(f"{key}: {plain[key]!r} must be true or false")
+    check_known(plain, KEYS)
+    check_groups(plain, ("method", "gen_kwargs"))
+    check_flags(plain, FLAGS)
     if not _names(plain["tasks"]):
         raise ConfigError("tasks: there are none; name some, such as tasks=[arc_easy,gsm8k]")
     for path in _names(plain["include_path"]):
         if not Path(path).is_dir():
             raise ConfigError(f"include_path: '{path}' is no folder; give one with YAML files")
-    if not isinstance(plain["save_path"], str) or not plain["save_path"]:
-        raise ConfigError(f"save_path: {plain['save_path']!r} must be a path")
+    check_path(plain, "save_path")
     if not isinstance(plain["system_instruction"], (str, type(None))):
         raise ConfigError(f"system_instruction: {plain['system_instruction']!r} must be a text")
     _check_numbers(plain)

