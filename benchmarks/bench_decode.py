@@ -32,7 +32,7 @@ from shapes import SHAPES
 HERE = Path(__file__).parent
 DEFAULT_RUNS = ["llama-7b", "llama-7b+llama-7b"]
 # What does not change what is measured; all other settings must be the same in a resumed run.
-OF_THE_CALL = {"out", "resume", "time_limit", "engine_timeout", "preset", "runs"}
+OF_THE_CALL = {"out", "trace", "resume", "time_limit", "engine_timeout", "preset", "runs"}
 POLL_S = 0.2
 
 
@@ -71,6 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="of vLLM's EngineArgs")
     add("--models", type=Path, default=HERE.parent / "models", help="folder of real members")
     add("--prompts", type=Path, help="JSON lines with `prompt`; default: HumanEval's")
+    add("--trace", type=Path, metavar="FOLDER", help="write a Chrome trace of each run as well")
     add("--out", type=Path)
     add("--resume", action="store_true", help="keep what --out has, and measure the rest")
     add("--time-limit", type=float, help="seconds after which no engine is started any more")

@@ -6,6 +6,7 @@ Knows vLLM's engine and how decoding is timed; compares nothing.
 import gc
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -29,6 +30,7 @@ ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
 BATCHED_TOKENS, SCHEDULED_TOKENS = 8192, 4096
 # Beyond what is needed, so that no request is ever preempted.
 KV_CACHE_FACTOR = 1.2
+NUM_TRACED_TOKENS = 64
 
 
 @dataclass
@@ -167,7 +169,9 @@ class BenchEngine:
             samples.append(self._decode(temperature, batch_size))
         return samples
 
-    def _decode(self, temperature: float, batch_size: int) -> Sample:
+    def _decode(
+        self, temperature: float, batch_size: int, num_tokens: int | None = None
+    ) -> Sample:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -184,7 +188,18 @@ class BenchEngine:
             )
             for prompt in prompts
         ]
-        return decode(self.engine, prompts, params, self.args.num_tokens, self.args.skip)
+        return decode(self.engine, prompts, params, num_tokens or self.args.num_tokens, self.args.skip)
+
+    def trace(self, folder: Path) -> None:
+        """Write a Chrome trace of one short batch of the plan's first cell."""
+        acceptance, batch_size = next(iter(self.plan.cells()))
+        if acceptance is not None:
+            self.rpc("bench_set_acceptance", args=(acceptance,))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rpc("bench_trace", args=(None,))
+        self._decode(self.args.temperature[0], batch_size, NUM_TRACED_TOKENS)
+        path = folder.resolve() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', self.run.text)}.json.gz"
+        self.rpc("bench_trace", args=(str(path),))
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
@@ -386,6 +401,8 @@ def main() -> None:
         write("engine", engine.describe())
         for row in engine.cells():
             write("row", row)
+        if args.trace:
+            engine.trace(Path(args.trace))
         write("graph_ms", engine.rpc("bench_graph_times")[0])
         engine.close()
     except Exception as error:

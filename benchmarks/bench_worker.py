@@ -45,6 +45,20 @@ class BenchWorker:
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
 
+    def bench_trace(self, path: str | None) -> None:
+        """Record what the device and the host do, until `path` says where to write it: a Chrome
+        trace, compressed if the name ends in `.gz`."""
+        if path is None:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._bench_profiler = torch.profiler.profile(activities=activities)
+            self._bench_profiler.start()
+        else:
+            self._bench_profiler.stop()
+            self._bench_profiler.export_chrome_trace(path)
+            del self._bench_profiler
+
     def bench_graph_times(self) -> dict[str, Any] | None:
         """Milliseconds of one replay of the captured graphs, by number of tokens.
 
