@@ -70,9 +70,12 @@ class Recipe:
 
 
 RECIPES = {
-    PYTHON: Recipe(steps=400, batch_size=64, micro_batch=16, context=1024, learning_rate=3e-4),
-    AMATEUR: Recipe(steps=3000, batch_size=64, micro_batch=32, context=512, learning_rate=1e-3),
+    PYTHON: Recipe(steps=200, batch_size=64, micro_batch=16, context=1024, learning_rate=3e-4),
+    AMATEUR: Recipe(steps=2000, batch_size=64, micro_batch=32, context=512, learning_rate=1e-3),
 }
+
+# At a time, in a comparison: their distributions take a gigabyte or two.
+COMPARED_BLOCKS = 4
 
 # What of a recipe the command line can set.
 OVERRIDES = {
@@ -174,12 +177,8 @@ def quantize_rows(
     return (weight.float() / scale).round().to(torch.int8), scale
 
 
-def to_blocks(texts: Sequence[str], tokenizer: Any, context: int) -> Tensor:
-    """All texts, each closed by the end token, one after another: int32 `[num_blocks, context]`.
-
-    Raises:
-        ValueError: not even one block.
-    """
+def to_tokens(texts: Sequence[str], tokenizer: Any) -> Tensor:
+    """All texts, each closed by the end token, one after another: int32 `[num_tokens]`."""
     end = [tokenizer.eos_token_id]
     rows = []
     for start in range(0, len(texts), 1000):
@@ -187,11 +186,19 @@ def to_blocks(texts: Sequence[str], tokenizer: Any, context: int) -> Tensor:
             list(texts[start : start + 1000]), add_special_tokens=False, verbose=False
         )
         rows += [np.array(ids + end, dtype=np.int32) for ids in encoded["input_ids"]]
-    tokens = np.concatenate(rows)
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def to_blocks(tokens: Tensor, context: int) -> Tensor:
+    """`[num_blocks, context]` of `[num_tokens]`, without what is left over.
+
+    Raises:
+        ValueError: not even one block.
+    """
     num_blocks = len(tokens) // context
     if num_blocks == 0:
         raise ValueError(f"{len(tokens)} tokens are less than one block of {context} (--context)")
-    return torch.from_numpy(tokens[: num_blocks * context].reshape(num_blocks, context))
+    return tokens[: num_blocks * context].view(num_blocks, context)
 
 
 def batches(blocks: Tensor, recipe: Recipe) -> Iterator[Tensor]:
@@ -291,16 +298,18 @@ def compare(
     """
     device = next(model.parameters()).device
     sums = dict.fromkeys(("loss", "other_loss", "kl", "shared", "same_top"), 0.0)
-    for block in blocks.long():
-        tokens = block[None].to(device)
-        scores, other_scores = (log_probs(each, tokens)[0, :-1] for each in (model, other))
-        sums["loss"] += F.nll_loss(scores, tokens[0, 1:]).item()
-        sums["other_loss"] += F.nll_loss(other_scores, tokens[0, 1:]).item()
-        kl = F.kl_div(scores, other_scores, log_target=True, reduction="batchmean")
+    for tokens in blocks.long().to(device).split(COMPARED_BLOCKS):
+        scores, other_scores = (
+            log_probs(each, tokens)[:, :-1].flatten(0, 1) for each in (model, other)
+        )
+        text = tokens[:, 1:].flatten()
+        sums["loss"] += F.nll_loss(scores, text, reduction="sum").item()
+        sums["other_loss"] += F.nll_loss(other_scores, text, reduction="sum").item()
+        kl = F.kl_div(scores, other_scores, log_target=True, reduction="sum")
         sums["kl"] += kl.item()
-        sums["shared"] += torch.minimum(scores, other_scores).exp().sum(-1).mean().item()
-        sums["same_top"] += (scores.argmax(-1) == other_scores.argmax(-1)).float().mean().item()
-    means = {key: value / len(blocks) for key, value in sums.items()}
+        sums["shared"] += torch.minimum(scores, other_scores).exp().sum().item()
+        sums["same_top"] += (scores.argmax(-1) == other_scores.argmax(-1)).sum().item()
+    means = {key: value / blocks[:, 1:].numel() for key, value in sums.items()}
     perplexities = {
         "perplexity": math.exp(means.pop("loss")),
         "other_perplexity": math.exp(means.pop("other_loss")),
@@ -364,17 +373,21 @@ def print_comparison(other: str, measured: dict[str, float]) -> None:
     print(f"[train] on held-out text, against {other}: {figures}", flush=True)
 
 
-def make_member(name: str, args: argparse.Namespace, corpus: Corpus) -> None:
+def make_member(
+    name: str,
+    args: argparse.Namespace,
+    corpus: Corpus,
+    tokens: dict[str, Tensor],  # of the corpus, to train on and held out
+) -> None:
     """Trains, stores and measures a member; its folder is replaced when all is done."""
     recipe = make_recipe(name, args)
     torch.manual_seed(recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
-    held_out = to_blocks(corpus.held_out, tokenizer, recipe.context)
+    held_out = to_blocks(tokens["held_out"], recipe.context)
     picked = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
     data = Data(
         base=args.base,
         device=args.device,
-        train=to_blocks(corpus.train, tokenizer, recipe.context),
+        train=to_blocks(tokens["train"], recipe.context),
         held_out=held_out[picked[: args.held_out_blocks]],
     )
     print(f"[train] {name}: {data.train.numel()} tokens, {recipe}", flush=True)
@@ -477,8 +490,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     disable_progress_bar()
     try:
         corpus = collect(max_documents=args.max_documents)
+        tokenizer = AutoTokenizer.from_pretrained(args.base)
+        tokens = {key: to_tokens(getattr(corpus, key), tokenizer) for key in ("train", "held_out")}
         for name in args.members:
-            make_member(name, args, corpus)
+            make_member(name, args, corpus, tokens)
     except ValueError as error:
         raise SystemExit(f"[train] {error}") from error
 

@@ -1,10 +1,11 @@
-"""What members' CUDA graphs replay, without a GPU: the same functions called once more.
+"""What the CUDA graphs of turns replay, without a GPU: the same functions called once more.
 
 A stand-in for vLLM's manager "captures" by keeping the function and "replays" by calling it on
 fixed memory, at sizes that are rounded up. So it shows what a real graph would hide: a value that
 came from the host, memory that has moved, rows that fill a batch up and are taken for requests.
 """
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,19 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 import vllm.chef.graphs
+from vllm import SamplingParams
 from vllm.chef.speculator import ChefSpeculator
 
 PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]
 NUM_TOKENS = 24
+# Of each prompt. What the second batch asks for, no graph has.
+SAMPLED, FILTERED = (
+    [
+        SamplingParams(temperature=t, seed=s, max_tokens=n, ignore_eos=True, top_p=top_p)
+        for s, t in enumerate([1, 0.7, 0, 1.5, 0.9])
+    ]
+    for n, top_p in ((NUM_TOKENS, 1), (8, 0.8))
+)
 CASES = {
     "two": (2, dict(gamma=[1, 4]), 4),
     "three": (3, dict(gamma=[1, 2, 3]), 5),
@@ -32,12 +42,12 @@ CASES = {
 class Manager:
     """Graphs of batches of 4, 8, ... requests."""
 
-    num_replays = 0
+    num_replays: Counter[int] = Counter()
 
     def __init__(self, speculator: ChefSpeculator, length: int) -> None:
         self.speculator = speculator
         self.length = length
-        # The largest, which `MemberGraphs` makes room for.
+        # The largest, which the speculator makes room for.
         largest = self.descriptor(speculator.max_num_reqs, length)
         self._capture_descs = {CUDAGraphMode.FULL: [largest]}
 
@@ -58,7 +68,7 @@ class Manager:
         return self.descriptor(num_reqs, length)
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> None:
-        Manager.num_replays += 1
+        Manager.num_replays[desc.uniform_token_count] += 1
         speculator, num_tokens = self.speculator, desc.num_tokens
         mappings = speculator.block_tables.slot_mappings[:, :num_tokens]
         self.function(
@@ -116,18 +126,24 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
         expected = generate(llm, PROMPTS, greedy(NUM_TOKENS))
     with engine(models[0], settings, chef, window) as llm:
 
-        def run() -> tuple[list[Any], dict[str, Any]]:
+        def run() -> tuple[list[Any], list[Any], dict[str, Any]]:
             llm.reset_prefix_cache()
             llm.collective_rpc("reset_turn_stats")
             outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS))
-            return [out.token_ids for out in outputs], llm.collective_rpc("turn_stats")[0]
+            stats = llm.collective_rpc("turn_stats")[0]
+            sampled = generate(llm, PROMPTS, SAMPLED) + generate(llm, PROMPTS, FILTERED)
+            return [o.token_ids for o in outputs], [o.token_ids for o in sampled], stats
 
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
-        _, eager_stats = run()
+        _, eager_sampled, eager_stats = run()
         use_graphs(runner.speculator, monkeypatch)
-        Manager.num_replays = 0
-        tokens, stats = run()
+        Manager.num_replays.clear()
+        tokens, sampled, stats = run()
     assert tokens == [out.token_ids for out in expected]
-    # What is proposed is the same as well, and so what is accepted; depths of `auto` are random.
-    assert case == "auto" or stats == eager_stats
-    assert Manager.num_replays > stats["num_cycles"] / len(PROMPTS), "most steps only decode"
+    # What is proposed is the same as well, and so what is accepted and, above temperature 0, what
+    # is drawn; depths of `auto` are random.
+    assert case == "auto" or (stats, sampled) == (eager_stats, eager_sampled)
+    reading = sum(times for length, times in Manager.num_replays.items() if length > 1)
+    num_steps = stats["num_cycles"] / len(PROMPTS)
+    assert reading > (num_members - 1) * num_steps, "most steps only decode"
+    assert Manager.num_replays[1] > num_steps, "proposers have passes of one token"

@@ -1,10 +1,9 @@
 """Windows of requests as device data: what one request's rejection does, and does not do."""
 
-from types import SimpleNamespace
-
 import torch
 
-from vllm.chef.state import Cycle, ProposalState, begin_cycle, end_cycle, make_pending
+from vllm.chef.ops import eager as ops
+from vllm.chef.state import Cycle, ProposalState, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import chef_turns
 
@@ -13,34 +12,34 @@ NUM_SLOTS, VOCAB_SIZE = 6, 4
 
 
 def make_state() -> ProposalState:
-    state = ProposalState(TURNS, NUM_SLOTS, VOCAB_SIZE, torch.float32, torch.device("cpu"))
+    device = torch.device("cpu")
+    state = ProposalState(TURNS, NUM_SLOTS, 100, VOCAB_SIZE, torch.float32, device)
     state.scores.copy_(torch.randn(state.scores.shape, generator=torch.Generator().manual_seed(0)))
     return state
 
 
-def make_batch(slots, num_computed, num_drafts, input_ids) -> SimpleNamespace:
+def begin_cycle(state, slots, num_computed, num_drafts, input_ids, prefill_len) -> Cycle:
     """Requests that decode: the last committed token, and as many drafts."""
     lens = torch.tensor(num_drafts) + 1
-    ends = lens.cumsum(0)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
-    return SimpleNamespace(
-        num_reqs=len(slots),
-        idx_mapping=torch.tensor(slots),
-        cu_num_logits=offsets.int(),
-        query_start_loc=offsets.int(),
-        seq_lens=(torch.tensor(num_computed) + lens).int(),
-        logits_indices=torch.arange(int(ends[-1])),
-        input_ids=torch.tensor(input_ids).int(),
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)]).int()
+    cycle = make_cycle(state, NUM_SLOTS).load(torch.tensor(slots))
+    seq_lens = (torch.tensor(num_computed) + lens).int()
+    ops.begin_cycle(
+        state, cycle, starts, starts, seq_lens, torch.tensor(input_ids).int(), prefill_len
     )
+    return cycle
 
 
 def begin(state: ProposalState) -> Cycle:
     state.lengths[torch.tensor([4, 1, 2])] = torch.tensor([[0, 1, 2], [0, 0, 2], [0, 1, 2]])
     state.scored[:] = 1000
     inputs = [9, 10, 11, 12, 19, 20, 21, 0, 29, 30, 31]
-    batch = make_batch([4, 1, 2], [50, 70, 33], [3, 3, 2], inputs)
     prefill_len = torch.full((NUM_SLOTS,), 5)
-    return begin_cycle(state, batch, prefill_len)
+    return begin_cycle(state, [4, 1, 2], [50, 70, 33], [3, 3, 2], inputs, prefill_len)
+
+
+def append(state, cycle, turn, tokens, gammas=(1, 1, 2)) -> None:
+    ops.append(state, cycle, turn, torch.tensor(gammas), torch.tensor(tokens))
 
 
 def test_a_cycle_begins_with_the_windows_that_were_scheduled():
@@ -60,8 +59,8 @@ def test_a_request_that_reads_its_prompt_has_no_window():
     state = make_state()
     state.lengths[:], state.scored[:] = 1, 1000
     # Placeholders fill the second one's single token up to the size of a decoding request.
-    batch = make_batch([0, 3], [50, 7], [3, 3], list(range(8)))
-    cycle = begin_cycle(state, batch, torch.tensor([5, 0, 0, 8, 0, 0]))
+    prefill_len = torch.tensor([5, 0, 0, 8, 0, 0])
+    cycle = begin_cycle(state, [0, 3], [50, 7], [3, 3], list(range(8)), prefill_len)
     assert cycle.end.tolist() == [2, 0]
     assert cycle.active.tolist() == [True, True]
     assert state.scored[3].tolist() == [8] * 3, "nothing is known of another request's scores"
@@ -71,21 +70,23 @@ def test_one_requests_rejection_leaves_the_others_as_they_were():
     state = make_state()
     cycle, untouched = begin(state), begin(make_state())
     for c in (cycle, untouched):
-        c.append(torch.tensor([13, 23, 33]), torch.tensor([True] * 3), c.lengths[:, 0])
-        c.append(torch.tensor([14, 24, 34]), torch.tensor([True] * 3), c.new_lengths[:, 1])
+        append(state, c, 0, [13, 23, 33])
+        append(state, c, 1, [14, 24, 34])
     scores, scored = state.scores.clone(), state.scored.clone()
-    where = torch.tensor([False, True, False])
-    cycle.accept(torch.tensor([0, 1, 0]), where)
-    cycle.settle(torch.tensor([7, 8, 9]), where, state)
+    # All of the first's and third's are accepted, one of the second's two.
+    sampled = torch.tensor([[10, 11, 12, 5], [20, 8, 5, 5], [30, 31, 5, 5]])
+    ops.settle(state, cycle, sampled, torch.tensor([4, 2, 3]), 2, draws=False)
 
     assert cycle.tokens[1, :2].tolist() == [20, 8]
     assert (int(cycle.end[1]), int(cycle.num_decided[1])) == (2, 2)
     assert cycle.new_lengths[1].tolist() == [0, 0, 0]
+    assert cycle.settled.tolist() == cycle.just_settled.tolist() == [False, True, False]
     # Its own column's scores stay: they depend on what stands before it.
     assert state.scored[1].tolist() == [73] * 3
     others = torch.tensor([0, 2])
-    for name in ("end", "lengths", "new_lengths", "num_accepted", "num_decided", "settled"):
+    for name in ("end", "lengths", "new_lengths", "settled"):
         assert getattr(cycle, name)[others].equal(getattr(untouched, name)[others]), name
+    assert cycle.num_accepted.tolist() == [3, 1, 2]
     assert cycle.tokens[others, :-1].equal(untouched.tokens[others, :-1])
     assert state.scores.equal(scores)
     unchanged = [slot for slot in range(NUM_SLOTS) if slot != 1]
@@ -95,22 +96,20 @@ def test_one_requests_rejection_leaves_the_others_as_they_were():
 def test_a_cycle_ends_with_what_is_pending():
     state = make_state()
     cycle = begin(state)
-    everyone = torch.tensor([True] * 3)
-    cycle.append(torch.tensor([13, 23, 33]), everyone, cycle.lengths[:, 0])
-    cycle.accept(torch.tensor([4, 1, 0]), everyone)
-    cycle.settle(torch.tensor([0, 8, 9]), torch.tensor([False, True, True]), state)
-    cycle.append(
-        torch.tensor([14, 24, 34]), torch.tensor([True, False, True]), cycle.new_lengths[:, 1]
-    )
-    cycle.append(torch.tensor([15, 25, 35]), everyone, cycle.new_lengths[:, 2])
+    append(state, cycle, 0, [13, 23, 33])
+    sampled = torch.tensor([[10, 11, 12, 13, 5], [20, 8, 5, 5, 5], [9, 5, 5, 5, 5]])
+    ops.settle(state, cycle, sampled, torch.tensor([5, 2, 1]), 3, draws=False)
+    append(state, cycle, 1, [14, 24, 34])
+    append(state, cycle, 2, [15, 25, 35])
     stats = TurnStats(TURNS, torch.device("cpu"))
-    cycle.replaced = torch.tensor([False, True, True])
-    stats.add(cycle, (1, 1, 2))
+    window = ops.end_cycle(state, cycle, stats, torch.tensor(TURNS.num_calls((1, 1, 2))))
 
-    assert end_cycle(state, cycle).tolist() == [[14, 15, 0], [25, 0, 0], [34, 35, 0]]
-    assert state.lengths[4].tolist() == [0, 1, 1]
-    assert state.lengths[1].tolist() == [0, 0, 1]
-    assert cycle.num_decided.tolist() == [4, 2, 1]
+    assert window.tolist() == [[14, 15, 0], [24, 25, 0], [34, 35, 0]]
+    assert state.lengths[[4, 1, 2]].tolist() == [[0, 1, 1]] * 3
+    tokens, num_decided, num_rejected = ops.outputs(cycle, TURNS.window + 1)
+    assert num_decided.tolist() == [4, 2, 1]
+    assert num_rejected.tolist() == [0, 2, 2]
+    assert tokens[0].tolist() == [10, 11, 12, 13]
     # Members 0, 1 (the third turn, two tokens) and 2. All of the first request's were accepted;
     # the second's window began with member 1's, the third's with member 2's.
     assert stats.to_dict() == {
@@ -124,32 +123,61 @@ def test_a_cycle_ends_with_what_is_pending():
     assert stats.to_dict()["num_judged"] == [[0], [0, 0], [0]]
 
 
+def test_a_turn_proposes_as_many_tokens_as_it_has():
+    state = make_state()
+    cycle = begin(state)
+    for token in (1, 2, 3):
+        append(state, cycle, 2, [token] * 3)
+    assert cycle.new_lengths[:, 2].tolist() == [2, 2, 2]
+    append(state, cycle, 1, [4] * 3, gammas=(1, 0, 2))
+    assert cycle.new_lengths[:, 1].tolist() == [0, 0, 0]
+    # The second settles a token, which the turn that did so has not read yet.
+    ops.settle(state, cycle, cycle.tokens[:, :4], torch.tensor([4, 1, 4]), 2, draws=False)
+    ops.append(state, cycle, 1, torch.tensor([1, 1, 2]), torch.tensor([5] * 3), True)
+    assert cycle.new_lengths[:, 1].tolist() == [1, 0, 1]
+    # No room: the context ends with the last token.
+    cycle.first.fill_(state.max_model_len - 1), cycle.end.fill_(1)
+    append(state, cycle, 1, [6] * 3, gammas=(1, 9, 2))
+    assert cycle.end.tolist() == [1, 1, 1]
+
+
 def test_rows_of_the_ring_are_the_positions_that_can_be_live():
     state = make_state()
     positions = torch.arange(100, 100 + state.ring_size)
-    assert state.ring(positions).unique().numel() == state.ring_size
-    keep = torch.zeros(state.ring_size, dtype=torch.bool)
-    assert (state.ring(positions, keep) == state.ring_size).all()
+    keep = torch.ones(state.ring_size, dtype=torch.bool)
+    assert ops.ring(state, positions, keep).unique().numel() == state.ring_size
+    assert (ops.ring(state, positions, ~keep) == state.ring_size).all()
     assert state.ring_size == 2 * TURNS.window + 2
 
 
 def test_rows_that_fill_a_graphs_batch_up_are_of_no_request():
     state, num_padded = make_state(), 5
-    cycle, expected = begin(state), begin(make_state())
-    pending = make_pending(state, NUM_SLOTS)
-    pending.load(cycle)
-    pending.load(cycle)  # where another step's requests were
-    padded = pending.rows(num_padded)
-    assert padded.slots.tolist() == [*cycle.slots.tolist(), -1, -1]
+    everything = make_cycle(state, NUM_SLOTS)
+    everything.load(torch.tensor([0, 1, 2, 3]))  # another step's
+    everything.active.fill_(True)
+    everything.load(torch.tensor([4, 1, 2]))
+    padded, expected = everything.rows(num_padded), begin(make_state())
+    assert padded.slots.tolist() == [4, 1, 2, -1, -1]
     assert padded.active.tolist() == [True, True, True, False, False]
-    tokens, everyone = torch.arange(num_padded), torch.tensor([True] * num_padded)
-    padded.append(tokens, everyone & padded.active, padded.new_lengths[:, 1])
-    expected.append(tokens[:3], everyone[:3], expected.new_lengths[:, 1])
-    done = pending.rows(3)
-    for name in ("slots", "active", "first", "end", "new_lengths"):
+    state.lengths[torch.tensor([4, 1, 2])] = torch.tensor([[0, 1, 2], [0, 0, 2], [0, 1, 2]])
+    state.lengths[-1] = 3
+    state.scored[:] = 1000
+    # Uniform, as a graph has it; of the last two there is nothing but what was there before.
+    starts = torch.arange(num_padded + 1) * 4
+    seq_lens = torch.tensor([54, 74, 37, 60, 0])
+    inputs = [9, 10, 11, 12, 19, 20, 21, 0, 29, 30, 31]
+    inputs = torch.tensor([*inputs, 0, 1, 1, 1, 1, 2, 2, 2, 2])
+    prefill_len = torch.full((NUM_SLOTS,), 5)
+    ops.begin_cycle(state, padded, starts, starts, seq_lens, inputs, prefill_len)
+    assert padded.active.tolist() == [True, True, True, False, False]
+    assert padded.end.tolist()[3:] == [0, 0]
+    for c, num_reqs in ((padded, num_padded), (expected, 3)):
+        append(state, c, 1, list(range(num_reqs)))
+    done = everything.rows(3)
+    for name in ("active", "new_lengths", "num_decided"):
         assert getattr(done, name).equal(getattr(expected, name)), name
-    assert done.tokens[:, :-1].equal(expected.tokens[:, :-1])
-    assert done.last_position.equal(expected.last_position)
+    assert done.tokens[:2, :-1].equal(expected.tokens[:2, :-1])
+    assert padded.new_lengths[3:].sum() == 0
     # What is written for slot -1 lands where no request has anything.
     state.scored[padded.slots, 1] = 77
     assert state.scored[:, 1].ne(77).sum() == NUM_SLOTS - 3

@@ -251,7 +251,9 @@ def test_training_lowers_what_it_minimises(scripts, root, base, trained):
     """Of the stored weights, on the text that was trained on."""
     corpus = scripts.training_text.collect([root])
     tokenizer = scripts.train_members.AutoTokenizer.from_pretrained(base)
-    blocks = scripts.train_members.to_blocks(corpus.train, tokenizer, 32)
+    blocks = scripts.train_members.to_blocks(
+        scripts.train_members.to_tokens(corpus.train, tokenizer), 32
+    )
     load = scripts.prepare_models
     teacher = AutoModelForCausalLM.from_pretrained(base).float()
 

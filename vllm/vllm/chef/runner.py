@@ -8,9 +8,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm.chef.config import check_chef
+from vllm.chef.ops import eager as ops
 from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
 from vllm.chef.speculator import ChefSpeculator
-from vllm.chef.state import begin_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.verifier import StepScores, Verifier
 from vllm.ensemble_decode.members import load_member
@@ -55,7 +55,10 @@ class ChefRunner(MemberRunner):
         self.verifier = Verifier(
             self.ensemble_config, self.turns, self.speculator.state, self.sampler
         )
+        self.verifier.temperature = self.speculator.temperature
+        self.verifier.seeds = self.speculator.seeds
         self.speculator.verifier = self.verifier
+        self.speculator.first = self.model
         self.speculator.stats = TurnStats(self.turns, self.device)
         self.prompt_logprobs_worker = TurnPromptLogprobsWorker(
             self.ensemble_config, self.max_num_reqs, self.device, self.model_config.logprobs_mode
@@ -71,33 +74,53 @@ class ChefRunner(MemberRunner):
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        scores = self._first_turn(hidden_states, input_batch, grammar_output)
-        speculator = self.speculator
-        cycle = begin_cycle(
-            speculator.state,
-            input_batch,
-            self.req_states.prefill_len.gpu,
-            self._forbidden(scores, input_batch),
+        speculator, prompt_logprobs = self.speculator, self.prompt_logprobs_worker
+        speculator.begin(
+            input_batch, self.req_states.prefill_len.gpu, self.num_tokens_to_propose
         )
-        prompt_logprobs = self.prompt_logprobs_worker
-        # Without what CUDA graphs pad it by.
-        prompt_logprobs.hidden_states = [hidden_states[: input_batch.num_tokens]]
-        speculator.begin(cycle, self.num_tokens_to_propose)
-        logprobs = self.verifier.decide(0, scores, cycle)
-        if not self.turns.draws:
-            self._propose_first(scores)
-        last = len(self.turns) - 1
-        for turn in range(1, len(self.turns)):
-            logits = speculator.read(turn)
-            if prompt_logprobs.is_asked:
-                prompt_logprobs.hidden_states.append(speculator.step_hidden_states())
-            settled = cycle.settled
-            if self.turns.is_scorer(turn):
-                logprobs = self.verifier.decide(turn, scores, cycle)
-            speculator.propose_first(turn, logits, settled)
-            if turn < last:
-                speculator.propose_more(turn)
-        return self._output(logprobs)
+        logprobs = None
+        if (
+            grammar_output is not None
+            or prompt_logprobs.is_asked
+            or not self._asks_for_temperatures_only(input_batch)
+            or not speculator.replay(hidden_states[input_batch.logits_indices])
+        ):
+            scores = self._first_turn(hidden_states, input_batch, grammar_output)
+            logprobs = speculator.run(scores, self._forbidden(scores))
+        if prompt_logprobs.is_asked:
+            # Without what CUDA graphs pad it by.
+            first = hidden_states[: input_batch.num_tokens]
+            prompt_logprobs.hidden_states = [first, *speculator.hidden_states()]
+        tokens, num_sampled, num_rejected = ops.outputs(speculator.cycle, self.turns.window + 1)
+        output = SamplerOutput(
+            sampled_token_ids=tokens,
+            logprobs_tensors=logprobs,
+            num_nans=None,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+            sampling_mask_tensors=None,
+        )
+        return output, num_sampled, num_rejected
+
+    def _asks_for_temperatures_only(self, batch: InputBatch) -> bool:
+        """Whether no request has log-probabilities to report or another sampling parameter."""
+        slots, sampler = batch.idx_mapping_np[: batch.num_reqs], self.sampler
+        if sampler.get_logprobs_dims(slots) is not None:
+            return False
+        if not sampler.needs_logits_processing[slots].any():
+            return True
+        states = sampler.sampling_states
+        bias, penalties, bad_words, *custom = sampler.logits_processors
+        return not (
+            custom
+            or sampler.thinking_budget_state.enabled
+            or bias.use_logit_bias[slots].any()
+            or penalties.use_penalty[slots].any()
+            or bad_words.num_bad_words.np[slots].any()
+            or (states.top_k.np[slots] != states.vocab_size).any()
+            or (states.top_p.np[slots] != 1).any()
+            or states.min_p.np[slots].any()
+        )
 
     @torch.inference_mode()
     def _dummy_sampler_run(
@@ -107,12 +130,11 @@ class ChefRunner(MemberRunner):
         """A decision for as many requests as there may be, for vLLM's memory profile."""
         num_reqs = hidden_states.shape[0]
         batch = InputBatch.make_dummy(num_reqs, num_reqs, self.input_buffers)
-        state = self.speculator.state
-        cycle = begin_cycle(state, batch, self.req_states.prefill_len.gpu)
+        cycle = self.speculator.all_cycle.load(batch.idx_mapping[:num_reqs])
         logits = self.model.compute_member_logits(hidden_states)
-        scores = StepScores(logits, batch.cu_num_logits[:num_reqs].long(), None)
+        scores = StepScores(logits, batch.cu_num_logits[:num_reqs].long(), batch=batch)
         self.verifier.decide(self.turns.last_scorer, scores, cycle)
-        state.scored.zero_()
+        self.speculator.state.scored.zero_()
 
     def _first_turn(
         self,
@@ -130,14 +152,13 @@ class ChefRunner(MemberRunner):
                 grammar_output.structured_output_request_ids,
                 grammar_output.grammar_bitmask,
             )
-        return StepScores(logits, batch.cu_num_logits[: batch.num_reqs].long(), mask)
+        return StepScores(logits, batch.cu_num_logits[: batch.num_reqs].long(), mask, batch)
 
-    def _forbidden(
-        self, scores: StepScores, batch: InputBatch
-    ) -> torch.Tensor | None:  # [num_reqs]
+    def _forbidden(self, scores: StepScores) -> torch.Tensor | None:  # [num_reqs]
         """The pending token behind the drafts, where a grammar is why vLLM left it out, or -1."""
         if scores.mask is None:
             return None
+        batch = scores.batch
         slots = batch.idx_mapping[: batch.num_reqs]
         num_drafts = batch.cu_num_logits[: batch.num_reqs + 1].long().diff() - 1
         column = num_drafts.clamp(max=self.turns.window - 1)
@@ -145,28 +166,3 @@ class ChefRunner(MemberRunner):
         is_pending = num_drafts < self.speculator.state.lengths[slots].sum(1)
         is_allowed = scores.mask[scores.first_row + num_drafts, token] == 0
         return token.masked_fill(is_allowed | ~is_pending, -1)
-
-    def _propose_first(self, scores: StepScores) -> None:
-        """The first turn's member proposes the token past the window, if it has read all of it."""
-        cycle = self.speculator.cycle
-        rows = scores.first_row + cycle.end.clamp(max=cycle.num_drafts)
-        logits = scores.logits[0][rows]
-        if scores.mask is not None:
-            logits = logits + scores.mask[rows]
-        where = cycle.active & ~cycle.settled & self.speculator.has_room(cycle)
-        where &= cycle.end <= cycle.num_drafts
-        cycle.append(self.speculator.draw(logits, cycle), where, cycle.lengths[:, 0])
-
-    def _output(self, logprobs: Any) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        cycle = self.speculator.cycle
-        num_sampled = (cycle.num_decided * cycle.active).int()
-        num_rejected = ((cycle.num_drafts + 1) * cycle.active).int() - num_sampled
-        output = SamplerOutput(
-            sampled_token_ids=cycle.tokens[:, : self.turns.window + 1].contiguous(),
-            logprobs_tensors=logprobs,
-            num_nans=None,
-            num_sampled=num_sampled,
-            num_rejected=num_rejected,
-            sampling_mask_tensors=None,
-        )
-        return output, num_sampled, num_rejected

@@ -13,33 +13,36 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from vllm.chef.graphs import MemberGraphs
-from vllm.chef.state import Cycle, Pending, ProposalState, end_cycle, make_pending
+from vllm.chef.graphs import TurnGraphs
+from vllm.chef.ops import eager as ops
+from vllm.chef.state import Cycle, ProposalState, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns
-from vllm.chef.verifier import Verifier
+from vllm.chef.verifier import StepScores, Verifier
 from vllm.ensemble_decode.members import load_member
+from vllm.ensemble_decode.model import MemberGroup
 
 
 class Reading(NamedTuple):
-    """What a turn reads in its first pass."""
+    """What a turn reads in its first pass, and what its member makes of it."""
 
     query_start: torch.Tensor  # [num_reqs + 1] query_start_loc
     start: torch.Tensor  # [num_reqs] position of the first token
-    is_again: torch.Tensor  # [num_tokens] bool: comes before the tokens of the engine step
+    hidden_states: torch.Tensor  # [num_tokens, hidden_size]
 
 
 class ChefSpeculator(StandaloneARSpeculator):
     """Loads and calls the members whose turns come after the first.
 
-    `begin` starts the step's cycle; `read` and `propose_more` are the two halves of a turn;
-    `propose` is vLLM's, and ends the cycle.
+    A step is `begin`, then `replay` or, where there is no CUDA graph for it, `run`; `propose` is
+    vLLM's, and ends the cycle.
     """
 
     def __init__(
@@ -57,15 +60,26 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.num_extra_query_per_req = turns.num_new(len(turns) - 1)
         max_num_tokens = self.max_num_tokens + self.max_num_reqs * self.num_extra_query_per_req
         self.input_buffers = InputBuffers(self.max_num_reqs, max_num_tokens, device)
+        self.prefill_len = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+        self.first: MemberGroup
+        """The first turn's members, which vLLM has called when the cycle begins"""
         self.state: ProposalState
         self.verifier: Verifier
         self.stats: TurnStats
-        self.graphs: list[MemberGraphs] = []
+        self.graphs: list[TurnGraphs] = []
         """[num_turns - 1], or none"""
-        self.cycle: Cycle | None = None
         speculative = vllm_config.speculative_config
         depths = range(turns.window + 1) if speculative.uses_dynamic_speculative_decoding() else []
-        self.possible_gammas = {turns.gammas(depth) for depth in [*depths, turns.window]}
+        possible = {turns.gammas(depth) for depth in [*depths, turns.window]}
+        self.gammas_on_device = {
+            gammas: torch.tensor(gammas, dtype=torch.int64, device=device) for gammas in possible
+        }
+        self.calls_on_device = {
+            gammas: torch.tensor(turns.num_calls(gammas), dtype=torch.int64, device=device)
+            for gammas in possible
+        }
+        self.turn_gammas = torch.zeros(len(turns), dtype=torch.int64, device=device)
+        self._set_gammas(turns.gammas(turns.window))
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -77,11 +91,13 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.state = ProposalState(
             self.turns,
             self.max_num_reqs,
+            self.max_model_len,
             self.vocab_size,
             self.vllm_config.model_config.head_dtype,
             self.device,
         )
-        self.pending = make_pending(self.state, self.max_num_reqs)
+        self.all_cycle = make_cycle(self.state, self.max_num_reqs)
+        """What the rows of all steps' cycles are part of"""
         return nn.ModuleList(models)
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
@@ -95,19 +111,37 @@ class ChefSpeculator(StandaloneARSpeculator):
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         self.graphs = []
+        if not self.supports_decode_metadata_update:
+            return
         for turn in range(1, len(self.turns)):
-            graphs = MemberGraphs(
+            graphs = TurnGraphs(
                 self.vllm_config,
                 self.device,
                 cudagraph_mode,
                 1 + self.turns.window + self.turns.num_new(turn),
-                {self.turns.num_passes(gammas[turn]) for gammas in self.possible_gammas},
-                partial(self._run_member, turn),
-                partial(self._passes, turn) if self.supports_decode_metadata_update else None,
+                {self.turns.num_passes(gammas[turn]) for gammas in self.gammas_on_device},
+                partial(self._captured_turn, turn),
+                partial(self._captured_passes, turn),
             )
             self.graphs.append(graphs)
 
     def capture(self) -> None:
+        if not self.graphs:
+            return
+        num_rows = self.graphs[0].max_reading_tokens()
+        self.step_hidden_states = torch.zeros(
+            num_rows,
+            sum(self.first.hidden_sizes),
+            dtype=self.vllm_config.model_config.dtype,
+            device=self.device,
+        )
+        """[num_rows, sum of the first turn's hidden sizes] of the engine step's rows of logits"""
+        # What the first graph of a step makes of them is for those after it as well.
+        self.step_logits = [
+            logits.new_zeros(num_rows, logits.shape[-1])
+            for logits in self.first.compute_member_logits(self.step_hidden_states[:1])
+        ]
+        self.all_cycle.load(self.all_cycle.slots[:0])
         for graphs in self.graphs:
             graphs.capture(
                 self.model_state,
@@ -117,117 +151,143 @@ class ChefSpeculator(StandaloneARSpeculator):
                 self.kv_cache_config,
             )
 
-    def begin(self, cycle: Cycle, num_tokens: int) -> None:
+    def begin(
+        self,
+        batch: InputBatch,
+        prefill_len: torch.Tensor,  # [max_num_reqs]
+        num_tokens: int,
+    ) -> Cycle:
         """Start the step's cycle, which is to leave `num_tokens` in a window, at most."""
-        self.cycle = cycle
-        self.gammas = self.turns.gammas(num_tokens)
+        self.batch, self.readings = batch, []
+        self.cycle = self.all_cycle.load(batch.idx_mapping[: batch.num_reqs])
+        gammas = self.turns.gammas(num_tokens)
+        if gammas != self.gammas:
+            self._set_gammas(gammas)
         # Where CUDA graphs find them: vLLM's own move about.
         states = self.verifier.sampler.sampling_states
         self.temperature.copy_(states.temperature.gpu)
         self.seeds.copy_(states.seeds.gpu)
+        self.prefill_len.copy_(prefill_len)
+        if self.graphs:
+            for groups in self.attn_groups:
+                for group in groups:
+                    tables = self.block_tables.input_block_tables[group.kv_cache_group_id]
+                    group.map_to_kernel_block_table(tables)
+        return self.cycle
 
-    def has_room(self, pending: Pending) -> torch.Tensor:  # [num_reqs] bool
-        """Whether the context of a request can take one more token."""
-        return pending.last_position + 1 < self.max_model_len
+    def run(self, scores: StepScores, forbidden: torch.Tensor | None) -> LogprobsTensors | None:
+        """The cycle, but for the last turn's passes of one token.
 
-    def draw(
-        self,
-        logits: torch.Tensor,  # [num_reqs, vocab_size], raw
-        pending: Pending,
-    ) -> torch.Tensor:  # [num_reqs]
-        """Draws from a member's distribution of the token past the end of each request.
-
-        Of the sampling parameters only the temperature counts here: the others may cost
-        acceptance, never exactness.
+        Args:
+            scores: of the first turn, with its batch.
+            forbidden: `[num_reqs]`, as `begin_cycle` has it.
         """
-        return gumbel_sample(
-            logits,
-            pending.slots,
-            self.temperature,
-            self.seeds,
-            pending.last_position,
-            apply_temperature=True,
-            # Noise of its own: a replacement must not know how its proposal was drawn.
-            is_drafting=True,
-            use_fp64=self.verifier.sampler.use_fp64_gumbel,
+        cycle, batch = self.cycle, scores.batch
+        ops.begin_cycle(
+            self.state,
+            cycle,
+            batch.query_start_loc[: cycle.num_reqs + 1],
+            batch.cu_num_logits[: cycle.num_reqs + 1],
+            batch.seq_lens[: cycle.num_reqs],
+            batch.input_ids,
+            self.prefill_len,
+            forbidden,
         )
+        logprobs = self._open(cycle, scores)
+        for turn in range(1, len(self.turns)):
+            reading = self._read(turn, cycle)
+            self.readings.append(reading)
+            logprobs = self._decide_and_propose(turn, cycle, scores, reading) or logprobs
+            if turn < len(self.turns) - 1:
+                self._propose_more(turn)
+        return logprobs
 
-    def read(self, turn: int) -> torch.Tensor:  # [num_reqs, vocab_size]
-        """Run the turn's member over all that is new to it, and keep its scores there.
+    def replay(self, hidden_states: torch.Tensor) -> bool:
+        """The same, for requests that ask for no sampling parameter but a temperature; False where
+        there are no CUDA graphs of such a step, and nothing is done.
 
-        Returns its logits of the token past the end of each request.
+        Args:
+            hidden_states: `[num_rows, ...]` of the engine step's rows of logits.
         """
-        cycle = self.cycle
-        extra = self.turns.num_new(turn)
-        query_start_np = self._query_start_np(cycle, extra)
-        reading = self._prepare_tokens(cycle, extra, int(query_start_np[-1]))
-        hidden_states = self._run(turn, cycle, query_start_np, extra, reading.is_again)
-        self.last_read = hidden_states, reading
-
-        # The columns that the member has to score, at most, back from the one past the end.
-        count = self.turns.num_unscored(turn)
-        columns = cycle.end[:, None] - torch.arange(count - 1, -1, -1, device=self.device)
-        positions = cycle.first[:, None] + columns
-        first_row = reading.query_start[:-1, None]
-        rows = torch.maximum(first_row + positions - 1 - reading.start[:, None], first_row)
-        logits = self._logits(turn, hidden_states[rows.flatten()]).unflatten(0, (-1, count))
-        is_new = positions >= self.state.scored[cycle.slots, turn, None]
-        keep = is_new & (columns >= 0) & cycle.active[:, None]
-        self._keep(turn, cycle.slots, positions, logits, keep)
-        return logits[:, -1]
-
-    def step_hidden_states(self) -> torch.Tensor:  # [num_tokens, hidden_size]
-        """What `read` has just computed, at the tokens of the engine step."""
-        hidden_states, reading = self.last_read
-        batch, num_reqs = self.cycle.batch, self.cycle.num_reqs
-        query_lens = batch.query_start_loc[: num_reqs + 1].long().diff()
-        num_tokens = int(batch.query_start_loc_np[num_reqs])
-        # The turn may have begun before the engine step's first token.
-        shift = self.cycle.start - reading.start
-        shift = shift + reading.query_start[:-1] - batch.query_start_loc[:num_reqs]
-        shift = torch.repeat_interleave(shift, query_lens, output_size=num_tokens)
-        return hidden_states[torch.arange(num_tokens, device=self.device) + shift]
-
-    def logits_functions(self) -> list[tuple[tuple[int, ...], Any]]:
-        """(members, their logits from the turn's hidden states) of the turns after the first."""
-        return [
-            (turn.members, lambda hidden, model=model: [model.compute_logits(hidden)])
-            for turn, model in zip(self.turns.turns[1:], self.model, strict=True)
+        num_reqs, query_len = self.cycle.num_reqs, self._uniform_query_len()
+        if not self.graphs or query_len is None:
+            return False
+        descs = [
+            graphs.find(num_reqs, query_len + self.turns.num_new(turn))
+            for turn, graphs in enumerate(self.graphs, start=1)
         ]
+        if None in descs:
+            return False
+        self.step_hidden_states[: len(hidden_states)] = hidden_states
+        for turn, (graphs, desc) in enumerate(zip(self.graphs, descs, strict=True), start=1):
+            graphs.replay(desc)
+            if turn < len(self.turns) - 1:
+                self._propose_more(turn)
+        return True
 
-    def propose_first(self, turn: int, logits: torch.Tensor, settled_before: torch.Tensor) -> None:
-        """Propose from what `read` returned, where no token has been settled since."""
-        cycle = self.cycle
-        if self.gammas[turn] == 0:
-            return
-        fresh = cycle.active & (cycle.settled == settled_before) & self.has_room(cycle)
-        cycle.append(self.draw(logits, cycle), fresh, cycle.new_lengths[:, turn])
+    def _uniform_query_len(self) -> int | None:
+        """Tokens of every request in the engine step, where all are drafts but the first."""
+        batch, num_reqs = self.batch, self.cycle.num_reqs
+        query_start = batch.query_start_loc_np[: num_reqs + 1]
+        length = int(query_start[1])
+        if not (np.diff(query_start) == length).all():
+            return None
+        if not (batch.cu_num_logits_np[: num_reqs + 1] == query_start).all():
+            return None
+        return length if length + self.num_extra_query_per_req <= self.max_model_len else None
 
-    def propose_more(self, turn: int) -> None:
-        """The turn's passes of one token."""
-        cycle, gamma = self.cycle, self.gammas[turn]
-        num_passes = self.turns.num_passes(gamma)
-        if self.graphs[turn - 1].run_passes(num_passes, cycle.num_reqs, self._load_pending):
-            done = self.pending.rows(cycle.num_reqs)
-            for name in ("tokens", "end", "new_lengths"):
-                getattr(cycle, name).copy_(getattr(done, name))
-            return
-        for step in range(num_passes):
-            self._prepare_token(cycle)
-            extra = self.turns.num_new(turn) + 1 + step
-            query_start_np = self.arange_np[: cycle.num_reqs + 1]
-            hidden_states = self._run(turn, cycle, query_start_np, extra)
-            self._propose_from(turn, gamma, cycle, hidden_states)
+    def _captured_turn(
+        self,
+        turn: int,
+        num_reqs: int,
+        num_tokens: int,
+        attn_metadata: Any,
+        slot_mappings: Any,
+    ) -> None:
+        """A turn of `replay`, to be captured: nothing in it waits for the host."""
+        cycle, buffers = self.all_cycle.rows(num_reqs), self.input_buffers
+        length = num_tokens // num_reqs
+        num_rows = length - self.turns.num_new(turn)  # of the engine step, per request
+        starts = self.arange_gpu[: num_reqs + 1] * num_rows
+        logits = [logits[: num_reqs * num_rows] for logits in self.step_logits]
+        scores = StepScores(logits, starts[:-1])
+        if turn == 1:
+            hidden_states = self.step_hidden_states[: num_reqs * num_rows]
+            for made, kept in zip(
+                self.first.compute_member_logits(hidden_states), logits, strict=True
+            ):
+                kept.copy_(made)
+            engine_step = self.target_input_buffers
+            ops.begin_cycle(
+                self.state,
+                cycle,
+                starts,
+                starts,
+                engine_step.seq_lens[:num_reqs],
+                engine_step.input_ids,
+                self.prefill_len,
+            )
+            self._open(cycle, scores)
+        query_start = buffers.query_start_loc[: num_reqs + 1]
+        query_start.copy_(self.arange_gpu[: num_reqs + 1] * length)
+        start, is_again = ops.prepare_tokens(
+            self.state,
+            cycle,
+            self.all_token_ids,
+            query_start,
+            buffers.input_ids[:num_tokens],
+            buffers.positions[:num_tokens],
+            buffers.seq_lens[:num_reqs],
+        )
+        if attn_metadata is not None:
+            mappings = self._slot_mappings(cycle, num_tokens)
+            mappings[:, :num_tokens].masked_fill_(is_again, PAD_SLOT_ID)
+            self._update_draft_decode_metadata(attn_metadata, num_reqs)
+        hidden_states = self._run_member(turn, num_tokens, attn_metadata, slot_mappings)
+        reading = Reading(query_start, start, hidden_states)
+        self._decide_and_propose(turn, cycle, scores, reading)
 
-    def _load_pending(self) -> None:
-        """Put everything where the graph of `_passes` finds it."""
-        self.pending.load(self.cycle)
-        for groups in self.attn_groups:
-            for group in groups:
-                tables = self.block_tables.input_block_tables[group.kv_cache_group_id]
-                group.map_to_kernel_block_table(tables)
-
-    def _passes(
+    def _captured_passes(
         self,
         turn: int,
         num_passes: int,
@@ -236,45 +296,111 @@ class ChefSpeculator(StandaloneARSpeculator):
         attn_metadata: Any,
         slot_mappings: Any,
     ) -> None:
-        """The turn's passes of one token, to be captured: nothing in it waits for the host."""
-        pending, buffers = self.pending.rows(num_reqs), self.input_buffers
-        gamma = num_passes + (not self.turns.draws)
+        """The turn's passes of one token, to be captured as well."""
+        cycle = self.all_cycle.rows(num_reqs)
         for _ in range(num_passes):
-            self._prepare_token(pending)
+            position = self._prepare_token(cycle)
             if attn_metadata is not None:
-                self.block_tables.compute_slot_mappings(
-                    pending.slots,
-                    buffers.query_start_loc[: num_reqs + 1],
-                    buffers.positions[:num_reqs],
-                    num_tokens,
-                )
+                self._slot_mappings(cycle, num_tokens)
                 self._update_draft_decode_metadata(attn_metadata, num_reqs)
             hidden_states = self._run_member(turn, num_tokens, attn_metadata, slot_mappings)
-            self._propose_from(turn, gamma, pending, hidden_states[:num_reqs])
+            self._propose_from(turn, cycle, hidden_states[:num_reqs], position)
 
-    def _prepare_token(self, pending: Pending) -> None:
-        """The last token of each request, as input of a pass."""
-        buffers, num_reqs = self.input_buffers, pending.num_reqs
-        buffers.input_ids[:num_reqs] = pending.last_token(self.all_token_ids)
-        position = pending.last_position.clamp(0, self.max_model_len - 1)
-        buffers.positions[:num_reqs] = position
-        buffers.seq_lens[:num_reqs] = position + 1
+    def _open(self, cycle: Cycle, scores: StepScores) -> LogprobsTensors | None:
+        """The first turn: decide, and propose the token past the window, if it has read all of it.
+        """
+        logprobs = self.verifier.decide(0, scores, cycle)
+        if not self.turns.draws:
+            rows = scores.first_row + torch.minimum(cycle.end, cycle.num_drafts)
+            logits = scores.logits[0][rows]
+            if scores.mask is not None:
+                logits = logits + scores.mask[rows]
+            tokens = self._draw(logits, cycle, cycle.last_position)
+            ops.append(self.state, cycle, 0, self.turn_gammas, tokens)
+        return logprobs
+
+    def _read(self, turn: int, cycle: Cycle) -> Reading:
+        """Run the turn's member over all that is new to it."""
+        extra = self.turns.num_new(turn)
+        query_start_np = self._query_start_np(extra)
+        num_tokens = int(query_start_np[-1])
+        query_lens = self.batch.query_start_loc[: cycle.num_reqs + 1].long().diff() + extra
+        query_lens = query_lens.clamp(max=self.max_model_len)
+        query_start = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)])
+        buffers = self.input_buffers
+        start, is_again = ops.prepare_tokens(
+            self.state,
+            cycle,
+            self.all_token_ids,
+            query_start,
+            buffers.input_ids[:num_tokens],
+            buffers.positions[:num_tokens],
+            buffers.seq_lens[: cycle.num_reqs],
+        )
+        self._fill_query_start(query_start, cycle.num_reqs)
+        hidden_states = self._run(turn, cycle, query_start_np, extra, is_again)
+        return Reading(query_start, start, hidden_states)
+
+    def _decide_and_propose(
+        self, turn: int, cycle: Cycle, scores: StepScores, reading: Reading
+    ) -> LogprobsTensors | None:
+        """What a turn does once its member has read: keep its scores, decide, and propose from
+        them where no token has been settled since."""
+        # The columns that the member has to score, at most, back from the one past the end.
+        count = self.turns.num_unscored(turn)
+        last = cycle.last_position
+        rows, ring = ops.place_scores(
+            self.state, cycle, turn, count, reading.query_start, reading.start
+        )
+        logits = self._logits(turn, reading.hidden_states[rows.flatten()]).unflatten(0, (-1, count))
+        self.state.scores[turn - 1][cycle.slots[:, None], ring] = logits
+        logprobs, decides = None, self.turns.is_scorer(turn)
+        if decides:
+            logprobs = self.verifier.decide(turn, scores, cycle)
+        if not (decides and self.turns.draws):  # which settles a token in all requests
+            tokens = self._draw(logits[:, -1], cycle, last)
+            ops.append(self.state, cycle, turn, self.turn_gammas, tokens, decides)
+        return logprobs
+
+    def _propose_more(self, turn: int) -> None:
+        """The turn's passes of one token."""
+        cycle = self.cycle
+        num_passes = self.turns.num_passes(self.gammas[turn])
+        if self.graphs and self.graphs[turn - 1].replay_passes(num_passes, cycle.num_reqs):
+            return
+        for step in range(num_passes):
+            position = self._prepare_token(cycle)
+            extra = self.turns.num_new(turn) + 1 + step
+            query_start_np = self.arange_np[: cycle.num_reqs + 1]
+            hidden_states = self._run(turn, cycle, query_start_np, extra)
+            self._propose_from(turn, cycle, hidden_states, position)
+
+    def _prepare_token(self, cycle: Cycle) -> torch.Tensor:  # [num_reqs]
+        """The last token of each request, as input of a pass; returns where it is."""
+        buffers, num_reqs = self.input_buffers, cycle.num_reqs
         self._fill_query_start(self.arange_gpu[: num_reqs + 1], num_reqs)
+        return ops.prepare_token(
+            self.state,
+            cycle,
+            self.all_token_ids,
+            buffers.input_ids[:num_reqs],
+            buffers.positions[:num_reqs],
+            buffers.seq_lens[:num_reqs],
+        )
 
     def _propose_from(
         self,
         turn: int,
-        gamma: int,
-        pending: Pending,
+        cycle: Cycle,
         hidden_states: torch.Tensor,  # [num_reqs, hidden_size] of the last tokens
+        position: torch.Tensor,  # [num_reqs] where they are
     ) -> None:
-        """Keep the member's scores of the token past the end, and propose one of `gamma`."""
-        wanted = pending.active & (pending.new_lengths[:, turn] < gamma)
-        wanted &= self.has_room(pending)
+        """Keep the member's scores of the token past the end, and propose one."""
         logits = self._logits(turn, hidden_states)
-        position = pending.last_position + 1
-        self._keep(turn, pending.slots, position[:, None], logits[:, None], wanted[:, None])
-        pending.append(self.draw(logits, pending), wanted, pending.new_lengths[:, turn])
+        ring = ops.place_score(self.state, cycle, turn, self.turn_gammas)
+        self.state.scores[turn - 1][cycle.slots, ring] = logits
+        tokens = self._draw(logits, cycle, position)
+        ops.append(self.state, cycle, turn, self.turn_gammas, tokens)
 
     @torch.inference_mode()
     def propose(
@@ -287,40 +413,63 @@ class ChefSpeculator(StandaloneARSpeculator):
         """End the step: the last turn's proposals, and the window for the next step."""
         if dummy_run:
             return self._dummy_run(input_batch)
-        self.propose_more(len(self.turns) - 1)
-        cycle, self.cycle = self.cycle, None
-        self.stats.add(cycle, self.gammas)
-        return end_cycle(self.state, cycle)
+        self._propose_more(len(self.turns) - 1)
+        return ops.end_cycle(self.state, self.cycle, self.stats, self.turn_calls)
 
-    def _prepare_tokens(self, cycle: Cycle, extra: int, num_tokens: int) -> Reading:
-        """The tokens of the engine step with `extra` more each: what has been decided and proposed
-        since. Behind the end of a request come tokens that are overwritten later.
+    def hidden_states(self) -> list[torch.Tensor]:  # num_turns - 1 x [num_tokens, hidden_size]
+        """What the members have just computed in `run`, at the tokens of the engine step."""
+        batch, num_reqs = self.batch, self.cycle.num_reqs
+        query_lens = batch.query_start_loc[: num_reqs + 1].long().diff()
+        num_tokens = int(batch.query_start_loc_np[num_reqs])
+        found = []
+        for reading in self.readings:
+            # The turn may have begun before the engine step's first token.
+            shift = self.cycle.start - reading.start
+            shift = shift + reading.query_start[:-1] - batch.query_start_loc[:num_reqs]
+            shift = torch.repeat_interleave(shift, query_lens, output_size=num_tokens)
+            at = torch.arange(num_tokens, device=self.device) + shift
+            found.append(reading.hidden_states[at])
+        return found
+
+    def logits_functions(self) -> list[tuple[tuple[int, ...], Any]]:
+        """(members, their logits from the turn's hidden states) of the turns after the first."""
+        return [
+            (turn.members, lambda hidden, model=model: [model.compute_logits(hidden)])
+            for turn, model in zip(self.turns.turns[1:], self.model, strict=True)
+        ]
+
+    def _set_gammas(self, gammas: tuple[int, ...]) -> None:
+        self.gammas = gammas
+        self.turn_gammas.copy_(self.gammas_on_device[gammas])
+        self.turn_calls = self.calls_on_device[gammas]
+
+    def _draw(
+        self,
+        logits: torch.Tensor,  # [num_reqs, vocab_size], raw
+        cycle: Cycle,
+        position: torch.Tensor,  # [num_reqs] of the token before
+    ) -> torch.Tensor:  # [num_reqs]
+        """Draws from a member's distribution.
+
+        Of the sampling parameters only the temperature counts here: the others may cost
+        acceptance, never exactness.
         """
-        buffers, num_reqs = self.input_buffers, cycle.num_reqs
-        query_lens = cycle.batch.query_start_loc[: num_reqs + 1].long().diff() + extra
-        query_lens = query_lens.clamp(max=self.max_model_len)
-        # Where the context would end, before the engine step's first token.
-        start = torch.minimum(cycle.start, self.max_model_len - query_lens)
-        query_start = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)])
-        request = torch.repeat_interleave(
-            self.arange_gpu[:num_reqs], query_lens, output_size=num_tokens
-        ).long()
-        offset = torch.arange(num_tokens, device=self.device) - query_start[request]
-        positions = start[request] + offset
-        column = positions - cycle.first[request]
-        known = self.all_token_ids[cycle.slots[request], positions].long()
-        pending = cycle.tokens[request, column.clamp(0, cycle.tokens.shape[1] - 1)]
-        pending = pending.masked_fill(column >= cycle.end[request], 0)
-        buffers.input_ids[:num_tokens] = torch.where(column < 0, known, pending)
-        buffers.positions[:num_tokens] = positions
-        self._fill_query_start(query_start, num_reqs)
-        buffers.seq_lens[:num_reqs] = start + query_lens
-        buffers.seq_lens[num_reqs:] = 0
-        return Reading(query_start, start, positions < cycle.start[request])
+        return gumbel_sample(
+            logits,
+            cycle.slots,
+            self.temperature,
+            self.seeds,
+            position,
+            apply_temperature=True,
+            # Noise of its own: a replacement must not know how its proposal was drawn.
+            is_drafting=True,
+            use_fp64=self.verifier.sampler.use_fp64_gumbel,
+        )
 
-    def _query_start_np(self, cycle: Cycle, extra: int) -> np.ndarray:  # [num_reqs + 1]
-        query_lens = np.diff(cycle.batch.query_start_loc_np[: cycle.num_reqs + 1]) + extra
-        query_start = np.zeros(cycle.num_reqs + 1, dtype=np.int32)
+    def _query_start_np(self, extra: int) -> np.ndarray:  # [num_reqs + 1]
+        num_reqs = self.cycle.num_reqs
+        query_lens = np.diff(self.batch.query_start_loc_np[: num_reqs + 1]) + extra
+        query_start = np.zeros(num_reqs + 1, dtype=np.int32)
         np.cumsum(np.minimum(query_lens, self.max_model_len), out=query_start[1:])
         return query_start
 
@@ -337,39 +486,32 @@ class ChefSpeculator(StandaloneARSpeculator):
         Tokens that `is_again` fill a request's share of the batch up from the front.  They must not
         be kept: a sliding window may have let go of what they look back to.
         """
-        num_tokens = int(query_start_np[-1])
-        context: dict[str, Any] = {}
-
-        def prepare(desc: BatchExecutionDescriptor) -> None:
-            mappings = self._slot_mappings(cycle, num_tokens, desc)
-            if is_again is not None:
-                mappings[:, :num_tokens].masked_fill_(is_again, PAD_SLOT_ID)
-            context["attn_metadata"] = self._build_attn_metadata(
-                batch_desc=desc,
-                num_reqs=cycle.num_reqs,
-                query_start_loc_np=query_start_np,
-                seq_lens_cpu_upper_bound=cycle.batch.seq_lens_cpu_upper_bound,
-                step=extra,
-                slot_mappings=mappings,
-            )
-            context["slot_mappings"] = build_slot_mappings_by_layer(mappings, self.kv_cache_config)
-
-        hidden_states = self.graphs[turn - 1].run(query_start_np, prepare)
-        if hidden_states is None:
-            return self._run_member(turn, num_tokens, **context)
-        return hidden_states
+        num_reqs, num_tokens = cycle.num_reqs, int(query_start_np[-1])
+        # vLLM's own buffer is too short for some batches with prompts.
+        mappings = self._slot_mappings(cycle, num_tokens, out=self.slot_mappings)
+        if is_again is not None:
+            mappings[:, :num_tokens].masked_fill_(is_again, PAD_SLOT_ID)
+        attn_metadata = self._build_attn_metadata(
+            batch_desc=BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs),
+            num_reqs=num_reqs,
+            query_start_loc_np=query_start_np,
+            seq_lens_cpu_upper_bound=self.batch.seq_lens_cpu_upper_bound,
+            step=extra,
+            slot_mappings=mappings,
+        )
+        by_layer = build_slot_mappings_by_layer(mappings, self.kv_cache_config)
+        return self._run_member(turn, num_tokens, attn_metadata, by_layer)
 
     def _slot_mappings(
-        self, cycle: Cycle, num_tokens: int, desc: BatchExecutionDescriptor
+        self, cycle: Cycle, num_tokens: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:  # [num_kv_cache_groups, at least num_tokens]
-        in_graph = desc.cg_mode == CUDAGraphMode.FULL
+        """Where the tokens in the input buffers are kept; by default in vLLM's own buffer."""
         return self.block_tables.compute_slot_mappings(
             cycle.slots,
             self.input_buffers.query_start_loc[: cycle.num_reqs + 1],
             self.input_buffers.positions[:num_tokens],
-            desc.num_tokens,
-            # A graph reads vLLM's own buffer, which is too short for some batches with prompts.
-            out=None if in_graph else self.slot_mappings,
+            num_tokens,
+            out=out,
         )
 
     def _run_member(
@@ -394,18 +536,6 @@ class ChefSpeculator(StandaloneARSpeculator):
     ) -> torch.Tensor:  # [num_rows, vocab_size]
         # What is proposed from must be what is kept to judge the proposal by.
         return self.model[turn - 1].compute_logits(hidden_states).to(self.state.scores.dtype)
-
-    def _keep(
-        self,
-        turn: int,
-        slots: torch.Tensor,  # [num_reqs]
-        positions: torch.Tensor,  # [num_reqs, num_rows]
-        logits: torch.Tensor,  # [num_reqs, num_rows, vocab_size]
-        keep: torch.Tensor,  # [num_reqs, num_rows] bool
-    ) -> None:
-        self.state.scores[turn - 1][slots[:, None], self.state.ring(positions, keep)] = logits
-        scored = torch.where(keep, positions + 1, 0).amax(dim=1)
-        self.state.scored[slots, turn] = torch.maximum(self.state.scored[slots, turn], scored)
 
     def _fill_query_start(self, query_start: torch.Tensor, num_reqs: int) -> None:
         buffer = self.input_buffers.query_start_loc

@@ -1,13 +1,13 @@
 """What is pending: the windows of all requests, and the members' scores on them.
 
 Knows positions and columns; knows neither models nor distributions.  A *column* is a position
-counted from the request's first undecided token; everything is device data.
+counted from the request's first undecided token; everything is device data, in memory that never
+moves, so that CUDA graphs find it.  `ops/` has what is done with it.
 """
 
 from dataclasses import dataclass, fields
 
 import torch
-from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm.chef.turns import Turns
 
@@ -26,11 +26,13 @@ class ProposalState:
         self,
         turns: Turns,
         max_num_reqs: int,
+        max_model_len: int,
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.turns = turns
+        self.max_model_len = max_model_len
         num_turns, num_slots = len(turns), max_num_reqs + 1
         # Live at once, at most: the step's window, the first turn's proposal, the window of the
         # next step, and the position past its end.
@@ -50,193 +52,76 @@ class ProposalState:
         """[num_turns - 1, num_slots, ring_size + 1, vocab_size] raw logits of the turns after
         the first, whose own are the engine step's"""
 
-    def ring(
-        self,
-        positions: torch.Tensor,
-        keep: torch.Tensor | None = None,  # as positions, bool
-    ) -> torch.Tensor:  # as positions
-        """Rows of the ring; where not `keep`, the row that nobody reads."""
-        rows = positions.remainder(self.ring_size)
-        return rows if keep is None else rows.masked_fill(~keep, self.ring_size)
-
 
 @dataclass
-class Pending:
-    """The undecided tokens of a step at hand: what a turn's passes of one token read and change.
+class Cycle:
+    """The undecided tokens of the step at hand, in which every turn is called once.
 
     `columns` of a request: its window as the step found it, the first turn's proposal, then what
     the turns after propose; a replacement takes the place of what it replaces and of all behind.
     """
 
-    slots: torch.Tensor  # [num_reqs] slots of the requests; -1 where there is none
+    slots: torch.Tensor  # [num_reqs] int32, slots of the requests; -1 where there is none
     active: torch.Tensor  # [num_reqs] bool, False: the prompt goes on in the next step
+    start: torch.Tensor  # [num_reqs] position of the first token of the engine step
     first: torch.Tensor  # [num_reqs] position of column 0
+    num_drafts: torch.Tensor  # [num_reqs] columns for which the engine step has rows
+    lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step found
+    new_lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step leaves
     tokens: torch.Tensor  # [num_reqs, num_columns + 1], the last column is never read
     end: torch.Tensor  # [num_reqs] number of columns in use
-    new_lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step leaves
+    num_accepted: torch.Tensor  # [num_reqs] columns whose proposal was accepted
+    num_decided: torch.Tensor  # [num_reqs] columns that are decided, hence the step's output
+    replaced: torch.Tensor  # [num_reqs] bool: the column after the accepted ones has another token
+    settled: torch.Tensor  # [num_reqs] bool: no more columns are decided in this cycle
+    just_settled: torch.Tensor  # [num_reqs] bool: by the latest decision
 
     @property
     def num_reqs(self) -> int:
         return self.slots.shape[0]
 
     @property
-    def last_position(self) -> torch.Tensor:  # [num_reqs]
-        return self.first + self.end - 1
-
-    def last_token(
-        self,
-        all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
-    ) -> torch.Tensor:  # [num_reqs]
-        pending = self.tokens.gather(1, (self.end - 1).clamp(min=0)[:, None])[:, 0]
-        known = all_token_ids[self.slots, (self.first - 1).clamp(min=0)].long()
-        return torch.where(self.end > 0, pending, known)
-
-    def append(
-        self,
-        tokens: torch.Tensor,  # [num_reqs]
-        where: torch.Tensor,  # [num_reqs] bool
-        lengths: torch.Tensor,  # [num_reqs], of the segment that they belong to
-    ) -> None:
-        """Put a proposed token behind all others, for the requests `where`."""
-        column = self.end.masked_fill(~where, self.tokens.shape[1] - 1)
-        self.tokens.scatter_(1, column[:, None], tokens[:, None])
-        self.end += where
-        lengths += where
-
-    def rows(self, num_reqs: int) -> "Pending":
-        """The first requests, sharing memory."""
-        return Pending(*(getattr(self, field.name)[:num_reqs] for field in fields(Pending)))
-
-    def load(self, other: "Pending") -> None:
-        """Take over another's requests; the rows behind them are of no request."""
-        for field in fields(Pending):
-            getattr(self, field.name)[: other.num_reqs] = getattr(other, field.name)
-        self.slots[other.num_reqs :] = -1
-        self.active[other.num_reqs :] = False
-
-
-@dataclass
-class Cycle(Pending):
-    """The step at hand: one call of every turn."""
-
-    batch: InputBatch
-    start: torch.Tensor  # [num_reqs] position of the first token of the engine step
-    num_drafts: torch.Tensor  # [num_reqs] columns for which the engine step has rows
-    lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step found
-    num_accepted: torch.Tensor  # [num_reqs] columns whose proposal was accepted
-    replaced: torch.Tensor  # [num_reqs] bool: the column after those has another token now
-    settled: torch.Tensor  # [num_reqs] bool: no more columns are decided in this cycle
-    num_decided: torch.Tensor  # [num_reqs] columns that are decided, hence the step's output
-
-    @property
     def segments(self) -> torch.Tensor:  # [num_reqs, num_turns]
         """Lengths of the segments in the order of `Turns.in_window`."""
         return self.lengths.roll(-1, dims=1)
 
-    def accept(self, num_accepted: torch.Tensor, where: torch.Tensor) -> None:
-        """Commit the first `num_accepted` columns, for the requests `where`."""
-        self.num_accepted = torch.where(where, num_accepted, self.num_accepted)
-        self.num_decided = torch.where(where, num_accepted, self.num_decided)
+    @property
+    def last_position(self) -> torch.Tensor:  # [num_reqs]
+        return self.first + self.end - 1
 
-    def settle(self, tokens: torch.Tensor, where: torch.Tensor, state: ProposalState) -> None:
-        """Commit a token of the ensemble's after the accepted ones, and drop all behind it."""
-        column = self.num_accepted.masked_fill(~where, self.tokens.shape[1] - 1)
-        self.tokens.scatter_(1, column[:, None], tokens[:, None])
-        self.end = torch.where(where, column + 1, self.end)
-        self.num_decided = torch.where(where, column + 1, self.num_decided)
-        self.new_lengths.masked_fill_(where[:, None], 0)
-        self.settled = self.settled | where
-        # The scores at its own column depend on what stands before it, those behind on the token.
-        valid = torch.where(where, self.first + column + 1, NO_POSITION)
-        state.scored[self.slots] = torch.minimum(state.scored[self.slots], valid[:, None])
+    def rows(self, num_reqs: int) -> "Cycle":
+        """The first requests, sharing memory."""
+        return Cycle(*(getattr(self, field.name)[:num_reqs] for field in fields(Cycle)))
+
+    def load(self, slots: torch.Tensor) -> "Cycle":
+        """The rows of a step's requests; all others are of no request."""
+        num_reqs = len(slots)
+        self.slots[:num_reqs] = slots
+        self.slots[num_reqs:] = -1
+        self.active[num_reqs:] = False
+        return self.rows(num_reqs)
 
 
-def make_pending(state: ProposalState, num_reqs: int) -> Pending:
-    """Memory for the pending tokens of `num_reqs` requests, as yet of none."""
+def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
+    """Memory for the cycles of up to so many requests, as yet of none."""
     num_turns, device = len(state.turns), state.lengths.device
-    numbers = torch.zeros(
-        num_reqs, state.ring_size + num_turns + 2, dtype=torch.int64, device=device
-    )
-    tokens, new_lengths, ends = numbers.split([state.ring_size, num_turns, 2], dim=1)
-    return Pending(
-        slots=torch.full((num_reqs,), -1, dtype=torch.int32, device=device),
-        active=torch.zeros(num_reqs, dtype=torch.bool, device=device),
-        first=ends[:, 0],
-        tokens=tokens,
-        end=ends[:, 1],
-        new_lengths=new_lengths,
-    )
 
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.zeros(max_num_reqs, *shape, dtype=dtype, device=device)
 
-def segment_of(
-    columns: torch.Tensor,  # [num_columns]
-    segments: torch.Tensor,  # [num_reqs, num_segments] lengths
-) -> torch.Tensor:  # [num_reqs, num_columns]
-    """The segment that a column lies in: as many as end at or before it."""
-    return (columns >= segments.cumsum(1)[:, :-1, None]).sum(1)
-
-
-def begin_cycle(
-    state: ProposalState,
-    batch: InputBatch,
-    prefill_len: torch.Tensor,  # [max_num_reqs]
-    forbidden: torch.Tensor | None = None,  # [num_reqs]
-) -> Cycle:
-    """The cycle of an engine step, with the windows that vLLM scheduled for it.
-
-    `forbidden` is the pending token that vLLM left out as the first that a grammar does not allow,
-    -1 where it did not.  It stays in the window, where it is bound to be replaced: leaving it out
-    because of what it is would change the distribution of what comes in its place.
-    """
-    num_reqs, slots = batch.num_reqs, batch.idx_mapping[: batch.num_reqs]
-    cu_num_logits = batch.cu_num_logits[: num_reqs + 1].long()
-    query_start = batch.query_start_loc[: num_reqs + 1].long()
-    seq_lens = batch.seq_lens[:num_reqs].long()
-    num_drafts = cu_num_logits.diff() - 1
-    first, start = seq_lens - num_drafts, seq_lens - query_start.diff()
-    # vLLM may schedule less than the whole window, at the end of a context for example. What is
-    # left out falls. Drafts of a request whose prompt is read in this step only fill a batch up.
-    limit = num_drafts if forbidden is None else num_drafts + (forbidden >= 0)
-    limit = limit.masked_fill(start < prefill_len[slots], 0)
-    ends = torch.minimum(state.lengths[slots, 1:].cumsum(1), limit[:, None])
-    zero = ends.new_zeros(num_reqs, 1)
-    lengths = torch.cat([zero, ends.diff(dim=1, prepend=zero)], dim=1)
-    end = ends[:, -1].clone()
-    # Scores past the window are of other tokens now; without a window, of another request even.
-    valid = torch.where(end > 0, first + end + 1, first)
-    state.scored[slots] = torch.minimum(state.scored[slots], valid[:, None])
-
-    window, num_columns = state.turns.window, state.ring_size - 1
-    tokens = slots.new_zeros(num_reqs, num_columns + 1)
-    # Column k is the input token behind row k of the engine step's logits.
-    rows = cu_num_logits[:-1, None] + torch.arange(1, window + 1, device=slots.device)
-    rows = torch.minimum(rows, cu_num_logits[1:, None] - 1)
-    tokens[:, :window] = batch.input_ids[batch.logits_indices[rows]]
-    if forbidden is not None:
-        column = num_drafts.masked_fill(forbidden < 0, num_columns)
-        tokens.scatter_(1, column[:, None], forbidden[:, None])
     return Cycle(
-        batch=batch,
-        slots=slots,
-        active=seq_lens >= prefill_len[slots],
-        start=start,
-        first=first,
-        num_drafts=num_drafts,
-        lengths=lengths,
-        tokens=tokens,
-        end=end,
-        new_lengths=torch.zeros_like(lengths),
-        num_accepted=torch.zeros_like(end),
-        replaced=torch.zeros_like(end, dtype=torch.bool),
-        settled=torch.zeros_like(end, dtype=torch.bool),
-        num_decided=torch.zeros_like(end),
+        slots=zeros(dtype=torch.int32).fill_(-1),
+        active=zeros(dtype=torch.bool),
+        start=zeros(),
+        first=zeros(),
+        num_drafts=zeros(),
+        lengths=zeros(num_turns),
+        new_lengths=zeros(num_turns),
+        tokens=zeros(state.ring_size),
+        end=zeros(),
+        num_accepted=zeros(),
+        num_decided=zeros(),
+        replaced=zeros(dtype=torch.bool),
+        settled=zeros(dtype=torch.bool),
+        just_settled=zeros(dtype=torch.bool),
     )
-
-
-def end_cycle(state: ProposalState, cycle: Cycle) -> torch.Tensor:  # [num_reqs, window]
-    """Keep what is pending for the next step, and return its tokens, filled up with 0."""
-    columns = torch.arange(state.turns.window, device=cycle.slots.device)
-    columns = cycle.num_decided[:, None] + columns
-    tokens = cycle.tokens.gather(1, columns.clamp(max=cycle.tokens.shape[1] - 1))
-    state.lengths[cycle.slots] = cycle.new_lengths * cycle.active[:, None]
-    return tokens.masked_fill(columns >= cycle.end[:, None], 0)

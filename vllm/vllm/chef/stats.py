@@ -1,16 +1,14 @@
 """What became of the proposals: counted on the device, read when somebody asks."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from vllm.chef.state import Cycle, segment_of
 from vllm.chef.turns import Turns
 
 
 class TurnStats:
-    """Counts over all requests since the last `reset`."""
+    """Counts over all requests since the last `reset`; `ops` count each cycle as it ends."""
 
     def __init__(self, turns: Turns, device: torch.device) -> None:
         self.turns = turns
@@ -22,24 +20,6 @@ class TurnStats:
         self.accepted = torch.zeros(shape, dtype=torch.int64, device=device)
         self.calls = torch.zeros(len(turns), dtype=torch.int64, device=device)
         self.totals = torch.zeros(2, dtype=torch.int64, device=device)
-
-    def add(self, cycle: Cycle, gammas: Sequence[int]) -> None:
-        """Count a cycle whose decisions are made, in which the turns proposed `gammas`."""
-        columns = torch.arange(self.turns.window + 1, device=cycle.slots.device)
-        lengths = cycle.segments
-        segment = segment_of(columns, lengths)
-        offset = columns - (lengths.cumsum(1) - lengths).gather(1, segment)
-        cell = (self.row_of[segment] * self.width + offset).clamp(0, len(self.judged) - 1)
-        active = cycle.active[:, None]
-        judged = columns < (cycle.num_accepted + cycle.replaced)[:, None]
-        accepted = columns < cycle.num_accepted[:, None]
-        self.judged.index_add_(0, cell.flatten(), (judged & active).flatten().long())
-        self.accepted.index_add_(0, cell.flatten(), (accepted & active).flatten().long())
-        num_active = cycle.active.sum()
-        self.totals += torch.stack([num_active, (cycle.num_decided * cycle.active).sum()])
-        for turn, gamma in enumerate(gammas):
-            passes = 1 + self.turns.num_passes(gamma) if turn else 1
-            self.calls[turn] += passes * num_active
 
     def reset(self) -> None:
         for counts in (self.judged, self.accepted, self.calls, self.totals):

@@ -82,6 +82,10 @@ class Turns:
         """
         return max(0, gamma - (not self.draws))
 
+    def num_calls(self, gammas: Sequence[int]) -> tuple[int, ...]:
+        """Passes of each turn's members in a cycle in which the turns propose `gammas`."""
+        return (1, *(1 + self.num_passes(gamma) for gamma in gammas[1:]))
+
     def gammas(self, num_tokens: int) -> tuple[int, ...]:
         """Tokens that each turn proposes in a step that leaves a window of `num_tokens`, at most:
         as many of the last turns' as there is room for, since the cheapest come last."""

@@ -5,19 +5,22 @@ probability min(1, r(x) / q(x)), r being the ensemble's distribution; otherwise 
 norm(max(0, r - q)) takes its place (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
-from vllm.chef.state import Cycle, ProposalState, segment_of
+from vllm.chef.ops import eager as ops
+from vllm.chef.state import Cycle, ProposalState
 from vllm.chef.synthetic import configured_rates
 from vllm.chef.turns import Turns
 from vllm.ensemble_decode.combine import combine
@@ -29,7 +32,10 @@ class StepScores(NamedTuple):
 
     logits: list[torch.Tensor]  # members of the turn x [num_rows, vocab_size]
     first_row: torch.Tensor  # [num_reqs] row of column 0
-    mask: torch.Tensor | None  # [num_rows, vocab_size] of a grammar, 0 or -inf, for all members
+    mask: torch.Tensor | None = None
+    """[num_rows, vocab_size] of a grammar, 0 or -inf, for all members"""
+    batch: InputBatch | None = None
+    """None: no request asks for more than a temperature"""
 
 
 class Verifier:
@@ -50,6 +56,9 @@ class Verifier:
         # [num_turns] members that propose, in the order of the window
         self.proposers = [turns[turn].members[0] for turn in turns.in_window]
         self.turn_of = turns.turn_of
+        # [max_num_reqs] by slot: where CUDA graphs find them, as vLLM's own move about.
+        self.temperature: torch.Tensor
+        self.seeds: torch.Tensor
         # Not None only where a benchmark sets the acceptance.
         self.synthetic_rates = configured_rates(turns, state.scores.device)
 
@@ -60,99 +69,137 @@ class Verifier:
         a request asks for them.
         """
         is_last = turn == self.turns.last_scorer
+        num_segments = self.turns.num_decidable(turn)
         num_columns = self.turns.max_decided(turn) + 1
-        lengths = cycle.segments[:, : self.turns.num_decidable(turn)]
-        num_candidates = lengths.sum(1)
-        logprobs_dims = self.sampler.get_logprobs_dims(cycle.batch.idx_mapping_np)
-        reports = is_last and logprobs_dims is not None
-        tokens, accepted, rows = [], [], []
+        logprobs_dims = None
+        if scores.batch is not None and is_last:
+            logprobs_dims = self.sampler.get_logprobs_dims(scores.batch.idx_mapping_np)
+        proposed, segment, positions = ops.candidates(cycle, num_segments, num_columns)
+        tokens, num_sampled, rows = [], [], []
         for part in self._chunks(cycle.num_reqs, num_columns):
-            target, reported = self._target(part, num_columns, scores, cycle, reports)
-            sampled, num_sampled = self._verify(part, target, lengths, scores, cycle)
+            temperature = self.temperature[cycle.slots[part]]
+            target, reported = self._target(
+                part, positions[part], temperature, scores, cycle, logprobs_dims is not None
+            )
+            proposal = self._proposal_logits(part, segment[part], num_segments, scores, cycle)
+            sampled, count = self._verify(
+                part, target, proposal, proposed[part], positions[part], temperature, cycle
+            )
             tokens.append(sampled)
-            accepted.append(num_sampled.long() - 1)
+            num_sampled.append(count)
             rows.append(reported)
-        num_accepted = torch.cat(accepted)
-        live = cycle.active & ~cycle.settled
-        replaced = live & (num_accepted < num_candidates)
-        cycle.accept(num_accepted, live)
-        cycle.replaced = cycle.replaced | replaced
-        settle = live if is_last and self.turns.draws else replaced
-        cycle.settle(torch.cat(tokens).gather(1, num_accepted[:, None])[:, 0], settle, self.state)
-        return self._logprobs(rows, num_columns, cycle, *logprobs_dims) if reports else None
+        ops.settle(
+            self.state,
+            cycle,
+            _joined(tokens),
+            _joined(num_sampled),
+            num_segments,
+            draws=is_last and self.turns.draws,
+        )
+        if logprobs_dims is None:
+            return None
+        return self._logprobs(rows, num_columns, cycle, scores.batch, *logprobs_dims)
 
     def _target(
-        self, part: slice, num_columns: int, scores: StepScores, cycle: Cycle, reports: bool
+        self,
+        part: slice,
+        positions: torch.Tensor,  # [num_reqs, num_columns] of the token before each
+        temperature: torch.Tensor,  # [num_reqs]
+        scores: StepScores,
+        cycle: Cycle,
+        reports: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the ensemble's distribution `[num_reqs * num_columns, vocab_size]` after the
         sampling parameters, and where `reports` those that log-probabilities are reported of."""
+        num_columns = positions.shape[1]
         members = torch.stack(
             [
                 self._rows(member, part, num_columns, scores, cycle)
                 for member in range(self.ensemble.num_members)
             ]
         )
-        batch, slots = cycle.batch, cycle.slots[part]
-        columns = torch.arange(num_columns, device=slots.device)
         if scores.mask is not None:
+            columns = torch.arange(num_columns, device=positions.device)
             members += scores.mask[self._step_rows(part, columns, scores, cycle)]
-        inputs = torch.cat(
-            [batch.input_ids[batch.logits_indices[scores.first_row[part]]][:, None].long(),
-             cycle.tokens[part, : num_columns - 1]], dim=1
-        )  # fmt: skip
-        arguments = (
-            slots.repeat_interleave(num_columns),
-            slots,
-            batch.idx_mapping_np[part],
-            self._positions(part, columns, cycle).flatten(),
-            inputs.flatten().int(),  # as vLLM's kernels have them
-            columns.int().repeat(len(slots)),
-            batch.seq_lens_cpu_upper_bound.numpy()[part] + num_columns,
-        )
-        process, probs = self.sampler.apply_sampling_params, self.ensemble.combines_probs
-        raw = None
+        if scores.batch is None:
+            process = self._temperature_only(temperature, num_columns)
+        else:
+            process = self._sampling_params(part, positions, scores, cycle)
+        probs, raw = self.ensemble.combines_probs, None
         if self.ensemble.samples_members:
-            processed = torch.stack([process(m, *arguments) for m in members])
-            target = combine(self.function, processed, probs)
+            target = combine(self.function, torch.stack([process(m) for m in members]), probs)
         else:
             raw = combine(self.function, members, probs)
-            target = process(raw, *arguments)
+            target = process(raw)
         if not reports:
             return target, None
         if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
             return target, target
         return target, combine(self.function, members, probs) if raw is None else raw
 
+    def _temperature_only(
+        self,
+        temperature: torch.Tensor,  # [num_reqs]
+        num_columns: int,
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Sampling parameters of requests that have no others; nothing asks the host."""
+        requests = torch.arange(len(temperature), device=temperature.device)
+        requests = requests.repeat_interleave(num_columns)
+
+        def process(logits: torch.Tensor) -> torch.Tensor:
+            logits = logits.float()  # nobody else's: a stack of rows, or what is made of one
+            apply_temperature(logits, requests, temperature)
+            return logits
+
+        return process
+
+    def _sampling_params(
+        self,
+        part: slice,
+        positions: torch.Tensor,  # [num_reqs, num_columns]
+        scores: StepScores,
+        cycle: Cycle,
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        batch, slots, num_columns = scores.batch, cycle.slots[part], positions.shape[1]
+        inputs = torch.cat(
+            [batch.input_ids[batch.logits_indices[scores.first_row[part]]][:, None].long(),
+             cycle.tokens[part, : num_columns - 1]], dim=1
+        )  # fmt: skip
+        columns = torch.arange(num_columns, device=slots.device)
+        arguments = (
+            slots.repeat_interleave(num_columns),
+            slots,
+            batch.idx_mapping_np[part],
+            positions.flatten(),
+            inputs.flatten().int(),  # as vLLM's kernels have them
+            columns.int().repeat(len(slots)),
+            batch.seq_lens_cpu_upper_bound.numpy()[part] + num_columns,
+        )
+        return lambda logits: self.sampler.apply_sampling_params(logits, *arguments)
+
     def _verify(
         self,
         part: slice,
         target: torch.Tensor,  # [num_reqs * num_columns, vocab_size]
-        lengths: torch.Tensor,  # [all requests, num_segments]
-        scores: StepScores,
+        proposal: torch.Tensor,  # [num_reqs, num_columns, vocab_size]
+        proposed: torch.Tensor,  # [num_reqs, num_columns]
+        positions: torch.Tensor,  # [num_reqs, num_columns]
+        temperature: torch.Tensor,  # [num_reqs]
         cycle: Cycle,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs, num_columns], [num_reqs]
-        slots = cycle.slots[part]
-        num_reqs, num_columns = len(slots), target.shape[0] // len(slots)
-        columns = torch.arange(num_columns, device=slots.device)
-        num_candidates = lengths[part].sum(1)
-        # Row k + 1 holds the token that is proposed for column k; -1 is accepted by nobody.
-        proposed = slots.new_full((num_reqs, num_columns), -1)
-        proposed[:, 1:] = cycle.tokens[part, : num_columns - 1].masked_fill(
-            columns[:-1] >= num_candidates[:, None], -1
-        )
-        requests = torch.arange(num_reqs, device=slots.device)
-        states = self.sampler.sampling_states
+        num_reqs, num_columns = proposed.shape
+        requests = torch.arange(num_reqs, device=proposed.device)
         return rejection_sample(
             target,
-            self._proposal_logits(part, num_columns, lengths[part], scores, cycle),
+            proposal,
             proposed.flatten(),
-            (torch.arange(num_reqs + 1, device=slots.device) * num_columns).int(),
-            self._positions(part, columns, cycle).flatten(),
+            torch.arange(0, num_reqs * num_columns + 1, num_columns, device=proposed.device).int(),
+            positions.flatten(),
             requests,
             requests.repeat_interleave(num_columns),
-            columns.int().repeat(num_reqs),
-            states.temperature.gpu[slots],
-            states.seeds.gpu[slots],
+            torch.arange(num_columns, device=proposed.device).int().repeat(num_reqs),
+            temperature,
+            self.seeds[cycle.slots[part]],
             num_columns - 1,
             self.synthetic_rates,
             use_fp64=self.sampler.use_fp64_gumbel,
@@ -161,15 +208,14 @@ class Verifier:
     def _proposal_logits(
         self,
         part: slice,
-        num_columns: int,
-        lengths: torch.Tensor,  # [num_reqs, num_segments]
+        segment: torch.Tensor,  # [num_reqs, num_columns]
+        num_segments: int,
         scores: StepScores,
         cycle: Cycle,
     ) -> torch.Tensor:  # [num_reqs, num_columns, vocab_size]
         """Raw logits of the member that proposed each column."""
-        columns = torch.arange(num_columns, device=lengths.device)
-        segment = segment_of(columns, lengths)
-        members = self.proposers[: lengths.shape[1]]
+        num_columns = segment.shape[1]
+        members = self.proposers[:num_segments]
         if self.turns.draws:
             members = [m for m in members if self.turn_of[m] != 0]
         logits = None
@@ -177,6 +223,7 @@ class Verifier:
             rows = self._rows(member, part, num_columns, scores, cycle)
             if self.turn_of[member] == 0 and scores.mask is not None:
                 # The first turn proposes after the grammar's mask, the others know of none.
+                columns = torch.arange(num_columns, device=segment.device)
                 rows = rows + scores.mask[self._step_rows(part, columns, scores, cycle)]
             rows = rows.unflatten(0, (-1, num_columns))
             here = (segment == at)[:, :, None]
@@ -193,7 +240,7 @@ class Verifier:
             return scores.logits[self.turns[0].members.index(member)][
                 self._step_rows(part, columns, scores, cycle)
             ]
-        ring = self.state.ring(cycle.first[part, None] + columns)
+        ring = (cycle.first[part, None] + columns).remainder(self.state.ring_size)
         return self.state.scores[turn - 1][cycle.slots[part, None], ring].flatten(0, 1)
 
     def _step_rows(
@@ -202,12 +249,6 @@ class Verifier:
         """Rows of the engine step, which has none past the drafts that it was given."""
         rows = torch.minimum(columns, cycle.num_drafts[part, None])
         return (scores.first_row[part, None] + rows).flatten()
-
-    def _positions(
-        self, part: slice, columns: torch.Tensor, cycle: Cycle
-    ) -> torch.Tensor:  # [num_reqs, num_columns]
-        """Of the token before each column, as vLLM counts positions of a draw."""
-        return cycle.first[part, None] + columns - 1
 
     def _chunks(self, num_reqs: int, num_columns: int) -> Iterator[slice]:
         """Requests whose logits fit into what vLLM allows a verification to take."""
@@ -221,6 +262,7 @@ class Verifier:
         rows: list[torch.Tensor],
         num_columns: int,
         cycle: Cycle,
+        batch: InputBatch,
         num_logprobs: int,
         max_token_ids: int,
     ) -> LogprobsTensors:
@@ -241,3 +283,7 @@ class Verifier:
             )
         offsets = (np.arange(cycle.num_reqs + 1) * num_columns).tolist()
         return LogprobsTensors.cat(parts, cu_num_generated_tokens=offsets)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

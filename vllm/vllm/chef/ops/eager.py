@@ -1,0 +1,292 @@
+"""What a cycle does with its columns, in torch: the reference for `fused.py`, and the CPU's own.
+
+All change `state` and `cycle` in place, and nothing waits for the host.
+"""
+
+import torch
+
+from vllm.chef.state import NO_POSITION, Cycle, ProposalState
+from vllm.chef.stats import TurnStats
+
+
+def begin_cycle(
+    state: ProposalState,
+    cycle: Cycle,
+    query_start: torch.Tensor,  # [num_reqs + 1] of the engine step
+    row_start: torch.Tensor,  # [num_reqs + 1] of its rows of logits
+    seq_lens: torch.Tensor,  # [num_reqs]
+    input_ids: torch.Tensor,  # [num_tokens]
+    prefill_len: torch.Tensor,  # [max_num_reqs]
+    forbidden: torch.Tensor | None = None,  # [num_reqs]
+) -> None:
+    """Take up the windows that vLLM scheduled, for the requests `cycle.slots`.
+
+    `forbidden` is the pending token that vLLM left out as the first that a grammar does not allow,
+    -1 where it did not.  It stays in the window, where it is bound to be replaced: leaving it out
+    because of what it is would change the distribution of what comes in its place.
+    """
+    slots, window = cycle.slots, state.turns.window
+    query_start, seq_lens = query_start.long(), seq_lens.long()
+    num_drafts = row_start.long().diff() - 1
+    start = seq_lens - query_start.diff()
+    first = seq_lens - num_drafts
+    # vLLM may schedule less than the whole window, at the end of a context for example. What is
+    # left out falls. Drafts of a request whose prompt is read in this step only fill a batch up.
+    limit = num_drafts if forbidden is None else num_drafts + (forbidden >= 0)
+    limit = limit.masked_fill((start < prefill_len[slots]) | (slots < 0), 0)
+    ends = torch.minimum(state.lengths[slots, 1:].cumsum(1), limit[:, None])
+    zero = ends.new_zeros(len(slots), 1)
+    cycle.lengths.copy_(torch.cat([zero, ends.diff(dim=1, prepend=zero)], dim=1))
+    end = ends[:, -1]
+    # Scores past the window are of other tokens now; without a window, of another request even.
+    valid = torch.where(end > 0, first + end + 1, first)
+    state.scored[slots] = torch.minimum(state.scored[slots], valid[:, None])
+    # Drafts are the last tokens of a request's query.
+    columns = torch.arange(window, device=slots.device)
+    token = query_start[1:, None] - num_drafts[:, None] + columns
+    tokens = input_ids[token.clamp(0, len(input_ids) - 1)].long()
+    cycle.tokens.zero_()
+    cycle.tokens[:, :window] = tokens.masked_fill(columns >= num_drafts[:, None], 0)
+    if forbidden is not None:
+        column = num_drafts.masked_fill(forbidden < 0, cycle.tokens.shape[1] - 1)
+        cycle.tokens.scatter_(1, column[:, None], forbidden[:, None])
+    cycle.active.copy_((seq_lens >= prefill_len[slots]) & (slots >= 0))
+    cycle.start.copy_(start)
+    cycle.first.copy_(first)
+    cycle.num_drafts.copy_(num_drafts)
+    cycle.end.copy_(end)
+    for field in ("new_lengths", "num_accepted", "num_decided"):
+        getattr(cycle, field).zero_()
+    for field in ("replaced", "settled", "just_settled"):
+        getattr(cycle, field).fill_(False)
+
+
+def candidates(
+    cycle: Cycle,
+    num_segments: int,
+    num_columns: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a decision over the first columns judges: the tokens of the first segments.
+
+    Returns the proposed tokens `[num_reqs, num_columns]` as vLLM's verification has them, the token
+    for column k in place k + 1 and -1 where there is none; the segment of each column, and the
+    position of the token before it, of the same shape.
+    """
+    lengths = cycle.segments[:, :num_segments]
+    columns = torch.arange(num_columns, device=lengths.device)
+    proposed = cycle.tokens.new_full((cycle.num_reqs, num_columns), -1)
+    proposed[:, 1:] = cycle.tokens[:, : num_columns - 1].masked_fill(
+        columns[:-1] >= lengths.sum(1)[:, None], -1
+    )
+    return proposed, segment_of(columns, lengths), cycle.first[:, None] + columns - 1
+
+
+def settle(
+    state: ProposalState,
+    cycle: Cycle,
+    sampled: torch.Tensor,  # [num_reqs, num_columns] accepted tokens, then the ensemble's own
+    num_sampled: torch.Tensor,  # [num_reqs]
+    num_segments: int,
+    draws: bool,
+) -> None:
+    """Commit the accepted columns; and where a proposal was rejected, or `draws`, the token of the
+    ensemble's that comes after them, which drops all behind it."""
+    num_accepted = num_sampled.long() - 1
+    live = cycle.active & ~cycle.settled
+    replaced = live & (num_accepted < cycle.segments[:, :num_segments].sum(1))
+    settled = live if draws else replaced
+    cycle.num_accepted.copy_(torch.where(live, num_accepted, cycle.num_accepted))
+    cycle.num_decided.copy_(torch.where(live, num_accepted + settled, cycle.num_decided))
+    cycle.replaced |= replaced
+    cycle.settled |= settled
+    cycle.just_settled.copy_(settled)
+    column = num_accepted.masked_fill(~settled, cycle.tokens.shape[1] - 1)
+    token = sampled.gather(1, num_accepted[:, None])
+    cycle.tokens.scatter_(1, column[:, None], token)
+    cycle.end.copy_(torch.where(settled, column + 1, cycle.end))
+    cycle.new_lengths.masked_fill_(settled[:, None], 0)
+    # The scores at its own column depend on what stands before it, those behind on the token.
+    valid = torch.where(settled, cycle.first + column + 1, NO_POSITION)
+    state.scored[cycle.slots] = torch.minimum(state.scored[cycle.slots], valid[:, None])
+
+
+def append(
+    state: ProposalState,
+    cycle: Cycle,
+    turn: int,
+    gammas: torch.Tensor,  # [num_turns]
+    tokens: torch.Tensor,  # [num_reqs]
+    has_decided: bool = False,
+) -> None:
+    """Put a turn's proposed token behind all others, where it still has one to propose and the
+    context has room.  Where the turn `has_decided` after its pass, the token is not for requests in
+    which that settled another."""
+    where = cycle.active & (cycle.first + cycle.end < state.max_model_len)
+    if turn == 0:
+        # The first turn has scored what the engine step had, and proposes for what it knows.
+        where &= ~cycle.settled & (cycle.end <= cycle.num_drafts)
+    else:
+        where &= cycle.new_lengths[:, turn] < gammas[turn]
+        if has_decided:
+            where &= ~cycle.just_settled
+    column = cycle.end.masked_fill(~where, cycle.tokens.shape[1] - 1)
+    cycle.tokens.scatter_(1, column[:, None], tokens[:, None])
+    cycle.end += where
+    (cycle.lengths if turn == 0 else cycle.new_lengths)[:, turn] += where
+
+
+def prepare_tokens(
+    state: ProposalState,
+    cycle: Cycle,
+    all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
+    query_start: torch.Tensor,  # [num_reqs + 1]
+    input_ids: torch.Tensor,  # [num_tokens], written
+    positions: torch.Tensor,  # [num_tokens], written
+    seq_lens: torch.Tensor,  # [num_reqs], written
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs of the pass in which a member reads: the tokens of the engine step, and behind them
+    what has been decided and proposed since; past the end tokens that are overwritten later.
+
+    Returns the position of each request's first token `[num_reqs]`, and of each token whether it
+    comes before those of the engine step `[num_tokens]`: so they do at the end of a context.
+    """
+    num_tokens = len(input_ids)
+    query_lens = query_start.long().diff()
+    start = torch.minimum(cycle.start, state.max_model_len - query_lens).clamp(min=0)
+    request = torch.repeat_interleave(
+        torch.arange(cycle.num_reqs, device=start.device), query_lens, output_size=num_tokens
+    )
+    offset = torch.arange(num_tokens, device=start.device) - query_start.long()[request]
+    at = start[request] + offset
+    column = at - cycle.first[request]
+    known = all_token_ids[cycle.slots[request], at].long()
+    pending = cycle.tokens[request, column.clamp(0, cycle.tokens.shape[1] - 1)]
+    pending = pending.masked_fill(column >= cycle.end[request], 0)
+    input_ids.copy_(torch.where(column < 0, known, pending))
+    positions.copy_(at)
+    seq_lens.copy_(start + query_lens)
+    return start, at < cycle.start[request]
+
+
+def prepare_token(
+    state: ProposalState,
+    cycle: Cycle,
+    all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
+    input_ids: torch.Tensor,  # [num_reqs], written
+    positions: torch.Tensor,  # [num_reqs], written
+    seq_lens: torch.Tensor,  # [num_reqs], written
+) -> torch.Tensor:  # [num_reqs]
+    """The last token of each request, as input of a pass.  Returns the positions as int64."""
+    pending = cycle.tokens.gather(1, (cycle.end - 1).clamp(min=0)[:, None])[:, 0]
+    known = all_token_ids[cycle.slots, (cycle.first - 1).clamp(min=0)].long()
+    last = cycle.last_position.clone()
+    at = last.clamp(0, state.max_model_len - 1)
+    input_ids.copy_(torch.where(cycle.end > 0, pending, known))
+    positions.copy_(at)
+    seq_lens.copy_(at + 1)
+    return last
+
+
+def place_scores(
+    state: ProposalState,
+    cycle: Cycle,
+    turn: int,
+    count: int,
+    query_start: torch.Tensor,  # [num_reqs + 1] of what the member reads
+    start: torch.Tensor,  # [num_reqs] position of the first token it reads
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the last `count` columns, up to the one past the end, are read from and kept.
+
+    Returns rows of the hidden states, which end with that of the last column, and rows of the ring,
+    both `[num_reqs, count]`; what has been scored before, or is of no column, goes to the row that
+    nobody reads.
+    """
+    columns = cycle.end[:, None] - torch.arange(count - 1, -1, -1, device=cycle.end.device)
+    positions = cycle.first[:, None] + columns
+    first_row = query_start[:-1, None].long()
+    rows = torch.maximum(first_row + positions - 1 - start[:, None], first_row)
+    is_new = positions >= state.scored[cycle.slots, turn, None]
+    keep = is_new & (columns >= 0) & cycle.active[:, None]
+    _mark_scored(state, cycle, turn, positions, keep)
+    return rows, ring(state, positions, keep)
+
+
+def place_score(
+    state: ProposalState,
+    cycle: Cycle,
+    turn: int,
+    gammas: torch.Tensor,  # [num_turns]
+) -> torch.Tensor:  # [num_reqs]
+    """Row of the ring for the scores past the end, while the turn has tokens to propose."""
+    keep = cycle.active & (cycle.first + cycle.end < state.max_model_len)
+    keep &= cycle.new_lengths[:, turn] < gammas[turn]
+    positions = cycle.first + cycle.end
+    _mark_scored(state, cycle, turn, positions[:, None], keep[:, None])
+    return ring(state, positions, keep)
+
+
+def end_cycle(
+    state: ProposalState,
+    cycle: Cycle,
+    stats: TurnStats,
+    calls: torch.Tensor,  # [num_turns] passes of each turn in a cycle
+) -> torch.Tensor:  # [num_reqs, window]
+    """Keep what is pending for the next step, count, and return its tokens, filled up with 0."""
+    _count(cycle, stats, calls)
+    columns = torch.arange(state.turns.window, device=cycle.slots.device)
+    columns = cycle.num_decided[:, None] + columns
+    tokens = cycle.tokens.gather(1, columns.clamp(max=cycle.tokens.shape[1] - 1))
+    state.lengths[cycle.slots] = cycle.new_lengths * cycle.active[:, None]
+    return tokens.masked_fill(columns >= cycle.end[:, None], 0)
+
+
+def outputs(cycle: Cycle, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decided tokens `[num_reqs, num_tokens]`, how many are decided, and how many of the engine
+    step's are rejected, `[num_reqs]` int32; in memory of their own."""
+    num_decided = (cycle.num_decided * cycle.active).int()
+    num_rejected = ((cycle.num_drafts + 1) * cycle.active).int() - num_decided
+    return cycle.tokens[:, :num_tokens].clone(), num_decided, num_rejected
+
+
+def ring(
+    state: ProposalState,
+    positions: torch.Tensor,
+    keep: torch.Tensor,  # as positions, bool
+) -> torch.Tensor:  # as positions
+    """Rows of the ring; where not `keep`, the row that nobody reads."""
+    return positions.remainder(state.ring_size).masked_fill(~keep, state.ring_size)
+
+
+def segment_of(
+    columns: torch.Tensor,  # [num_columns]
+    segments: torch.Tensor,  # [num_reqs, num_segments] lengths
+) -> torch.Tensor:  # [num_reqs, num_columns]
+    """The segment that a column lies in: as many as end at or before it."""
+    return (columns >= segments.cumsum(1)[:, :-1, None]).sum(1)
+
+
+def _mark_scored(
+    state: ProposalState,
+    cycle: Cycle,
+    turn: int,
+    positions: torch.Tensor,  # [num_reqs, count]
+    keep: torch.Tensor,  # [num_reqs, count] bool
+) -> None:
+    scored = torch.where(keep, positions + 1, 0).amax(dim=1)
+    state.scored[cycle.slots, turn] = torch.maximum(state.scored[cycle.slots, turn], scored)
+
+
+def _count(cycle: Cycle, stats: TurnStats, calls: torch.Tensor) -> None:
+    columns = torch.arange(stats.turns.window + 1, device=cycle.slots.device)
+    lengths = cycle.segments
+    segment = segment_of(columns, lengths)
+    offset = columns - (lengths.cumsum(1) - lengths).gather(1, segment)
+    cell = (stats.row_of[segment] * stats.width + offset).clamp(0, len(stats.judged) - 1)
+    active = cycle.active[:, None]
+    judged = columns < (cycle.num_accepted + cycle.replaced)[:, None]
+    accepted = columns < cycle.num_accepted[:, None]
+    stats.judged.index_add_(0, cell.flatten(), (judged & active).flatten().long())
+    stats.accepted.index_add_(0, cell.flatten(), (accepted & active).flatten().long())
+    num_active = cycle.active.sum()
+    stats.totals += torch.stack([num_active, (cycle.num_decided * cycle.active).sum()])
+    stats.calls += calls * num_active
