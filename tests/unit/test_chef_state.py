@@ -18,15 +18,18 @@ def make_state() -> ProposalState:
     return state
 
 
+def load(cycle: Cycle, slots: list[int], prefill_len: torch.Tensor) -> Cycle:
+    none = torch.zeros(NUM_SLOTS)
+    return ops.load(cycle, torch.tensor(slots), prefill_len, none, none.long())
+
+
 def begin_cycle(state, slots, num_computed, num_drafts, input_ids, prefill_len) -> Cycle:
     """Requests that decode: the last committed token, and as many drafts."""
     lens = torch.tensor(num_drafts) + 1
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)]).int()
-    cycle = make_cycle(state, NUM_SLOTS).load(torch.tensor(slots))
+    cycle = load(make_cycle(state, NUM_SLOTS), slots, prefill_len)
     seq_lens = (torch.tensor(num_computed) + lens).int()
-    ops.begin_cycle(
-        state, cycle, starts, starts, seq_lens, torch.tensor(input_ids).int(), prefill_len
-    )
+    ops.begin_cycle(state, cycle, starts, starts, seq_lens, torch.tensor(input_ids).int())
     return cycle
 
 
@@ -141,24 +144,28 @@ def test_a_turn_proposes_as_many_tokens_as_it_has():
     assert cycle.end.tolist() == [1, 1, 1]
 
 
-def test_rows_of_the_ring_are_the_positions_that_can_be_live():
+def test_scores_are_kept_where_positions_can_be_live():
     state = make_state()
-    positions = torch.arange(100, 100 + state.ring_size)
-    keep = torch.ones(state.ring_size, dtype=torch.bool)
-    assert ops.ring(state, positions, keep).unique().numel() == state.ring_size
-    assert (ops.ring(state, positions, ~keep) == state.ring_size).all()
+    cycle = begin(state)
+    positions = torch.arange(100, 100 + state.ring_size).expand(3, -1)
+    keep = torch.ones_like(positions, dtype=torch.bool)
+    rows = ops.kept_row(state, cycle, positions, keep)
+    assert rows.unique().numel() == 3 * state.ring_size
+    nobodys = ops.kept_row(state, cycle, positions, ~keep)[:, 0]
+    assert nobodys.tolist() == [(slot + 1) * (state.ring_size + 1) - 1 for slot in (4, 1, 2)]
     assert state.ring_size == 2 * TURNS.window + 2
+    assert state.kept_scores[1][rows[0, 0]].equal(state.scores[1, 4, 100 % state.ring_size])
 
 
 def test_rows_that_fill_a_graphs_batch_up_are_of_no_request():
     state, num_padded = make_state(), 5
     everything = make_cycle(state, NUM_SLOTS)
-    everything.load(torch.tensor([0, 1, 2, 3]))  # another step's
+    prefill_len = torch.full((NUM_SLOTS,), 5)
+    load(everything, [0, 1, 2, 3], prefill_len)  # another step's
     everything.active.fill_(True)
-    everything.load(torch.tensor([4, 1, 2]))
+    load(everything, [4, 1, 2], prefill_len)
     padded, expected = everything.rows(num_padded), begin(make_state())
     assert padded.slots.tolist() == [4, 1, 2, -1, -1]
-    assert padded.active.tolist() == [True, True, True, False, False]
     state.lengths[torch.tensor([4, 1, 2])] = torch.tensor([[0, 1, 2], [0, 0, 2], [0, 1, 2]])
     state.lengths[-1] = 3
     state.scored[:] = 1000
@@ -167,8 +174,7 @@ def test_rows_that_fill_a_graphs_batch_up_are_of_no_request():
     seq_lens = torch.tensor([54, 74, 37, 60, 0])
     inputs = [9, 10, 11, 12, 19, 20, 21, 0, 29, 30, 31]
     inputs = torch.tensor([*inputs, 0, 1, 1, 1, 1, 2, 2, 2, 2])
-    prefill_len = torch.full((NUM_SLOTS,), 5)
-    ops.begin_cycle(state, padded, starts, starts, seq_lens, inputs, prefill_len)
+    ops.begin_cycle(state, padded, starts, starts, seq_lens, inputs)
     assert padded.active.tolist() == [True, True, True, False, False]
     assert padded.end.tolist()[3:] == [0, 0]
     for c, num_reqs in ((padded, num_padded), (expected, 3)):

@@ -8,7 +8,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm.chef.config import check_chef
-from vllm.chef.ops import eager as ops
 from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.stats import TurnStats
@@ -55,8 +54,6 @@ class ChefRunner(MemberRunner):
         self.verifier = Verifier(
             self.ensemble_config, self.turns, self.speculator.state, self.sampler
         )
-        self.verifier.temperature = self.speculator.temperature
-        self.verifier.seeds = self.speculator.seeds
         self.speculator.verifier = self.verifier
         self.speculator.first = self.model
         self.speculator.stats = TurnStats(self.turns, self.device)
@@ -75,9 +72,7 @@ class ChefRunner(MemberRunner):
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         speculator, prompt_logprobs = self.speculator, self.prompt_logprobs_worker
-        speculator.begin(
-            input_batch, self.req_states.prefill_len.gpu, self.num_tokens_to_propose
-        )
+        speculator.begin(input_batch, self.req_states.prefill_len.gpu, self.num_tokens_to_propose)
         logprobs = None
         if (
             grammar_output is not None
@@ -91,7 +86,7 @@ class ChefRunner(MemberRunner):
             # Without what CUDA graphs pad it by.
             first = hidden_states[: input_batch.num_tokens]
             prompt_logprobs.hidden_states = [first, *speculator.hidden_states()]
-        tokens, num_sampled, num_rejected = ops.outputs(speculator.cycle, self.turns.window + 1)
+        tokens, num_sampled, num_rejected = speculator.outputs()
         output = SamplerOutput(
             sampled_token_ids=tokens,
             logprobs_tensors=logprobs,
@@ -130,9 +125,8 @@ class ChefRunner(MemberRunner):
         """A decision for as many requests as there may be, for vLLM's memory profile."""
         num_reqs = hidden_states.shape[0]
         batch = InputBatch.make_dummy(num_reqs, num_reqs, self.input_buffers)
-        cycle = self.speculator.all_cycle.load(batch.idx_mapping[:num_reqs])
-        logits = self.model.compute_member_logits(hidden_states)
-        scores = StepScores(logits, batch.cu_num_logits[:num_reqs].long(), batch=batch)
+        cycle = self.speculator.begin(batch, self.req_states.prefill_len.gpu, self.turns.window)
+        scores = StepScores(self.model.compute_member_logits(hidden_states), batch=batch)
         self.verifier.decide(self.turns.last_scorer, scores, cycle)
         self.speculator.state.scored.zero_()
 
@@ -152,7 +146,7 @@ class ChefRunner(MemberRunner):
                 grammar_output.structured_output_request_ids,
                 grammar_output.grammar_bitmask,
             )
-        return StepScores(logits, batch.cu_num_logits[: batch.num_reqs].long(), mask, batch)
+        return StepScores(logits, mask, batch)
 
     def _forbidden(self, scores: StepScores) -> torch.Tensor | None:  # [num_reqs]
         """The pending token behind the drafts, where a grammar is why vLLM left it out, or -1."""
@@ -160,9 +154,10 @@ class ChefRunner(MemberRunner):
             return None
         batch = scores.batch
         slots = batch.idx_mapping[: batch.num_reqs]
-        num_drafts = batch.cu_num_logits[: batch.num_reqs + 1].long().diff() - 1
+        row_start = batch.cu_num_logits[: batch.num_reqs + 1].long()
+        num_drafts = row_start.diff() - 1
         column = num_drafts.clamp(max=self.turns.window - 1)
         token = self.req_states.draft_tokens[slots, column].long()
         is_pending = num_drafts < self.speculator.state.lengths[slots].sum(1)
-        is_allowed = scores.mask[scores.first_row + num_drafts, token] == 0
+        is_allowed = scores.mask[row_start[:-1] + num_drafts, token] == 0
         return token.masked_fill(is_allowed | ~is_pending, -1)

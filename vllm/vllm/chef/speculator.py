@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm.chef.graphs import TurnGraphs
-from vllm.chef.ops import eager as ops
+from vllm.chef.ops import ops_for
 from vllm.chef.state import Cycle, ProposalState, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns
@@ -60,7 +60,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.num_extra_query_per_req = turns.num_new(len(turns) - 1)
         max_num_tokens = self.max_num_tokens + self.max_num_reqs * self.num_extra_query_per_req
         self.input_buffers = InputBuffers(self.max_num_reqs, max_num_tokens, device)
-        self.prefill_len = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+        self.ops = ops_for(device)
         self.first: MemberGroup
         """The first turn's members, which vLLM has called when the cycle begins"""
         self.state: ProposalState
@@ -141,7 +141,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             logits.new_zeros(num_rows, logits.shape[-1])
             for logits in self.first.compute_member_logits(self.step_hidden_states[:1])
         ]
-        self.all_cycle.load(self.all_cycle.slots[:0])
+        self.all_cycle.slots.fill_(-1)
         for graphs in self.graphs:
             graphs.capture(
                 self.model_state,
@@ -159,15 +159,18 @@ class ChefSpeculator(StandaloneARSpeculator):
     ) -> Cycle:
         """Start the step's cycle, which is to leave `num_tokens` in a window, at most."""
         self.batch, self.readings = batch, []
-        self.cycle = self.all_cycle.load(batch.idx_mapping[: batch.num_reqs])
+        # To where CUDA graphs find them: vLLM's own move about.
+        states = self.verifier.sampler.sampling_states
+        self.cycle = self.ops.load(
+            self.all_cycle,
+            batch.idx_mapping[: batch.num_reqs],
+            prefill_len,
+            states.temperature.gpu,
+            states.seeds.gpu,
+        )
         gammas = self.turns.gammas(num_tokens)
         if gammas != self.gammas:
             self._set_gammas(gammas)
-        # Where CUDA graphs find them: vLLM's own move about.
-        states = self.verifier.sampler.sampling_states
-        self.temperature.copy_(states.temperature.gpu)
-        self.seeds.copy_(states.seeds.gpu)
-        self.prefill_len.copy_(prefill_len)
         if self.graphs:
             for groups in self.attn_groups:
                 for group in groups:
@@ -183,14 +186,13 @@ class ChefSpeculator(StandaloneARSpeculator):
             forbidden: `[num_reqs]`, as `begin_cycle` has it.
         """
         cycle, batch = self.cycle, scores.batch
-        ops.begin_cycle(
+        self.ops.begin_cycle(
             self.state,
             cycle,
             batch.query_start_loc[: cycle.num_reqs + 1],
             batch.cu_num_logits[: cycle.num_reqs + 1],
             batch.seq_lens[: cycle.num_reqs],
             batch.input_ids,
-            self.prefill_len,
             forbidden,
         )
         logprobs = self._open(cycle, scores)
@@ -250,7 +252,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         num_rows = length - self.turns.num_new(turn)  # of the engine step, per request
         starts = self.arange_gpu[: num_reqs + 1] * num_rows
         logits = [logits[: num_reqs * num_rows] for logits in self.step_logits]
-        scores = StepScores(logits, starts[:-1])
+        scores = StepScores(logits)
         if turn == 1:
             hidden_states = self.step_hidden_states[: num_reqs * num_rows]
             for made, kept in zip(
@@ -258,19 +260,18 @@ class ChefSpeculator(StandaloneARSpeculator):
             ):
                 kept.copy_(made)
             engine_step = self.target_input_buffers
-            ops.begin_cycle(
+            self.ops.begin_cycle(
                 self.state,
                 cycle,
                 starts,
                 starts,
                 engine_step.seq_lens[:num_reqs],
                 engine_step.input_ids,
-                self.prefill_len,
             )
             self._open(cycle, scores)
         query_start = buffers.query_start_loc[: num_reqs + 1]
         query_start.copy_(self.arange_gpu[: num_reqs + 1] * length)
-        start, is_again = ops.prepare_tokens(
+        start, is_again = self.ops.prepare_tokens(
             self.state,
             cycle,
             self.all_token_ids,
@@ -298,6 +299,7 @@ class ChefSpeculator(StandaloneARSpeculator):
     ) -> None:
         """The turn's passes of one token, to be captured as well."""
         cycle = self.all_cycle.rows(num_reqs)
+        self._fill_query_start(self.arange_gpu[: num_reqs + 1], num_reqs)
         for _ in range(num_passes):
             position = self._prepare_token(cycle)
             if attn_metadata is not None:
@@ -307,16 +309,15 @@ class ChefSpeculator(StandaloneARSpeculator):
             self._propose_from(turn, cycle, hidden_states[:num_reqs], position)
 
     def _open(self, cycle: Cycle, scores: StepScores) -> LogprobsTensors | None:
-        """The first turn: decide, and propose the token past the window, if it has read all of it.
-        """
+        """The first turn: decide, and propose the token past the window, if all of it was read."""
         logprobs = self.verifier.decide(0, scores, cycle)
         if not self.turns.draws:
-            rows = scores.first_row + torch.minimum(cycle.end, cycle.num_drafts)
+            rows = cycle.first_row + torch.minimum(cycle.end, cycle.num_drafts)
             logits = scores.logits[0][rows]
             if scores.mask is not None:
                 logits = logits + scores.mask[rows]
             tokens = self._draw(logits, cycle, cycle.last_position)
-            ops.append(self.state, cycle, 0, self.turn_gammas, tokens)
+            self.ops.append(self.state, cycle, 0, self.turn_gammas, tokens)
         return logprobs
 
     def _read(self, turn: int, cycle: Cycle) -> Reading:
@@ -328,7 +329,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         query_lens = query_lens.clamp(max=self.max_model_len)
         query_start = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)])
         buffers = self.input_buffers
-        start, is_again = ops.prepare_tokens(
+        start, is_again = self.ops.prepare_tokens(
             self.state,
             cycle,
             self.all_token_ids,
@@ -349,17 +350,17 @@ class ChefSpeculator(StandaloneARSpeculator):
         # The columns that the member has to score, at most, back from the one past the end.
         count = self.turns.num_unscored(turn)
         last = cycle.last_position
-        rows, ring = ops.place_scores(
+        rows, kept = self.ops.place_scores(
             self.state, cycle, turn, count, reading.query_start, reading.start
         )
-        logits = self._logits(turn, reading.hidden_states[rows.flatten()]).unflatten(0, (-1, count))
-        self.state.scores[turn - 1][cycle.slots[:, None], ring] = logits
+        logits = self._logits(turn, reading.hidden_states[rows.flatten()])
+        self.state.kept_scores[turn - 1].index_copy_(0, kept.flatten(), logits)
         logprobs, decides = None, self.turns.is_scorer(turn)
         if decides:
             logprobs = self.verifier.decide(turn, scores, cycle)
         if not (decides and self.turns.draws):  # which settles a token in all requests
-            tokens = self._draw(logits[:, -1], cycle, last)
-            ops.append(self.state, cycle, turn, self.turn_gammas, tokens, decides)
+            tokens = self._draw(logits[count - 1 :: count], cycle, last)
+            self.ops.append(self.state, cycle, turn, self.turn_gammas, tokens, decides)
         return logprobs
 
     def _propose_more(self, turn: int) -> None:
@@ -368,6 +369,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         num_passes = self.turns.num_passes(self.gammas[turn])
         if self.graphs and self.graphs[turn - 1].replay_passes(num_passes, cycle.num_reqs):
             return
+        self._fill_query_start(self.arange_gpu[: cycle.num_reqs + 1], cycle.num_reqs)
         for step in range(num_passes):
             position = self._prepare_token(cycle)
             extra = self.turns.num_new(turn) + 1 + step
@@ -378,8 +380,7 @@ class ChefSpeculator(StandaloneARSpeculator):
     def _prepare_token(self, cycle: Cycle) -> torch.Tensor:  # [num_reqs]
         """The last token of each request, as input of a pass; returns where it is."""
         buffers, num_reqs = self.input_buffers, cycle.num_reqs
-        self._fill_query_start(self.arange_gpu[: num_reqs + 1], num_reqs)
-        return ops.prepare_token(
+        return self.ops.prepare_token(
             self.state,
             cycle,
             self.all_token_ids,
@@ -397,10 +398,10 @@ class ChefSpeculator(StandaloneARSpeculator):
     ) -> None:
         """Keep the member's scores of the token past the end, and propose one."""
         logits = self._logits(turn, hidden_states)
-        ring = ops.place_score(self.state, cycle, turn, self.turn_gammas)
-        self.state.scores[turn - 1][cycle.slots, ring] = logits
+        kept = self.ops.place_score(self.state, cycle, turn, self.turn_gammas)
+        self.state.kept_scores[turn - 1].index_copy_(0, kept, logits)
         tokens = self._draw(logits, cycle, position)
-        ops.append(self.state, cycle, turn, self.turn_gammas, tokens)
+        self.ops.append(self.state, cycle, turn, self.turn_gammas, tokens)
 
     @torch.inference_mode()
     def propose(
@@ -414,7 +415,12 @@ class ChefSpeculator(StandaloneARSpeculator):
         if dummy_run:
             return self._dummy_run(input_batch)
         self._propose_more(len(self.turns) - 1)
-        return ops.end_cycle(self.state, self.cycle, self.stats, self.turn_calls)
+        return self.ops.end_cycle(self.state, self.cycle, self.stats, self.turn_calls)
+
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the step: tokens `[num_reqs, window + 1]`, and how many of them are decided and how
+        many of the engine step's rejected, `[num_reqs]`."""
+        return self.ops.outputs(self.cycle, self.turns.window + 1)
 
     def hidden_states(self) -> list[torch.Tensor]:  # num_turns - 1 x [num_tokens, hidden_size]
         """What the members have just computed in `run`, at the tokens of the engine step."""
@@ -456,9 +462,9 @@ class ChefSpeculator(StandaloneARSpeculator):
         """
         return gumbel_sample(
             logits,
-            cycle.slots,
-            self.temperature,
-            self.seeds,
+            self.arange_gpu[: cycle.num_reqs],
+            cycle.temperature,
+            cycle.seeds,
             position,
             apply_temperature=True,
             # Noise of its own: a replacement must not know how its proposal was drawn.

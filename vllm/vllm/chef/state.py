@@ -51,6 +51,8 @@ class ProposalState:
         )
         """[num_turns - 1, num_slots, ring_size + 1, vocab_size] raw logits of the turns after
         the first, whose own are the engine step's"""
+        self.kept_scores = [scores.flatten(0, 1) for scores in self.scores]
+        """num_turns - 1 x [num_slots * (ring_size + 1), vocab_size], the same"""
 
 
 @dataclass
@@ -62,10 +64,14 @@ class Cycle:
     """
 
     slots: torch.Tensor  # [num_reqs] int32, slots of the requests; -1 where there is none
+    prefill_len: torch.Tensor  # [num_reqs]
+    temperature: torch.Tensor  # [num_reqs] float32
+    seeds: torch.Tensor  # [num_reqs]
     active: torch.Tensor  # [num_reqs] bool, False: the prompt goes on in the next step
     start: torch.Tensor  # [num_reqs] position of the first token of the engine step
     first: torch.Tensor  # [num_reqs] position of column 0
-    num_drafts: torch.Tensor  # [num_reqs] columns for which the engine step has rows
+    num_drafts: torch.Tensor  # [num_reqs] columns for which the engine step has rows, and one more
+    first_row: torch.Tensor  # [num_reqs] row of column 0 in the engine step
     lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step found
     new_lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step leaves
     tokens: torch.Tensor  # [num_reqs, num_columns + 1], the last column is never read
@@ -93,14 +99,6 @@ class Cycle:
         """The first requests, sharing memory."""
         return Cycle(*(getattr(self, field.name)[:num_reqs] for field in fields(Cycle)))
 
-    def load(self, slots: torch.Tensor) -> "Cycle":
-        """The rows of a step's requests; all others are of no request."""
-        num_reqs = len(slots)
-        self.slots[:num_reqs] = slots
-        self.slots[num_reqs:] = -1
-        self.active[num_reqs:] = False
-        return self.rows(num_reqs)
-
 
 def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
     """Memory for the cycles of up to so many requests, as yet of none."""
@@ -111,10 +109,14 @@ def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
 
     return Cycle(
         slots=zeros(dtype=torch.int32).fill_(-1),
+        prefill_len=zeros(),
+        temperature=zeros(dtype=torch.float32),
+        seeds=zeros(),
         active=zeros(dtype=torch.bool),
         start=zeros(),
         first=zeros(),
         num_drafts=zeros(),
+        first_row=zeros(),
         lengths=zeros(num_turns),
         new_lengths=zeros(num_turns),
         tokens=zeros(state.ring_size),

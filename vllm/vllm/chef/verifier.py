@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
-from vllm.chef.ops import eager as ops
+from vllm.chef.ops import ops_for
 from vllm.chef.state import Cycle, ProposalState
 from vllm.chef.synthetic import configured_rates
 from vllm.chef.turns import Turns
@@ -31,11 +31,29 @@ class StepScores(NamedTuple):
     """The first turn's logits of an engine step, one row per column and request."""
 
     logits: list[torch.Tensor]  # members of the turn x [num_rows, vocab_size]
-    first_row: torch.Tensor  # [num_reqs] row of column 0
     mask: torch.Tensor | None = None
     """[num_rows, vocab_size] of a grammar, 0 or -inf, for all members"""
     batch: InputBatch | None = None
     """None: no request asks for more than a temperature"""
+
+
+class Judged(NamedTuple):
+    """What a decision goes over, of `candidates`; each `[num_reqs, num_columns]`."""
+
+    proposed: torch.Tensor
+    segment: torch.Tensor
+    positions: torch.Tensor
+    step_rows: torch.Tensor
+    kept_rows: torch.Tensor
+
+
+class Layout(NamedTuple):
+    """Of logits `[num_reqs * num_columns, vocab_size]`, as vLLM's kernels are told."""
+
+    requests: torch.Tensor  # [num_reqs] the requests
+    request: torch.Tensor  # [num_reqs * num_columns] of each row
+    column: torch.Tensor  # [num_reqs * num_columns] of each row, int32
+    row_start: torch.Tensor  # [num_reqs + 1] int32
 
 
 class Verifier:
@@ -53,12 +71,11 @@ class Verifier:
         self.turns = turns
         self.state = state
         self.sampler = sampler
+        self.ops = ops_for(state.scores.device)
         # [num_turns] members that propose, in the order of the window
         self.proposers = [turns[turn].members[0] for turn in turns.in_window]
         self.turn_of = turns.turn_of
-        # [max_num_reqs] by slot: where CUDA graphs find them, as vLLM's own move about.
-        self.temperature: torch.Tensor
-        self.seeds: torch.Tensor
+        self.layouts: dict[tuple[int, int], Layout] = {}
         # Not None only where a benchmark sets the acceptance.
         self.synthetic_rates = configured_rates(turns, state.scores.device)
 
@@ -74,21 +91,20 @@ class Verifier:
         logprobs_dims = None
         if scores.batch is not None and is_last:
             logprobs_dims = self.sampler.get_logprobs_dims(scores.batch.idx_mapping_np)
-        proposed, segment, positions = ops.candidates(cycle, num_segments, num_columns)
+        judged = Judged(*self.ops.candidates(self.state, cycle, num_segments, num_columns))
         tokens, num_sampled, rows = [], [], []
         for part in self._chunks(cycle.num_reqs, num_columns):
-            temperature = self.temperature[cycle.slots[part]]
-            target, reported = self._target(
-                part, positions[part], temperature, scores, cycle, logprobs_dims is not None
-            )
-            proposal = self._proposal_logits(part, segment[part], num_segments, scores, cycle)
-            sampled, count = self._verify(
-                part, target, proposal, proposed[part], positions[part], temperature, cycle
-            )
+            here = Judged(*(field[part] for field in judged))
+            members = self._members(here, scores)
+            # The first turn proposes after the grammar's mask, the others know of none.
+            masked = members if scores.mask is None else members + scores.mask[here.step_rows]
+            target, reported = self._target(part, masked, here, scores, cycle, bool(logprobs_dims))
+            proposal = self._proposal(members, masked, here, num_segments)
+            sampled, count = self._verify(part, target, proposal, here, cycle)
             tokens.append(sampled)
             num_sampled.append(count)
             rows.append(reported)
-        ops.settle(
+        self.ops.settle(
             self.state,
             cycle,
             _joined(tokens),
@@ -100,31 +116,40 @@ class Verifier:
             return None
         return self._logprobs(rows, num_columns, cycle, scores.batch, *logprobs_dims)
 
+    def _members(
+        self, judged: Judged, scores: StepScores
+    ) -> torch.Tensor:  # [num_members, num_reqs, num_columns, vocab_size]
+        """All members' raw logits; anything where a member has not scored."""
+        vocab_size = self.state.scores.shape[-1]
+        members = self.state.scores.new_empty(
+            self.ensemble.num_members, judged.segment.numel(), vocab_size
+        )
+        for member, out in enumerate(members):
+            turn = self.turn_of[member]
+            if turn == 0:
+                of_turn = scores.logits[self.turns[0].members.index(member)]
+                torch.index_select(of_turn, 0, judged.step_rows.flatten(), out=out)
+            else:
+                kept = self.state.kept_scores[turn - 1]
+                torch.index_select(kept, 0, judged.kept_rows.flatten(), out=out)
+        return members.unflatten(1, judged.segment.shape)
+
     def _target(
         self,
         part: slice,
-        positions: torch.Tensor,  # [num_reqs, num_columns] of the token before each
-        temperature: torch.Tensor,  # [num_reqs]
+        members: torch.Tensor,  # [num_members, num_reqs, num_columns, vocab_size]
+        judged: Judged,
         scores: StepScores,
         cycle: Cycle,
         reports: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the ensemble's distribution `[num_reqs * num_columns, vocab_size]` after the
         sampling parameters, and where `reports` those that log-probabilities are reported of."""
-        num_columns = positions.shape[1]
-        members = torch.stack(
-            [
-                self._rows(member, part, num_columns, scores, cycle)
-                for member in range(self.ensemble.num_members)
-            ]
-        )
-        if scores.mask is not None:
-            columns = torch.arange(num_columns, device=positions.device)
-            members += scores.mask[self._step_rows(part, columns, scores, cycle)]
+        members = members.flatten(1, 2)
         if scores.batch is None:
-            process = self._temperature_only(temperature, num_columns)
+            process = self._temperature_only(cycle.temperature[part], judged)
         else:
-            process = self._sampling_params(part, positions, scores, cycle)
+            process = self._sampling_params(part, judged, scores, cycle)
         probs, raw = self.ensemble.combines_probs, None
         if self.ensemble.samples_members:
             target = combine(self.function, torch.stack([process(m) for m in members]), probs)
@@ -140,115 +165,95 @@ class Verifier:
     def _temperature_only(
         self,
         temperature: torch.Tensor,  # [num_reqs]
-        num_columns: int,
+        judged: Judged,
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Sampling parameters of requests that have no others; nothing asks the host."""
-        requests = torch.arange(len(temperature), device=temperature.device)
-        requests = requests.repeat_interleave(num_columns)
+        """Sampling parameters of requests that have no others; nothing in it asks the host."""
+        requests = self._layout(*judged.segment.shape).request
 
         def process(logits: torch.Tensor) -> torch.Tensor:
-            logits = logits.float()  # nobody else's: a stack of rows, or what is made of one
+            logits = logits.to(torch.float32, copy=True)
             apply_temperature(logits, requests, temperature)
             return logits
 
         return process
 
     def _sampling_params(
-        self,
-        part: slice,
-        positions: torch.Tensor,  # [num_reqs, num_columns]
-        scores: StepScores,
-        cycle: Cycle,
+        self, part: slice, judged: Judged, scores: StepScores, cycle: Cycle
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        batch, slots, num_columns = scores.batch, cycle.slots[part], positions.shape[1]
+        batch, slots, num_columns = scores.batch, cycle.slots[part], judged.segment.shape[1]
         inputs = torch.cat(
-            [batch.input_ids[batch.logits_indices[scores.first_row[part]]][:, None].long(),
+            [batch.input_ids[batch.logits_indices[cycle.first_row[part]]][:, None].long(),
              cycle.tokens[part, : num_columns - 1]], dim=1
         )  # fmt: skip
-        columns = torch.arange(num_columns, device=slots.device)
         arguments = (
             slots.repeat_interleave(num_columns),
             slots,
             batch.idx_mapping_np[part],
-            positions.flatten(),
+            judged.positions.flatten(),
             inputs.flatten().int(),  # as vLLM's kernels have them
-            columns.int().repeat(len(slots)),
+            self._layout(*judged.segment.shape).column,
             batch.seq_lens_cpu_upper_bound.numpy()[part] + num_columns,
         )
         return lambda logits: self.sampler.apply_sampling_params(logits, *arguments)
+
+    def _proposal(
+        self,
+        members: torch.Tensor,  # [num_members, num_reqs, num_columns, vocab_size], raw
+        masked: torch.Tensor,  # as members, after the grammar's mask
+        judged: Judged,
+        num_segments: int,
+    ) -> torch.Tensor:  # [num_reqs, num_columns, vocab_size]
+        """Logits of the member that proposed each column."""
+        proposers = self.proposers[:num_segments]
+        if self.turns.draws:
+            proposers = [member for member in proposers if self.turn_of[member] != 0]
+        logits = None
+        for at, member in enumerate(proposers):
+            rows = (masked if self.turn_of[member] == 0 else members)[member]
+            here = (judged.segment == at)[:, :, None]
+            logits = rows if logits is None else torch.where(here, rows, logits)
+        return logits
 
     def _verify(
         self,
         part: slice,
         target: torch.Tensor,  # [num_reqs * num_columns, vocab_size]
         proposal: torch.Tensor,  # [num_reqs, num_columns, vocab_size]
-        proposed: torch.Tensor,  # [num_reqs, num_columns]
-        positions: torch.Tensor,  # [num_reqs, num_columns]
-        temperature: torch.Tensor,  # [num_reqs]
+        judged: Judged,
         cycle: Cycle,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs, num_columns], [num_reqs]
-        num_reqs, num_columns = proposed.shape
-        requests = torch.arange(num_reqs, device=proposed.device)
+        num_reqs, num_columns = judged.segment.shape
+        layout = self._layout(num_reqs, num_columns)
         return rejection_sample(
             target,
             proposal,
-            proposed.flatten(),
-            torch.arange(0, num_reqs * num_columns + 1, num_columns, device=proposed.device).int(),
-            positions.flatten(),
-            requests,
-            requests.repeat_interleave(num_columns),
-            torch.arange(num_columns, device=proposed.device).int().repeat(num_reqs),
-            temperature,
-            self.seeds[cycle.slots[part]],
+            judged.proposed.flatten(),
+            layout.row_start,
+            judged.positions.flatten(),
+            layout.requests,
+            layout.request,
+            layout.column,
+            cycle.temperature[part],
+            cycle.seeds[part],
             num_columns - 1,
             self.synthetic_rates,
             use_fp64=self.sampler.use_fp64_gumbel,
         )
 
-    def _proposal_logits(
-        self,
-        part: slice,
-        segment: torch.Tensor,  # [num_reqs, num_columns]
-        num_segments: int,
-        scores: StepScores,
-        cycle: Cycle,
-    ) -> torch.Tensor:  # [num_reqs, num_columns, vocab_size]
-        """Raw logits of the member that proposed each column."""
-        num_columns = segment.shape[1]
-        members = self.proposers[:num_segments]
-        if self.turns.draws:
-            members = [m for m in members if self.turn_of[m] != 0]
-        logits = None
-        for at, member in enumerate(members):
-            rows = self._rows(member, part, num_columns, scores, cycle)
-            if self.turn_of[member] == 0 and scores.mask is not None:
-                # The first turn proposes after the grammar's mask, the others know of none.
-                columns = torch.arange(num_columns, device=segment.device)
-                rows = rows + scores.mask[self._step_rows(part, columns, scores, cycle)]
-            rows = rows.unflatten(0, (-1, num_columns))
-            here = (segment == at)[:, :, None]
-            logits = rows if logits is None else torch.where(here, rows, logits)
-        return logits
-
-    def _rows(
-        self, member: int, part: slice, num_columns: int, scores: StepScores, cycle: Cycle
-    ) -> torch.Tensor:  # [num_reqs * num_columns, vocab_size]
-        """A member's raw logits on the first columns; anything where it has not scored."""
-        columns = torch.arange(num_columns, device=cycle.slots.device)
-        turn = self.turn_of[member]
-        if turn == 0:
-            return scores.logits[self.turns[0].members.index(member)][
-                self._step_rows(part, columns, scores, cycle)
-            ]
-        ring = (cycle.first[part, None] + columns).remainder(self.state.ring_size)
-        return self.state.scores[turn - 1][cycle.slots[part, None], ring].flatten(0, 1)
-
-    def _step_rows(
-        self, part: slice, columns: torch.Tensor, scores: StepScores, cycle: Cycle
-    ) -> torch.Tensor:  # [num_reqs * num_columns]
-        """Rows of the engine step, which has none past the drafts that it was given."""
-        rows = torch.minimum(columns, cycle.num_drafts[part, None])
-        return (scores.first_row[part, None] + rows).flatten()
+    def _layout(self, num_reqs: int, num_columns: int) -> Layout:
+        """Kept: it says nothing of the requests, and would be made anew in every step."""
+        key = (num_reqs, num_columns)
+        if key not in self.layouts:
+            device = self.state.scores.device
+            requests = torch.arange(num_reqs, device=device)
+            columns = torch.arange(num_columns, device=device)
+            self.layouts[key] = Layout(
+                requests,
+                requests.repeat_interleave(num_columns),
+                columns.int().repeat(num_reqs),
+                (torch.arange(num_reqs + 1, device=device) * num_columns).int(),
+            )
+        return self.layouts[key]
 
     def _chunks(self, num_reqs: int, num_columns: int) -> Iterator[slice]:
         """Requests whose logits fit into what vLLM allows a verification to take."""

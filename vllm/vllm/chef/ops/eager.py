@@ -9,6 +9,24 @@ from vllm.chef.state import NO_POSITION, Cycle, ProposalState
 from vllm.chef.stats import TurnStats
 
 
+def load(
+    cycle: Cycle,
+    slots: torch.Tensor,  # [num_reqs]
+    prefill_len: torch.Tensor,  # [max_num_reqs] by slot, as the others
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+) -> Cycle:
+    """The rows of a step's requests, of all that a cycle has; the others are of no request."""
+    rows = cycle.rows(len(slots))
+    cycle.slots.fill_(-1)
+    cycle.active.fill_(False)
+    rows.slots.copy_(slots)
+    rows.prefill_len.copy_(prefill_len[slots])
+    rows.temperature.copy_(temperature[slots])
+    rows.seeds.copy_(seeds[slots])
+    return rows
+
+
 def begin_cycle(
     state: ProposalState,
     cycle: Cycle,
@@ -16,24 +34,23 @@ def begin_cycle(
     row_start: torch.Tensor,  # [num_reqs + 1] of its rows of logits
     seq_lens: torch.Tensor,  # [num_reqs]
     input_ids: torch.Tensor,  # [num_tokens]
-    prefill_len: torch.Tensor,  # [max_num_reqs]
     forbidden: torch.Tensor | None = None,  # [num_reqs]
 ) -> None:
-    """Take up the windows that vLLM scheduled, for the requests `cycle.slots`.
+    """Take up the windows that vLLM scheduled, for the requests that were loaded.
 
     `forbidden` is the pending token that vLLM left out as the first that a grammar does not allow,
     -1 where it did not.  It stays in the window, where it is bound to be replaced: leaving it out
     because of what it is would change the distribution of what comes in its place.
     """
     slots, window = cycle.slots, state.turns.window
-    query_start, seq_lens = query_start.long(), seq_lens.long()
-    num_drafts = row_start.long().diff() - 1
+    query_start, row_start, seq_lens = query_start.long(), row_start.long(), seq_lens.long()
+    num_drafts = row_start.diff() - 1
     start = seq_lens - query_start.diff()
     first = seq_lens - num_drafts
     # vLLM may schedule less than the whole window, at the end of a context for example. What is
     # left out falls. Drafts of a request whose prompt is read in this step only fill a batch up.
     limit = num_drafts if forbidden is None else num_drafts + (forbidden >= 0)
-    limit = limit.masked_fill((start < prefill_len[slots]) | (slots < 0), 0)
+    limit = limit.masked_fill((start < cycle.prefill_len) | (slots < 0), 0)
     ends = torch.minimum(state.lengths[slots, 1:].cumsum(1), limit[:, None])
     zero = ends.new_zeros(len(slots), 1)
     cycle.lengths.copy_(torch.cat([zero, ends.diff(dim=1, prepend=zero)], dim=1))
@@ -50,10 +67,11 @@ def begin_cycle(
     if forbidden is not None:
         column = num_drafts.masked_fill(forbidden < 0, cycle.tokens.shape[1] - 1)
         cycle.tokens.scatter_(1, column[:, None], forbidden[:, None])
-    cycle.active.copy_((seq_lens >= prefill_len[slots]) & (slots >= 0))
+    cycle.active.copy_((seq_lens >= cycle.prefill_len) & (slots >= 0))
     cycle.start.copy_(start)
     cycle.first.copy_(first)
     cycle.num_drafts.copy_(num_drafts)
+    cycle.first_row.copy_(row_start[:-1])
     cycle.end.copy_(end)
     for field in ("new_lengths", "num_accepted", "num_decided"):
         getattr(cycle, field).zero_()
@@ -62,15 +80,17 @@ def begin_cycle(
 
 
 def candidates(
+    state: ProposalState,
     cycle: Cycle,
     num_segments: int,
     num_columns: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a decision over the first columns judges: the tokens of the first segments.
 
-    Returns the proposed tokens `[num_reqs, num_columns]` as vLLM's verification has them, the token
-    for column k in place k + 1 and -1 where there is none; the segment of each column, and the
-    position of the token before it, of the same shape.
+    Returns five times `[num_reqs, num_columns]`: the proposed tokens as vLLM's verification has
+    them, that for column k in place k + 1 and -1 where there is none; the segment of each column;
+    the position of the token before it; the row of its scores in the engine step, which has none
+    past the drafts that it was given; and among the scores that are kept of a turn.
     """
     lengths = cycle.segments[:, :num_segments]
     columns = torch.arange(num_columns, device=lengths.device)
@@ -78,7 +98,10 @@ def candidates(
     proposed[:, 1:] = cycle.tokens[:, : num_columns - 1].masked_fill(
         columns[:-1] >= lengths.sum(1)[:, None], -1
     )
-    return proposed, segment_of(columns, lengths), cycle.first[:, None] + columns - 1
+    step_rows = cycle.first_row[:, None] + torch.minimum(columns, cycle.num_drafts[:, None])
+    positions = cycle.first[:, None] + columns
+    kept_rows = kept_row(state, cycle, positions, torch.ones_like(positions, dtype=torch.bool))
+    return proposed, segment_of(columns, lengths), positions - 1, step_rows, kept_rows
 
 
 def settle(
@@ -159,7 +182,7 @@ def prepare_tokens(
     offset = torch.arange(num_tokens, device=start.device) - query_start.long()[request]
     at = start[request] + offset
     column = at - cycle.first[request]
-    known = all_token_ids[cycle.slots[request], at].long()
+    known = all_token_ids[cycle.slots[request], at].long() * (cycle.slots[request] >= 0)
     pending = cycle.tokens[request, column.clamp(0, cycle.tokens.shape[1] - 1)]
     pending = pending.masked_fill(column >= cycle.end[request], 0)
     input_ids.copy_(torch.where(column < 0, known, pending))
@@ -178,7 +201,7 @@ def prepare_token(
 ) -> torch.Tensor:  # [num_reqs]
     """The last token of each request, as input of a pass.  Returns the positions as int64."""
     pending = cycle.tokens.gather(1, (cycle.end - 1).clamp(min=0)[:, None])[:, 0]
-    known = all_token_ids[cycle.slots, (cycle.first - 1).clamp(min=0)].long()
+    known = all_token_ids[cycle.slots, (cycle.first - 1).clamp(min=0)].long() * (cycle.slots >= 0)
     last = cycle.last_position.clone()
     at = last.clamp(0, state.max_model_len - 1)
     input_ids.copy_(torch.where(cycle.end > 0, pending, known))
@@ -197,9 +220,9 @@ def place_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the last `count` columns, up to the one past the end, are read from and kept.
 
-    Returns rows of the hidden states, which end with that of the last column, and rows of the ring,
-    both `[num_reqs, count]`; what has been scored before, or is of no column, goes to the row that
-    nobody reads.
+    Returns rows of the hidden states, which end with that of the last column, and rows of the
+    scores that are kept of the turn, both `[num_reqs, count]`; what has been scored before, or is
+    of no column, goes to the row that nobody reads.
     """
     columns = cycle.end[:, None] - torch.arange(count - 1, -1, -1, device=cycle.end.device)
     positions = cycle.first[:, None] + columns
@@ -208,7 +231,7 @@ def place_scores(
     is_new = positions >= state.scored[cycle.slots, turn, None]
     keep = is_new & (columns >= 0) & cycle.active[:, None]
     _mark_scored(state, cycle, turn, positions, keep)
-    return rows, ring(state, positions, keep)
+    return rows, kept_row(state, cycle, positions, keep)
 
 
 def place_score(
@@ -217,12 +240,12 @@ def place_score(
     turn: int,
     gammas: torch.Tensor,  # [num_turns]
 ) -> torch.Tensor:  # [num_reqs]
-    """Row of the ring for the scores past the end, while the turn has tokens to propose."""
+    """Row among the turn's kept scores for those past the end, while it has tokens to propose."""
     keep = cycle.active & (cycle.first + cycle.end < state.max_model_len)
     keep &= cycle.new_lengths[:, turn] < gammas[turn]
-    positions = cycle.first + cycle.end
-    _mark_scored(state, cycle, turn, positions[:, None], keep[:, None])
-    return ring(state, positions, keep)
+    positions = (cycle.first + cycle.end)[:, None]
+    _mark_scored(state, cycle, turn, positions, keep[:, None])
+    return kept_row(state, cycle, positions, keep[:, None])[:, 0]
 
 
 def end_cycle(
@@ -248,13 +271,16 @@ def outputs(cycle: Cycle, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, 
     return cycle.tokens[:, :num_tokens].clone(), num_decided, num_rejected
 
 
-def ring(
+def kept_row(
     state: ProposalState,
-    positions: torch.Tensor,
-    keep: torch.Tensor,  # as positions, bool
-) -> torch.Tensor:  # as positions
-    """Rows of the ring; where not `keep`, the row that nobody reads."""
-    return positions.remainder(state.ring_size).masked_fill(~keep, state.ring_size)
+    cycle: Cycle,
+    positions: torch.Tensor,  # [num_reqs, count]
+    keep: torch.Tensor,  # [num_reqs, count] bool
+) -> torch.Tensor:  # [num_reqs, count]
+    """Rows of `state.kept_scores`; where not `keep`, the row of the ring that nobody reads."""
+    ring = positions.remainder(state.ring_size).masked_fill(~keep, state.ring_size)
+    slot = cycle.slots.long().masked_fill(cycle.slots < 0, len(state.lengths) - 1)
+    return slot[:, None] * (state.ring_size + 1) + ring
 
 
 def segment_of(

@@ -1,0 +1,170 @@
+"""What a cycle does with its columns: the Triton kernels against their namesakes in torch.
+
+Both go through the same random cycles, step by step, in every order that turns have; after each
+function all that it may have changed must be the same.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import fields
+from types import ModuleType
+
+import pytest
+import torch
+from vllm.triton_utils import HAS_TRITON
+
+from vllm.chef.ops import eager, fused
+from vllm.chef.state import Cycle, ProposalState, make_cycle
+from vllm.chef.stats import TurnStats
+from vllm.chef.turns import Turns, chef_turns, sd_turns
+
+if not HAS_TRITON:
+    pytest.skip("no Triton", allow_module_level=True)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MAX_NUM_REQS, MAX_MODEL_LEN, VOCAB_SIZE = 7, 60, 50
+TURNS = {
+    "two": chef_turns([1, 5], [9, 1], (True, True)),
+    "equal": chef_turns([1, 1], [9, 9], (True, True)),
+    "three": chef_turns([1, 2, 4], [9, 5, 1], (True, True, True)),
+    "outside": chef_turns([1, 1, 3], [9, 5, 1], (True, True, False)),
+    "sd": sd_turns(3, 4),
+}
+SEEDS = range(4)
+
+
+class World:
+    """Requests in the middle of their texts, and one way to compute on them."""
+
+    def __init__(self, turns: Turns, ops: ModuleType, seed: int) -> None:
+        self.turns, self.ops = turns, ops
+        self.random = torch.Generator().manual_seed(seed)
+        self.state = ProposalState(
+            turns, MAX_NUM_REQS, MAX_MODEL_LEN, VOCAB_SIZE, torch.float32, DEVICE
+        )
+        self.stats = TurnStats(turns, DEVICE)
+        self.all_cycle = make_cycle(self.state, MAX_NUM_REQS)
+        self.made: list[torch.Tensor] = []
+        self.state.lengths.copy_(self.lengths())
+        self.state.scored.copy_(self.numbers(0, 2 * MAX_MODEL_LEN, self.state.scored.shape))
+        self.all_token_ids = self.numbers(0, VOCAB_SIZE, (MAX_NUM_REQS, MAX_MODEL_LEN)).int()
+        self.gammas = torch.tensor(turns.gammas(turns.window), device=DEVICE)
+
+    def numbers(self, low: int, high: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=self.random).to(DEVICE)
+
+    def lengths(self) -> torch.Tensor:
+        most = torch.tensor([0, *(turn.gamma for turn in self.turns.turns[1:])], device=DEVICE)
+        return self.numbers(0, 100, (MAX_NUM_REQS + 1, len(self.turns))) % (most + 1)
+
+    def compare(self) -> dict[str, torch.Tensor]:
+        """All that is read later: not the last column, nor the slot of no request."""
+        state, cycle = self.state, self.all_cycle
+        found = {field.name: getattr(cycle, field.name) for field in fields(Cycle)}
+        found["tokens"] = cycle.tokens[:, :-1]
+        found |= {"state lengths": state.lengths[:-1], "state scored": state.scored[:-1]}
+        found |= {name: getattr(self.stats, name) for name in ("judged", "accepted", "totals")}
+        found["calls"] = self.stats.calls
+        found |= {f"returned {at}": tensor for at, tensor in enumerate(self.made)}
+        return copy.deepcopy(found)
+
+    def begin(self, with_forbidden: bool) -> None:
+        num_reqs = int(self.numbers(1, MAX_NUM_REQS, ()))
+        slots = torch.randperm(MAX_NUM_REQS, generator=self.random)[:num_reqs].to(DEVICE)
+        prefill_len = self.numbers(1, 30, (MAX_NUM_REQS,)).int()
+        temperature = torch.rand(MAX_NUM_REQS, generator=self.random).to(DEVICE)
+        seeds = self.numbers(-(2**62), 2**62, (MAX_NUM_REQS,))
+        self.ops.load(self.all_cycle, slots.int(), prefill_len, temperature, seeds)
+        # As a CUDA graph has it: some rows may be of no request.
+        num_reqs = min(MAX_NUM_REQS, num_reqs + int(self.numbers(0, 3, ())))
+        self.cycle = self.all_cycle.rows(num_reqs)
+        # Some read their prompts; of those, and of some others, not all tokens have rows.
+        num_drafts = self.numbers(0, self.turns.window + 1, (num_reqs,))
+        query_lens = num_drafts + self.numbers(0, 3, (num_reqs,)).clamp(min=1)
+        starts = [torch.cat([n.new_zeros(1), n.cumsum(0)]) for n in (query_lens, num_drafts + 1)]
+        seq_lens = query_lens + self.numbers(0, MAX_MODEL_LEN - 20, (num_reqs,))
+        self.num_tokens = int(starts[0][-1])
+        self.query_lens = query_lens
+        input_ids = self.numbers(0, VOCAB_SIZE, (self.num_tokens,)).int()
+        forbidden = self.numbers(-1, 3, (num_reqs,)) if with_forbidden else None
+        self.ops.begin_cycle(
+            self.state, self.cycle, starts[0].int(), starts[1].int(), seq_lens.int(), input_ids,
+            forbidden,
+        )  # fmt: skip
+
+    def decide(self, turn: int) -> None:
+        num_segments = self.turns.num_decidable(turn)
+        num_columns = self.turns.max_decided(turn) + 1
+        self.made = list(self.ops.candidates(self.state, self.cycle, num_segments, num_columns))
+        # What vLLM's verification returns: at most all candidates, then one more token.
+        num_candidates = (self.made[0] >= 0).sum(1)
+        num_sampled = 1 + self.numbers(0, 100, num_candidates.shape) % (num_candidates + 1)
+        # What has been accepted before is accepted again.
+        num_sampled = num_sampled.maximum(self.cycle.num_accepted + 1).int()
+        sampled = self.numbers(0, VOCAB_SIZE, (self.cycle.num_reqs, num_columns))
+        draws = turn == self.turns.last_scorer and self.turns.draws
+        self.ops.settle(self.state, self.cycle, sampled, num_sampled, num_segments, draws)
+
+    def propose(self, turn: int, has_decided: bool = False) -> None:
+        tokens = self.numbers(0, VOCAB_SIZE, (self.cycle.num_reqs,))
+        self.ops.append(self.state, self.cycle, turn, self.gammas, tokens, has_decided)
+
+    def read(self, turn: int) -> None:
+        query_lens = (self.query_lens + self.turns.num_new(turn)).clamp(max=MAX_MODEL_LEN)
+        query_start = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)]).int()
+        num_tokens = int(query_start[-1])
+        written = [torch.zeros(num_tokens, dtype=d, device=DEVICE) for d in (torch.int32,) * 2]
+        seq_lens = torch.zeros(self.cycle.num_reqs, dtype=torch.int32, device=DEVICE)
+        start, is_again = self.ops.prepare_tokens(
+            self.state, self.cycle, self.all_token_ids, query_start, *written, seq_lens
+        )
+        count = self.turns.num_unscored(turn)
+        places = self.ops.place_scores(self.state, self.cycle, turn, count, query_start, start)
+        self.made = [*written, seq_lens, start, is_again, *places]
+
+    def read_token(self, turn: int) -> None:
+        num_reqs = self.cycle.num_reqs
+        written = [torch.zeros(num_reqs, dtype=torch.int64, device=DEVICE) for _ in range(3)]
+        last = self.ops.prepare_token(self.state, self.cycle, self.all_token_ids, *written)
+        kept = self.ops.place_score(self.state, self.cycle, turn, self.gammas)
+        self.made = [*written, last, kept]
+
+    def end(self) -> None:
+        calls = torch.tensor(self.turns.num_calls(self.gammas.tolist()), device=DEVICE)
+        outputs = self.ops.outputs(self.cycle, self.turns.window + 1)
+        self.made = [*outputs, self.ops.end_cycle(self.state, self.cycle, self.stats, calls)]
+
+
+def steps(turns: Turns) -> list[tuple[str, Callable[[World], None]]]:
+    """A cycle, as the speculator goes through it."""
+    found = [("decide 0", lambda w: w.decide(0))]
+    if not turns.draws:
+        found.append(("propose 0", lambda w: w.propose(0)))
+    for turn in range(1, len(turns)):
+        decides = turns.is_scorer(turn)
+        found.append((f"read {turn}", lambda w, t=turn: w.read(t)))
+        if decides:
+            found.append((f"decide {turn}", lambda w, t=turn: w.decide(t)))
+        found.append((f"propose {turn}", lambda w, t=turn, d=decides: w.propose(t, d)))
+        for number in range(turns[turn].gamma):
+            found.append((f"read token {turn} {number}", lambda w, t=turn: w.read_token(t)))
+            found.append((f"propose {turn} {number}", lambda w, t=turn: w.propose(t)))
+    return [*found, ("end", lambda w: w.end())]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("case", TURNS)
+def test_kernels_do_what_torch_does(case, seed):
+    turns = TURNS[case]
+    worlds = [World(turns, ops, seed) for ops in (eager, fused)]
+    for number in range(3):
+        with_forbidden = number == 1
+        cycle = [("begin", lambda w, f=with_forbidden: w.begin(f)), *steps(turns)]
+        for name, step in cycle:
+            for world in worlds:
+                step(world)
+            expected, found = (world.compare() for world in worlds)
+            for key, tensor in expected.items():
+                assert tensor.equal(found[key]), f"{key} after '{name}' of cycle {number}"
+    assert worlds[0].stats.totals[0] > 0
+    assert (worlds[0].stats.judged > 0).any()

@@ -1,0 +1,829 @@
+"""What `eager.py` does, one Triton kernel per function and one program per request.
+
+A cycle has some 400 operations on a handful of numbers each, which cost more than the proposals
+themselves when each is a kernel of its own.  Every function is as its namesake; the tests run both
+on the same cycles.
+"""
+
+import torch
+from vllm.triton_utils import tl, triton
+
+from vllm.chef.state import Cycle, ProposalState
+from vllm.chef.stats import TurnStats
+
+# Tokens of a request that a program reads at a time.
+TOKEN_BLOCK = 256
+
+
+def load(
+    cycle: Cycle,
+    slots: torch.Tensor,
+    prefill_len: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+) -> Cycle:
+    _load_kernel[(cycle.num_reqs,)](
+        slots,
+        prefill_len,
+        temperature,
+        seeds,
+        len(slots),
+        cycle.slots,
+        cycle.prefill_len,
+        cycle.temperature,
+        cycle.seeds,
+        cycle.active,
+        num_warps=1,
+    )
+    return cycle.rows(len(slots))
+
+
+@triton.jit
+def _load_kernel(
+    slots_ptr,
+    prefill_len_ptr,
+    temperature_ptr,
+    seeds_ptr,
+    num_reqs,
+    cycle_slots_ptr,
+    cycle_prefill_len_ptr,
+    cycle_temperature_ptr,
+    cycle_seeds_ptr,
+    active_ptr,
+):
+    row = tl.program_id(0)
+    tl.store(active_ptr + row, tl.full((), 0, tl.int1))
+    if row >= num_reqs:
+        tl.store(cycle_slots_ptr + row, tl.full((), -1, tl.int32))
+    else:
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+        tl.store(cycle_slots_ptr + row, slot.to(tl.int32))
+        tl.store(cycle_prefill_len_ptr + row, tl.load(prefill_len_ptr + slot).to(tl.int64))
+        tl.store(cycle_temperature_ptr + row, tl.load(temperature_ptr + slot))
+        tl.store(cycle_seeds_ptr + row, tl.load(seeds_ptr + slot))
+
+
+def begin_cycle(
+    state: ProposalState,
+    cycle: Cycle,
+    query_start: torch.Tensor,
+    row_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    input_ids: torch.Tensor,
+    forbidden: torch.Tensor | None = None,
+) -> None:
+    num_turns, width = len(state.turns), cycle.tokens.shape[1]
+    _begin_cycle_kernel[(cycle.num_reqs,)](
+        cycle.slots,
+        state.lengths,
+        state.scored,
+        query_start,
+        row_start,
+        seq_lens,
+        input_ids,
+        cycle.prefill_len,
+        forbidden,
+        cycle.active,
+        cycle.start,
+        cycle.first,
+        cycle.num_drafts,
+        cycle.first_row,
+        cycle.lengths,
+        cycle.new_lengths,
+        cycle.tokens,
+        cycle.end,
+        cycle.num_accepted,
+        cycle.num_decided,
+        cycle.replaced,
+        cycle.settled,
+        cycle.just_settled,
+        len(state.lengths) - 1,
+        NUM_TURNS=num_turns,
+        TURN_BLOCK=triton.next_power_of_2(num_turns),
+        WINDOW=state.turns.window,
+        WIDTH=width,
+        COLUMN_BLOCK=triton.next_power_of_2(width),
+        HAS_FORBIDDEN=forbidden is not None,
+        num_warps=1,
+    )
+
+
+@triton.jit
+def _begin_cycle_kernel(
+    slots_ptr,
+    state_lengths_ptr,
+    scored_ptr,
+    query_start_ptr,
+    row_start_ptr,
+    seq_lens_ptr,
+    input_ids_ptr,
+    prefill_len_ptr,
+    forbidden_ptr,
+    active_ptr,
+    start_ptr,
+    first_ptr,
+    num_drafts_ptr,
+    first_row_ptr,
+    lengths_ptr,
+    new_lengths_ptr,
+    tokens_ptr,
+    end_ptr,
+    num_accepted_ptr,
+    num_decided_ptr,
+    replaced_ptr,
+    settled_ptr,
+    just_settled_ptr,
+    spare_slot,
+    NUM_TURNS: tl.constexpr,
+    TURN_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+    HAS_FORBIDDEN: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    is_real = slot >= 0
+    slot = tl.where(is_real, slot, spare_slot)
+    query_start = tl.load(query_start_ptr + row).to(tl.int64)
+    query_end = tl.load(query_start_ptr + row + 1).to(tl.int64)
+    first_row = tl.load(row_start_ptr + row).to(tl.int64)
+    num_drafts = tl.load(row_start_ptr + row + 1).to(tl.int64) - first_row - 1
+    seq_len = tl.load(seq_lens_ptr + row).to(tl.int64)
+    prefill_len = tl.load(prefill_len_ptr + row)
+    start = seq_len - (query_end - query_start)
+    first = seq_len - num_drafts
+
+    limit = num_drafts
+    forbidden = tl.full((), -1, tl.int64)
+    if HAS_FORBIDDEN:
+        forbidden = tl.load(forbidden_ptr + row).to(tl.int64)
+        limit += tl.where(forbidden >= 0, 1, 0)
+    limit = tl.where((start >= prefill_len) & is_real, limit, 0)
+
+    turn = tl.arange(0, TURN_BLOCK)
+    is_turn = turn < NUM_TURNS
+    lengths = tl.load(
+        state_lengths_ptr + slot * NUM_TURNS + turn, mask=is_turn & (turn > 0), other=0
+    )
+    ends = tl.cumsum(lengths, axis=0)
+    lengths = tl.minimum(ends, limit) - tl.minimum(ends - lengths, limit)
+    end = tl.sum(lengths, axis=0)
+    tl.store(lengths_ptr + row * NUM_TURNS + turn, lengths, mask=is_turn)
+    tl.store(new_lengths_ptr + row * NUM_TURNS + turn, tl.zeros_like(lengths), mask=is_turn)
+    valid = tl.where(end > 0, first + end + 1, first)
+    scored = tl.load(scored_ptr + slot * NUM_TURNS + turn, mask=is_turn, other=0)
+    tl.store(scored_ptr + slot * NUM_TURNS + turn, tl.minimum(scored, valid), mask=is_turn)
+
+    column = tl.arange(0, COLUMN_BLOCK)
+    is_draft = (column < WINDOW) & (column < num_drafts)
+    tokens = tl.load(input_ids_ptr + query_end - num_drafts + column, mask=is_draft, other=0)
+    tokens = tokens.to(tl.int64)
+    tokens = tl.where((forbidden >= 0) & (column == num_drafts), forbidden, tokens)
+    tl.store(tokens_ptr + row * WIDTH + column, tokens, mask=column < WIDTH)
+
+    tl.store(active_ptr + row, is_real & (seq_len >= prefill_len))
+    tl.store(start_ptr + row, start)
+    tl.store(first_ptr + row, first)
+    tl.store(num_drafts_ptr + row, num_drafts)
+    tl.store(first_row_ptr + row, first_row)
+    tl.store(end_ptr + row, end)
+    tl.store(num_accepted_ptr + row, tl.zeros((), tl.int64))
+    tl.store(num_decided_ptr + row, tl.zeros((), tl.int64))
+    no = tl.full((), 0, tl.int1)
+    tl.store(replaced_ptr + row, no)
+    tl.store(settled_ptr + row, no)
+    tl.store(just_settled_ptr + row, no)
+
+
+def candidates(
+    state: ProposalState, cycle: Cycle, num_segments: int, num_columns: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    made = cycle.tokens.new_empty(5, cycle.num_reqs, num_columns)
+    _candidates_kernel[(cycle.num_reqs,)](
+        cycle.slots,
+        cycle.lengths,
+        cycle.tokens,
+        cycle.first,
+        cycle.first_row,
+        cycle.num_drafts,
+        made,
+        made.stride(0),
+        len(state.lengths) - 1,
+        NUM_TURNS=len(state.turns),
+        NUM_SEGMENTS=num_segments,
+        WIDTH=cycle.tokens.shape[1],
+        NUM_COLUMNS=num_columns,
+        COLUMN_BLOCK=triton.next_power_of_2(num_columns),
+        RING_SIZE=state.ring_size,
+        num_warps=1,
+    )
+    return tuple(made)
+
+
+@triton.jit
+def _candidates_kernel(
+    slots_ptr,
+    lengths_ptr,
+    tokens_ptr,
+    first_ptr,
+    first_row_ptr,
+    num_drafts_ptr,
+    made_ptr,
+    made_stride,
+    spare_slot,
+    NUM_TURNS: tl.constexpr,
+    NUM_SEGMENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+    RING_SIZE: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    slot = tl.where(slot >= 0, slot, spare_slot)
+    first = tl.load(first_ptr + row)
+    column = tl.arange(0, COLUMN_BLOCK).to(tl.int64)
+    is_column = column < NUM_COLUMNS
+    end = tl.zeros((), tl.int64)
+    segment = tl.zeros_like(column)
+    for at in tl.static_range(NUM_SEGMENTS):
+        end += tl.load(lengths_ptr + row * NUM_TURNS + (at + 1) % NUM_TURNS)
+        if at < NUM_SEGMENTS - 1:
+            segment += tl.where(column >= end, 1, 0)
+    is_proposed = (column > 0) & (column <= end)
+    proposed = tl.load(
+        tokens_ptr + row * WIDTH + column - 1, mask=is_column & is_proposed, other=-1
+    )
+    step_rows = tl.load(first_row_ptr + row) + tl.minimum(column, tl.load(num_drafts_ptr + row))
+    position = first + column
+    ring = position % RING_SIZE
+    ring = tl.where(ring < 0, ring + RING_SIZE, ring)
+    made_ptr += row * NUM_COLUMNS + column
+    tl.store(made_ptr, proposed, mask=is_column)
+    tl.store(made_ptr + made_stride, segment, mask=is_column)
+    tl.store(made_ptr + 2 * made_stride, position - 1, mask=is_column)
+    tl.store(made_ptr + 3 * made_stride, step_rows, mask=is_column)
+    tl.store(made_ptr + 4 * made_stride, slot * (RING_SIZE + 1) + ring, mask=is_column)
+
+
+def settle(
+    state: ProposalState,
+    cycle: Cycle,
+    sampled: torch.Tensor,
+    num_sampled: torch.Tensor,
+    num_segments: int,
+    draws: bool,
+) -> None:
+    num_turns = len(state.turns)
+    _settle_kernel[(cycle.num_reqs,)](
+        cycle.slots,
+        state.scored,
+        sampled,
+        sampled.stride(0),
+        num_sampled,
+        cycle.active,
+        cycle.first,
+        cycle.lengths,
+        cycle.new_lengths,
+        cycle.tokens,
+        cycle.end,
+        cycle.num_accepted,
+        cycle.num_decided,
+        cycle.replaced,
+        cycle.settled,
+        cycle.just_settled,
+        len(state.lengths) - 1,
+        NUM_TURNS=num_turns,
+        TURN_BLOCK=triton.next_power_of_2(num_turns),
+        NUM_SEGMENTS=num_segments,
+        WIDTH=cycle.tokens.shape[1],
+        DRAWS=draws,
+        num_warps=1,
+    )
+
+
+@triton.jit
+def _settle_kernel(
+    slots_ptr,
+    scored_ptr,
+    sampled_ptr,
+    sampled_stride,
+    num_sampled_ptr,
+    active_ptr,
+    first_ptr,
+    lengths_ptr,
+    new_lengths_ptr,
+    tokens_ptr,
+    end_ptr,
+    num_accepted_ptr,
+    num_decided_ptr,
+    replaced_ptr,
+    settled_ptr,
+    just_settled_ptr,
+    spare_slot,
+    NUM_TURNS: tl.constexpr,
+    TURN_BLOCK: tl.constexpr,
+    NUM_SEGMENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DRAWS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    was_settled = tl.load(settled_ptr + row)
+    is_live = tl.load(active_ptr + row) & (was_settled == 0)
+    num_accepted = tl.load(num_sampled_ptr + row).to(tl.int64) - 1
+    num_candidates = tl.zeros((), tl.int64)
+    for at in tl.static_range(NUM_SEGMENTS):
+        num_candidates += tl.load(lengths_ptr + row * NUM_TURNS + (at + 1) % NUM_TURNS)
+    is_replaced = is_live & (num_accepted < num_candidates)
+    is_settled = is_live if DRAWS else is_replaced
+    tl.store(just_settled_ptr + row, is_settled)
+    if is_live:
+        tl.store(num_accepted_ptr + row, num_accepted)
+        tl.store(num_decided_ptr + row, num_accepted + tl.where(is_settled, 1, 0))
+    if is_replaced:
+        tl.store(replaced_ptr + row, is_replaced)
+    if is_settled:
+        tl.store(settled_ptr + row, is_settled)
+        token = tl.load(sampled_ptr + row * sampled_stride + num_accepted)
+        tl.store(tokens_ptr + row * WIDTH + num_accepted, token)
+        tl.store(end_ptr + row, num_accepted + 1)
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+        slot = tl.where(slot >= 0, slot, spare_slot)
+        turn = tl.arange(0, TURN_BLOCK)
+        is_turn = turn < NUM_TURNS
+        scored_ptr += slot * NUM_TURNS + turn
+        scored = tl.load(scored_ptr, mask=is_turn, other=0)
+        valid = tl.load(first_ptr + row) + num_accepted + 1
+        tl.store(scored_ptr, tl.minimum(scored, valid), mask=is_turn)
+        none = tl.zeros((TURN_BLOCK,), tl.int64)
+        tl.store(new_lengths_ptr + row * NUM_TURNS + turn, none, mask=is_turn)
+
+
+def append(
+    state: ProposalState,
+    cycle: Cycle,
+    turn: int,
+    gammas: torch.Tensor,
+    tokens: torch.Tensor,
+    has_decided: bool = False,
+) -> None:
+    _append_kernel[(cycle.num_reqs,)](
+        tokens,
+        gammas,
+        cycle.active,
+        cycle.first,
+        cycle.end,
+        cycle.num_drafts,
+        cycle.settled,
+        cycle.just_settled,
+        cycle.lengths if turn == 0 else cycle.new_lengths,
+        cycle.tokens,
+        state.max_model_len,
+        TURN=turn,
+        NUM_TURNS=len(state.turns),
+        WIDTH=cycle.tokens.shape[1],
+        HAS_DECIDED=has_decided,
+        num_warps=1,
+    )
+
+
+@triton.jit
+def _append_kernel(
+    proposed_ptr,
+    gammas_ptr,
+    active_ptr,
+    first_ptr,
+    end_ptr,
+    num_drafts_ptr,
+    settled_ptr,
+    just_settled_ptr,
+    lengths_ptr,
+    tokens_ptr,
+    max_model_len,
+    TURN: tl.constexpr,
+    NUM_TURNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_DECIDED: tl.constexpr,
+):
+    row = tl.program_id(0)
+    end = tl.load(end_ptr + row)
+    length = tl.load(lengths_ptr + row * NUM_TURNS + TURN)
+    is_wanted = tl.load(active_ptr + row) & (tl.load(first_ptr + row) + end < max_model_len)
+    if TURN == 0:
+        is_wanted &= (tl.load(settled_ptr + row) == 0) & (end <= tl.load(num_drafts_ptr + row))
+    else:
+        is_wanted &= length < tl.load(gammas_ptr + TURN)
+        if HAS_DECIDED:
+            is_wanted &= tl.load(just_settled_ptr + row) == 0
+    if is_wanted:
+        tl.store(tokens_ptr + row * WIDTH + end, tl.load(proposed_ptr + row).to(tl.int64))
+        tl.store(end_ptr + row, end + 1)
+        tl.store(lengths_ptr + row * NUM_TURNS + TURN, length + 1)
+
+
+def prepare_tokens(
+    state: ProposalState,
+    cycle: Cycle,
+    all_token_ids: torch.Tensor,
+    query_start: torch.Tensor,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    start = torch.empty_like(cycle.start)
+    is_again = torch.empty_like(input_ids, dtype=torch.bool)
+    _prepare_tokens_kernel[(cycle.num_reqs,)](
+        cycle.slots,
+        cycle.start,
+        cycle.first,
+        cycle.end,
+        cycle.tokens,
+        all_token_ids,
+        all_token_ids.stride(0),
+        query_start,
+        input_ids,
+        positions,
+        seq_lens,
+        start,
+        is_again,
+        state.max_model_len,
+        WIDTH=cycle.tokens.shape[1],
+        BLOCK=TOKEN_BLOCK,
+        num_warps=1,
+    )
+    return start, is_again
+
+
+@triton.jit
+def _prepare_tokens_kernel(
+    slots_ptr,
+    cycle_start_ptr,
+    first_ptr,
+    end_ptr,
+    tokens_ptr,
+    all_token_ids_ptr,
+    all_token_ids_stride,
+    query_start_ptr,
+    input_ids_ptr,
+    positions_ptr,
+    seq_lens_ptr,
+    start_ptr,
+    is_again_ptr,
+    max_model_len,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    cycle_start = tl.load(cycle_start_ptr + row)
+    first = tl.load(first_ptr + row)
+    end = tl.load(end_ptr + row)
+    query_start = tl.load(query_start_ptr + row).to(tl.int64)
+    query_len = tl.load(query_start_ptr + row + 1).to(tl.int64) - query_start
+    start = tl.maximum(tl.minimum(cycle_start, max_model_len - query_len), 0)
+    tl.store(start_ptr + row, start)
+    tl.store(seq_lens_ptr + row, start + query_len)
+    num_known = tl.where(slot >= 0, query_len, 0)  # of a request there is
+    for block in range(0, query_len, BLOCK):
+        offset = block + tl.arange(0, BLOCK)
+        is_token = offset < query_len
+        position = start + offset
+        column = position - first
+        known = tl.load(
+            all_token_ids_ptr + slot * all_token_ids_stride + position,
+            mask=(offset < num_known) & (column < 0),
+            other=0,
+        ).to(tl.int64)
+        is_pending = (column >= 0) & (column < end)
+        pending = tl.load(tokens_ptr + row * WIDTH + column, mask=is_token & is_pending, other=0)
+        at = query_start + offset
+        tl.store(input_ids_ptr + at, tl.where(column < 0, known, pending), mask=is_token)
+        tl.store(positions_ptr + at, position, mask=is_token)
+        tl.store(is_again_ptr + at, position < cycle_start, mask=is_token)
+
+
+def prepare_token(
+    state: ProposalState,
+    cycle: Cycle,
+    all_token_ids: torch.Tensor,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> torch.Tensor:
+    last = torch.empty_like(cycle.end)
+    _prepare_token_kernel[(cycle.num_reqs,)](
+        cycle.slots,
+        cycle.first,
+        cycle.end,
+        cycle.tokens,
+        all_token_ids,
+        all_token_ids.stride(0),
+        input_ids,
+        positions,
+        seq_lens,
+        last,
+        state.max_model_len,
+        WIDTH=cycle.tokens.shape[1],
+        num_warps=1,
+    )
+    return last
+
+
+@triton.jit
+def _prepare_token_kernel(
+    slots_ptr,
+    first_ptr,
+    end_ptr,
+    tokens_ptr,
+    all_token_ids_ptr,
+    all_token_ids_stride,
+    input_ids_ptr,
+    positions_ptr,
+    seq_lens_ptr,
+    last_ptr,
+    max_model_len,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    first = tl.load(first_ptr + row)
+    end = tl.load(end_ptr + row)
+    pending = tl.load(tokens_ptr + row * WIDTH + end - 1, mask=end > 0, other=0)
+    known = tl.load(
+        all_token_ids_ptr + slot * all_token_ids_stride + tl.maximum(first - 1, 0),
+        mask=(end <= 0) & (slot >= 0),
+        other=0,
+    ).to(tl.int64)
+    last = first + end - 1
+    position = tl.minimum(tl.maximum(last, 0), max_model_len - 1)
+    tl.store(input_ids_ptr + row, tl.where(end > 0, pending, known))
+    tl.store(positions_ptr + row, position)
+    tl.store(seq_lens_ptr + row, position + 1)
+    tl.store(last_ptr + row, last)
+
+
+def place_scores(
+    state: ProposalState,
+    cycle: Cycle,
+    turn: int,
+    count: int,
+    query_start: torch.Tensor,
+    start: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    made = cycle.tokens.new_empty(2, cycle.num_reqs, count)
+    _place_scores_kernel[(cycle.num_reqs,)](
+        cycle.slots,
+        state.scored,
+        cycle.active,
+        cycle.first,
+        cycle.end,
+        query_start,
+        start,
+        made,
+        made.stride(0),
+        len(state.lengths) - 1,
+        TURN=turn,
+        NUM_TURNS=len(state.turns),
+        COUNT=count,
+        BLOCK=triton.next_power_of_2(count),
+        RING_SIZE=state.ring_size,
+        num_warps=1,
+    )
+    return tuple(made)
+
+
+@triton.jit
+def _place_scores_kernel(
+    slots_ptr,
+    scored_ptr,
+    active_ptr,
+    first_ptr,
+    end_ptr,
+    query_start_ptr,
+    start_ptr,
+    made_ptr,
+    made_stride,
+    spare_slot,
+    TURN: tl.constexpr,
+    NUM_TURNS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RING_SIZE: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    slot = tl.where(slot >= 0, slot, spare_slot)
+    scored_ptr += slot * NUM_TURNS + TURN
+    scored = tl.load(scored_ptr)
+    at = tl.arange(0, BLOCK).to(tl.int64)
+    is_asked = at < COUNT
+    column = tl.load(end_ptr + row) - (COUNT - 1) + at
+    position = tl.load(first_ptr + row) + column
+    first_row = tl.load(query_start_ptr + row).to(tl.int64)
+    rows = tl.maximum(first_row + position - 1 - tl.load(start_ptr + row), first_row)
+    keep = is_asked & (position >= scored) & (column >= 0) & tl.load(active_ptr + row)
+    ring = position % RING_SIZE
+    ring = tl.where(ring < 0, ring + RING_SIZE, ring)
+    ring = tl.where(keep, ring, RING_SIZE)
+    made_ptr += row * COUNT + at
+    tl.store(made_ptr, rows, mask=is_asked)
+    tl.store(made_ptr + made_stride, slot * (RING_SIZE + 1) + ring, mask=is_asked)
+    last = tl.max(tl.where(keep, position + 1, 0), axis=0)
+    tl.store(scored_ptr, tl.maximum(scored, last))
+
+
+def place_score(
+    state: ProposalState, cycle: Cycle, turn: int, gammas: torch.Tensor
+) -> torch.Tensor:
+    made = torch.empty_like(cycle.end)
+    _place_score_kernel[(cycle.num_reqs,)](
+        cycle.slots,
+        state.scored,
+        cycle.active,
+        cycle.first,
+        cycle.end,
+        cycle.new_lengths,
+        gammas,
+        made,
+        len(state.lengths) - 1,
+        state.max_model_len,
+        TURN=turn,
+        NUM_TURNS=len(state.turns),
+        RING_SIZE=state.ring_size,
+        num_warps=1,
+    )
+    return made
+
+
+@triton.jit
+def _place_score_kernel(
+    slots_ptr,
+    scored_ptr,
+    active_ptr,
+    first_ptr,
+    end_ptr,
+    new_lengths_ptr,
+    gammas_ptr,
+    made_ptr,
+    spare_slot,
+    max_model_len,
+    TURN: tl.constexpr,
+    NUM_TURNS: tl.constexpr,
+    RING_SIZE: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    slot = tl.where(slot >= 0, slot, spare_slot)
+    position = tl.load(first_ptr + row) + tl.load(end_ptr + row)
+    length = tl.load(new_lengths_ptr + row * NUM_TURNS + TURN)
+    keep = tl.load(active_ptr + row) & (position < max_model_len)
+    keep &= length < tl.load(gammas_ptr + TURN)
+    ring = position % RING_SIZE
+    ring = tl.where(ring < 0, ring + RING_SIZE, ring)
+    ring = tl.where(keep, ring, RING_SIZE)
+    tl.store(made_ptr + row, slot * (RING_SIZE + 1) + ring)
+    if keep:
+        scored_ptr += slot * NUM_TURNS + TURN
+        tl.store(scored_ptr, tl.maximum(tl.load(scored_ptr), position + 1))
+
+
+def end_cycle(
+    state: ProposalState, cycle: Cycle, stats: TurnStats, calls: torch.Tensor
+) -> torch.Tensor:
+    num_turns, window = len(state.turns), state.turns.window
+    tokens = cycle.tokens.new_empty(cycle.num_reqs, window)
+    _end_cycle_kernel[(cycle.num_reqs,)](
+        cycle.slots,
+        state.lengths,
+        cycle.active,
+        cycle.lengths,
+        cycle.new_lengths,
+        cycle.tokens,
+        cycle.end,
+        cycle.num_accepted,
+        cycle.num_decided,
+        cycle.replaced,
+        tokens,
+        stats.judged,
+        stats.accepted,
+        stats.totals,
+        stats.calls,
+        calls,
+        len(state.lengths) - 1,
+        NUM_TURNS=num_turns,
+        TURN_BLOCK=triton.next_power_of_2(num_turns),
+        WINDOW=window,
+        WIDTH=cycle.tokens.shape[1],
+        STATS_WIDTH=stats.width,
+        COLUMN_BLOCK=triton.next_power_of_2(window + 1),
+        num_warps=1,
+    )
+    return tokens
+
+
+@triton.jit
+def _end_cycle_kernel(
+    slots_ptr,
+    state_lengths_ptr,
+    active_ptr,
+    lengths_ptr,
+    new_lengths_ptr,
+    tokens_ptr,
+    end_ptr,
+    num_accepted_ptr,
+    num_decided_ptr,
+    replaced_ptr,
+    window_ptr,
+    judged_ptr,
+    accepted_ptr,
+    totals_ptr,
+    calls_ptr,
+    calls_per_cycle_ptr,
+    spare_slot,
+    NUM_TURNS: tl.constexpr,
+    TURN_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STATS_WIDTH: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    slot = tl.where(slot >= 0, slot, spare_slot)
+    is_active = tl.load(active_ptr + row)
+    num_decided = tl.load(num_decided_ptr + row)
+    end = tl.load(end_ptr + row)
+    turn = tl.arange(0, TURN_BLOCK)
+    is_turn = turn < NUM_TURNS
+    new_lengths = tl.load(new_lengths_ptr + row * NUM_TURNS + turn, mask=is_turn, other=0)
+    new_lengths = tl.where(is_active, new_lengths, 0)
+    tl.store(state_lengths_ptr + slot * NUM_TURNS + turn, new_lengths, mask=is_turn)
+    column = tl.arange(0, COLUMN_BLOCK).to(tl.int64)
+    pending = tl.load(
+        tokens_ptr + row * WIDTH + num_decided + column,
+        mask=(column < WINDOW) & (num_decided + column < end),
+        other=0,
+    )
+    tl.store(window_ptr + row * WINDOW + column, pending, mask=column < WINDOW)
+    if is_active:
+        num_accepted = tl.load(num_accepted_ptr + row)
+        num_judged = num_accepted + tl.where(tl.load(replaced_ptr + row), 1, 0)
+        one = tl.full((COLUMN_BLOCK,), 1, tl.int64)
+        start = tl.zeros((), tl.int64)
+        for at in tl.static_range(NUM_TURNS):
+            of_turn = (at + 1) % NUM_TURNS
+            length = tl.load(lengths_ptr + row * NUM_TURNS + of_turn)
+            is_here = (column >= start) & (column < start + length)
+            cell = of_turn * STATS_WIDTH + column - start
+            tl.atomic_add(judged_ptr + cell, one, mask=is_here & (column < num_judged))
+            tl.atomic_add(accepted_ptr + cell, one, mask=is_here & (column < num_accepted))
+            start += length
+        tl.atomic_add(totals_ptr, tl.full((), 1, tl.int64))
+        tl.atomic_add(totals_ptr + 1, num_decided)
+        calls = tl.load(calls_per_cycle_ptr + turn, mask=is_turn, other=0)
+        tl.atomic_add(calls_ptr + turn, calls, mask=is_turn)
+
+
+def outputs(cycle: Cycle, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = cycle.tokens.new_empty(cycle.num_reqs, num_tokens)
+    counts = tokens.new_empty(2, cycle.num_reqs, dtype=torch.int32)
+    _outputs_kernel[(cycle.num_reqs,)](
+        cycle.active,
+        cycle.tokens,
+        cycle.num_drafts,
+        cycle.num_decided,
+        tokens,
+        counts,
+        counts.stride(0),
+        NUM_TOKENS=num_tokens,
+        WIDTH=cycle.tokens.shape[1],
+        COLUMN_BLOCK=triton.next_power_of_2(num_tokens),
+        num_warps=1,
+    )
+    return tokens, counts[0], counts[1]
+
+
+@triton.jit
+def _outputs_kernel(
+    active_ptr,
+    cycle_tokens_ptr,
+    num_drafts_ptr,
+    num_decided_ptr,
+    tokens_ptr,
+    counts_ptr,
+    counts_stride,
+    NUM_TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, COLUMN_BLOCK)
+    is_column = column < NUM_TOKENS
+    tokens = tl.load(cycle_tokens_ptr + row * WIDTH + column, mask=is_column, other=0)
+    tl.store(tokens_ptr + row * NUM_TOKENS + column, tokens, mask=is_column)
+    is_active = tl.load(active_ptr + row)
+    num_decided = tl.where(is_active, tl.load(num_decided_ptr + row), 0)
+    num_rows = tl.where(is_active, tl.load(num_drafts_ptr + row) + 1, 0)
+    tl.store(counts_ptr + row, num_decided.to(tl.int32))
+    tl.store(counts_ptr + counts_stride + row, (num_rows - num_decided).to(tl.int32))
