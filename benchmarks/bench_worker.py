@@ -80,12 +80,11 @@ class BenchWorker:
 
 
 def turn_times(graphs: Any) -> dict[str, Any]:
-    """Of `MemberGraphs`; of the graphs that hold several passes, those with most."""
-    number = max(graphs.loops, default=1)
-    passes = graphs.loops.get(number, graphs.one)
+    """Of `TurnGraphs`; of the graphs that hold several passes, those with most."""
+    number = max(graphs.loops, default=0)
     return {
         "reading": times(graphs.reading),
-        "passes": times(passes),
+        "passes": times(graphs.loops.get(number)),
         "passes_per_replay": number,
     }
 

@@ -11,6 +11,7 @@ from vllm.triton_utils import tl, triton
 from vllm.chef.state import Cycle, ProposalState
 from vllm.chef.stats import TurnStats
 
+
 # Tokens of a request that a program reads at a time.
 TOKEN_BLOCK = 256
 
@@ -38,7 +39,7 @@ def load(
     return cycle.rows(len(slots))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs"])
 def _load_kernel(
     slots_ptr,
     prefill_len_ptr,
@@ -221,7 +222,7 @@ def candidates(
     return tuple(made)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["made_stride"])
 def _candidates_kernel(
     slots_ptr,
     lengths_ptr,
@@ -352,10 +353,10 @@ def _settle_kernel(
         slot = tl.where(slot >= 0, slot, spare_slot)
         turn = tl.arange(0, TURN_BLOCK)
         is_turn = turn < NUM_TURNS
-        scored_ptr += slot * NUM_TURNS + turn
-        scored = tl.load(scored_ptr, mask=is_turn, other=0)
+        scored = tl.load(scored_ptr + slot * NUM_TURNS + turn, mask=is_turn, other=0)
         valid = tl.load(first_ptr + row) + num_accepted + 1
-        tl.store(scored_ptr, tl.minimum(scored, valid), mask=is_turn)
+        scored = tl.minimum(scored, valid)
+        tl.store(scored_ptr + slot * NUM_TURNS + turn, scored, mask=is_turn)
         none = tl.zeros((TURN_BLOCK,), tl.int64)
         tl.store(new_lengths_ptr + row * NUM_TURNS + turn, none, mask=is_turn)
 
@@ -593,7 +594,7 @@ def place_scores(
     return tuple(made)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["made_stride"])
 def _place_scores_kernel(
     slots_ptr,
     scored_ptr,
@@ -683,9 +684,9 @@ def _place_score_kernel(
     ring = tl.where(ring < 0, ring + RING_SIZE, ring)
     ring = tl.where(keep, ring, RING_SIZE)
     tl.store(made_ptr + row, slot * (RING_SIZE + 1) + ring)
-    if keep:
-        scored_ptr += slot * NUM_TURNS + TURN
-        tl.store(scored_ptr, tl.maximum(tl.load(scored_ptr), position + 1))
+    scored = tl.load(scored_ptr + slot * NUM_TURNS + TURN)
+    scored = tl.where(keep, tl.maximum(scored, position + 1), scored)
+    tl.store(scored_ptr + slot * NUM_TURNS + TURN, scored)
 
 
 def end_cycle(
@@ -804,7 +805,7 @@ def outputs(cycle: Cycle, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, 
     return tokens, counts[0], counts[1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["counts_stride"])
 def _outputs_kernel(
     active_ptr,
     cycle_tokens_ptr,
