@@ -169,9 +169,7 @@ class BenchEngine:
             samples.append(self._decode(temperature, batch_size))
         return samples
 
-    def _decode(
-        self, temperature: float, batch_size: int, num_tokens: int | None = None
-    ) -> Sample:
+    def _decode(self, temperature: float, batch_size: int, num_tokens: int | None = None) -> Sample:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -188,7 +186,9 @@ class BenchEngine:
             )
             for prompt in prompts
         ]
-        return decode(self.engine, prompts, params, num_tokens or self.args.num_tokens, self.args.skip)
+        return decode(
+            self.engine, prompts, params, num_tokens or self.args.num_tokens, self.args.skip
+        )
 
     def trace(self, folder: Path) -> None:
         """Write a Chrome trace of one short batch of the plan's first cell."""

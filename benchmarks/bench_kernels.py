@@ -1,10 +1,10 @@
-"""What each operation of a cycle costs: the Triton kernels and their namesakes in torch, side by side.
+"""What each operation of a cycle costs: Triton kernels and their namesakes in torch, side by side.
 
     python benchmarks/bench_kernels.py --out kernels.json        # on a GPU; on a CPU torch alone
 
-Times a call as the engine makes it (`host_us`, with nothing to wait for) and what it takes when it is
-replayed in a CUDA graph (`graph_us`), as it is in a step that only decodes.  `combine` is the
-ensemble's arithmetic over the vocabulary, which torch does.  The last line of the output is JSON.
+Times a call until it returns (`host_us`) and what it takes when it is replayed in a CUDA graph
+(`graph_us`), as it is in a step that only decodes.  `combine` is the ensemble's arithmetic over the
+vocabulary, which torch does.  The last line of the output is JSON.
 """
 
 import argparse

@@ -1,9 +1,12 @@
 """Speculation whose depth is chosen as it goes: the same tokens, and none where it only costs."""
 
+from typing import Any
+
 import pytest
 from engines import engine, generate, greedy
 from tiny_models import llama_config, save_model, save_noisy_copy
 
+import vllm.chef.scheduler
 from vllm.chef.depth import PROBE_STEPS
 
 PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]
@@ -21,6 +24,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "like": save_noisy_copy(root / "like", first, seed=1, noise=0.01),
         "unlike": save_model(root / "unlike", config, seed=5),
     }
+
+
+class Clock:
+    """Steps that take the longer the deeper they are, whatever else the machine does."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.now = scheduler, 0.0
+
+    def perf_counter(self) -> float:
+        _, depth = self.scheduler._last or (0, 0)
+        self.now += 1 + 0.1 * depth
+        return self.now
 
 
 def ensemble(models: dict[str, str], other: str) -> dict:
@@ -42,11 +57,13 @@ def test_depth_may_change_at_every_step_that_is_scheduled_ahead(models, chef):
     assert stats["num_calls"][1] < (3 if chef.get("policy") != "sd" else 4) * stats["num_calls"][0]
 
 
-def test_nothing_is_proposed_where_nothing_is_accepted(models):
+def test_nothing_is_proposed_where_nothing_is_accepted(models, monkeypatch):
     chef = dict(gamma="auto", max_gamma=[1, 4])
     with engine(models["first"], ensemble(models, "unlike"), chef, 4) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         chooser = scheduler.dynamic_sd_lookup = scheduler.depths
+        clock = Clock(scheduler)
+        monkeypatch.setattr(vllm.chef.scheduler, "time", clock)
         for num_reqs in (1, 4):
             assert chooser[num_reqs] == 4
             generate(llm, PROMPTS[:num_reqs], greedy(NUM_TOKENS))

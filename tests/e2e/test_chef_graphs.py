@@ -13,12 +13,12 @@ import pytest
 import torch
 from engines import engine, generate, greedy
 from tiny_models import llama_config, save_model, save_noisy_copy
+from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 import vllm.chef.graphs
-from vllm import SamplingParams
 from vllm.chef.speculator import ChefSpeculator
 
 PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]

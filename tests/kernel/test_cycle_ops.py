@@ -5,6 +5,7 @@ function all that it may have changed must be the same.
 """
 
 import copy
+import inspect
 import json
 import os
 import subprocess
@@ -36,7 +37,7 @@ TURNS = {
     "outside": chef_turns([1, 1, 3], [9, 5, 1], (True, True, False)),
     "sd": sd_turns(3, 4),
 }
-SEEDS = range(4)
+SEEDS = range(2)
 
 
 class World:
@@ -185,7 +186,7 @@ class Recorder:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, num_warps: int, **constants: Any) -> None:
             self.kernel[grid](*args, num_warps=num_warps, **constants)
-            names = list(self.kernel.fn.__annotations__) or self.kernel.arg_names
+            names = inspect.signature(self.kernel.fn).parameters
             given = dict(zip(names, args, strict=False))
             constants |= {name: None for name, value in given.items() if value is None}
             types = {name: triton_type(value) for name, value in given.items() if value is not None}

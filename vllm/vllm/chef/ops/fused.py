@@ -11,7 +11,6 @@ from vllm.triton_utils import tl, triton
 from vllm.chef.state import Cycle, ProposalState
 from vllm.chef.stats import TurnStats
 
-
 # Tokens of a request that a program reads at a time.
 TOKEN_BLOCK = 256
 
