@@ -104,6 +104,9 @@ class BenchEngine:
         self.run, self.plan, self.args = Run.parse(plan.run), plan, args
         self.seeds = count()
         self.warm: set[tuple[float, int]] = set()
+        self.timed: set[int] = set()
+        self.graph_ms: dict[str, Any] | None = None
+        """What `bench_graph_times` says of all batch sizes so far"""
         # vLLM collects garbage a dozen times as it starts, over all that is imported.
         gc.freeze()
         started = time.perf_counter()
@@ -143,6 +146,11 @@ class BenchEngine:
         if self.run.takes_turns:
             self.rpc("reset_turn_stats")
         samples = self._samples(temperature, batch_size)
+        if batch_size not in self.timed:
+            self.timed.add(batch_size)
+            self.graph_ms = merged(
+                self.graph_ms, self.rpc("bench_graph_times", args=(batch_size,))[0]
+            )
         row = {
             "run": self.run.text,
             "batch_size": batch_size,
@@ -224,6 +232,19 @@ def summary(samples: Sequence[Sample], batch_size: int) -> dict[str, Any]:
         "num_cycles": cycles,
         # Less than the batch size: vLLM did not run all requests in every step.
         "requests_per_step": cycles / steps,
+    }
+
+
+def merged(times: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Times of graphs, with those of another batch size."""
+    if times is None or more is None:
+        return more or times
+    return {
+        "primary": times["primary"] | more["primary"],
+        "turns": [
+            new | {kind: old[kind] | new[kind] for kind in ("reading", "passes")}
+            for old, new in zip(times["turns"], more["turns"], strict=True)
+        ],
     }
 
 
@@ -403,7 +424,7 @@ def main() -> None:
             write("row", row)
         if args.trace:
             engine.trace(Path(args.trace))
-        write("graph_ms", engine.rpc("bench_graph_times")[0])
+        write("graph_ms", engine.graph_ms)
         engine.close()
     except Exception as error:
         traceback.print_exc()

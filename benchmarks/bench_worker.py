@@ -59,14 +59,15 @@ class BenchWorker:
             self._bench_profiler.export_chrome_trace(path)
             del self._bench_profiler
 
-    def bench_graph_times(self) -> dict[str, Any] | None:
-        """Milliseconds of one replay of the captured graphs, by number of tokens.
+    def bench_graph_times(self, batch_size: int) -> dict[str, Any] | None:
+        """Milliseconds of one replay of the graphs that a batch runs in, by number of tokens.
 
         `{"primary": {num_tokens: ms}, "turns": [...]}`: the engine's own model, and of each turn
         after the first `{"reading": {num_tokens: ms}, "passes": {num_reqs: ms},
         "passes_per_replay": n}`.  None where there are no CUDA graphs.
 
-        To be asked last: what a replay writes goes to the places of the last step.
+        To be asked after a batch of this size: a replay attends to as much as its last step did,
+        and writes to where that has written.
         """
         manager = getattr(self.model_runner, "cudagraph_manager", None)
         if manager is None or not manager.graphs:
@@ -74,26 +75,29 @@ class BenchWorker:
         turns = getattr(self.model_runner, "turns", None)
         graphs = self.model_runner.speculator.graphs if turns is not None else []
         return {
-            "primary": times(manager),
-            "turns": [turn_times(member) for member in graphs],
+            "primary": times(manager, batch_size),
+            "turns": [turn_times(of_turn, batch_size) for of_turn in graphs],
         }
 
 
-def turn_times(graphs: Any) -> dict[str, Any]:
+def turn_times(graphs: Any, batch_size: int) -> dict[str, Any]:
     """Of `TurnGraphs`; of the graphs that hold several passes, those with most."""
     number = max(graphs.loops, default=0)
     return {
-        "reading": times(graphs.reading),
-        "passes": times(graphs.loops.get(number)),
+        "reading": times(graphs.reading, batch_size),
+        "passes": times(graphs.loops[number], batch_size) if number else {},
         "passes_per_replay": number,
     }
 
 
-def times(manager: Any | None) -> dict[int, float]:
-    """Milliseconds by `num_tokens` of a `CudaGraphManager`'s graphs; none of no manager."""
-    if manager is None:
-        return {}
-    return {desc.num_tokens: graph_ms(graph) for desc, graph in manager.graphs.items()}
+def times(manager: Any, batch_size: int) -> dict[int, float]:
+    """Milliseconds by `num_tokens` of the graphs of a `CudaGraphManager` that a batch may run in:
+    of each number of tokens per request, the smallest that holds it."""
+    fitting: dict[int | None, Any] = {}
+    for desc in sorted(manager.graphs, key=lambda desc: desc.num_tokens):
+        if desc.num_reqs >= batch_size:
+            fitting.setdefault(desc.uniform_token_count, desc)
+    return {desc.num_tokens: graph_ms(manager.graphs[desc]) for desc in fitting.values()}
 
 
 def graph_ms(graph: "torch.cuda.CUDAGraph") -> float:

@@ -6,6 +6,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import bench_decode
+import bench_worker
 import pytest
 from bench_decode import Document, parse_args, plans_of
 from bench_engine import (
@@ -15,6 +16,7 @@ from bench_engine import (
     engine_arguments,
     kv_cache_bytes,
     max_model_len,
+    merged,
     summary,
 )
 from report import complete
@@ -357,6 +359,37 @@ def test_what_is_not_in_graphs_is_overhead():
         rows = [row("a+b@1,5", 1.0, 3.7, 0.8, **more)]
         complete({"results": rows, "configurations": [entry | {"graph_ms": times}]})
         assert rows[0]["graph_ms"]["sum"] == pytest.approx(2 + 1 + spent)
+
+
+def test_graphs_are_timed_for_the_batch_that_runs_in_them(monkeypatch):
+    def desc(num_reqs, length):
+        return SimpleNamespace(
+            num_reqs=num_reqs, num_tokens=num_reqs * length, uniform_token_count=length
+        )
+
+    class Desc(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    sizes = [(8, 2), (1, 2), (4, 2), (2, 3), (4, 3)]
+    manager = SimpleNamespace(graphs={Desc(**vars(desc(*size))): size for size in sizes})
+    monkeypatch.setattr(bench_worker, "graph_ms", lambda size: float(size[0]))
+    assert bench_worker.times(manager, 3) == {8: 4.0, 12: 4.0}
+    assert bench_worker.times(manager, 5) == {16: 8.0}
+    assert bench_worker.times(manager, 9) == {}
+    graphs = SimpleNamespace(reading=manager, loops={})
+    expected = {"reading": {16: 8.0}, "passes": {}, "passes_per_replay": 0}
+    assert bench_worker.turn_times(graphs, 5) == expected
+
+
+def test_times_of_graphs_are_merged():
+    def times(ms):
+        turn = {"reading": {ms: ms}, "passes": {}, "passes_per_replay": 4}
+        return {"primary": {ms: ms}, "turns": [turn]}
+
+    assert merged(None, None) is None
+    assert merged(None, times(1)) == merged(times(1), None) == times(1)
+    both = {"reading": {1: 1, 2: 2}, "passes": {}, "passes_per_replay": 4}
+    assert merged(times(1), times(2)) == {"primary": {1: 1, 2: 2}, "turns": [both]}
 
 
 def test_targets_take_the_best_of_their_runs():
