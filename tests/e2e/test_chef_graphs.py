@@ -6,6 +6,7 @@ came from the host, memory that has moved, rows that fill a batch up and are tak
 """
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -147,3 +148,39 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
     num_steps = stats["num_cycles"] / len(PROMPTS)
     assert reading > (num_members - 1) * num_steps, "most steps only decode"
     assert Manager.num_replays[1] > num_steps, "proposers have passes of one token"
+
+
+MORE_THAN_TEMPERATURES = [
+    dict(top_p=0.9),
+    dict(top_k=3),
+    dict(min_p=0.1),
+    dict(repetition_penalty=1.1),
+    dict(presence_penalty=0.5),
+    dict(frequency_penalty=0.5),
+    dict(logit_bias={3: 1.0}),
+    dict(allowed_token_ids=[1, 2]),
+    dict(min_tokens=2, stop_token_ids=[5]),
+    dict(logprobs=1),
+]
+
+
+def test_graphs_are_for_requests_that_ask_for_temperatures_only(models):
+    settings = dict(extra_model=models[1:2], ensemble_fn="mean", ensemble_target="logits")
+    with engine(models[0], settings, dict(gamma=[1, 4]), 4) as llm:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
+
+        def is_for(*requests: SamplingParams) -> bool:
+            for slot, params in enumerate(requests):
+                runner.sampler.add_request(slot, params)
+            slots = np.arange(len(requests))
+            batch = SimpleNamespace(num_reqs=len(slots), idx_mapping_np=slots)
+            return runner._asks_for_temperatures_only(batch)
+
+        plain = [SamplingParams(temperature=t) for t in (0, 1, 0.7)]
+        assert is_for(*plain)
+        for more in MORE_THAN_TEMPERATURES:
+            assert not is_for(*plain[:1], SamplingParams(temperature=0.7, **more)), more
+        bad_words = SamplingParams(temperature=0.7)
+        bad_words._bad_words_token_ids = [[1, 2]]
+        assert not is_for(bad_words)
+        assert is_for(*plain), "slots are free again"
