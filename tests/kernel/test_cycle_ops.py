@@ -84,7 +84,7 @@ class World:
         self.ops.load(self.all_cycle, slots.int(), prefill_len, temperature, seeds)
         # As a CUDA graph has it: some rows may be of no request.
         num_reqs = min(MAX_NUM_REQS, num_reqs + int(self.numbers(0, 3, ())))
-        self.cycle = self.all_cycle.rows(num_reqs)
+        self.cycle = self.begun = self.all_cycle.rows(num_reqs)
         # Some read their prompts; of those, and of some others, not all tokens have rows.
         num_drafts = self.numbers(0, self.turns.window + 1, (num_reqs,))
         query_lens = num_drafts + self.numbers(0, 3, (num_reqs,)).clamp(min=1)

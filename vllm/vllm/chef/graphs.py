@@ -35,14 +35,12 @@ class TurnGraphs:
         self,
         vllm_config: VllmConfig,
         device: torch.device,
-        cudagraph_mode: CUDAGraphMode,
         query_len: int,
         num_passes: Collection[int],
         reads: Captured,
         passes: Callable[..., None],
     ) -> None:
-        is_full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
-        mode = CUDAGraphMode.FULL_DECODE_ONLY if is_full else CUDAGraphMode.NONE
+        mode = CUDAGraphMode.FULL_DECODE_ONLY
         make_manager = partial(SpeculatorCudaGraphManager, vllm_config, device, mode)
         # Of every length that vLLM may schedule, with dynamic speculation.
         self.reading = make_manager(query_len)

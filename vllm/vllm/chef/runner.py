@@ -78,7 +78,7 @@ class ChefRunner(MemberRunner):
             grammar_output is not None
             or prompt_logprobs.is_asked
             or not self._asks_for_temperatures_only(input_batch)
-            or not speculator.replay(hidden_states[input_batch.logits_indices])
+            or not speculator.replay(hidden_states)
         ):
             scores = self._first_turn(hidden_states, input_batch, grammar_output)
             logprobs = speculator.run(scores, self._forbidden(scores))
@@ -104,11 +104,11 @@ class ChefRunner(MemberRunner):
             return False
         if not sampler.needs_logits_processing[slots].any():
             return True
-        states = sampler.sampling_states
+        states, thinking = sampler.sampling_states, sampler.thinking_budget_state
         bias, penalties, bad_words, *custom = sampler.logits_processors
         return not (
             custom
-            or sampler.thinking_budget_state.enabled
+            or (thinking.enabled and thinking.use_thinking_budget[slots].any())
             or bias.use_logit_bias[slots].any()
             or penalties.use_penalty[slots].any()
             or bad_words.num_bad_words.np[slots].any()
@@ -128,7 +128,6 @@ class ChefRunner(MemberRunner):
         cycle = self.speculator.begin(batch, self.req_states.prefill_len.gpu, self.turns.window)
         scores = StepScores(self.model.compute_member_logits(hidden_states), batch=batch)
         self.verifier.decide(self.turns.last_scorer, scores, cycle)
-        self.speculator.state.scored.zero_()
 
     def _first_turn(
         self,

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
@@ -26,8 +28,11 @@ from vllm.chef.state import Cycle, ProposalState, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores, Verifier
+from vllm.ensemble_decode.functions import Custom
 from vllm.ensemble_decode.members import load_member
 from vllm.ensemble_decode.model import MemberGroup
+
+logger = init_logger(__name__)
 
 
 class Reading(NamedTuple):
@@ -111,19 +116,41 @@ class ChefSpeculator(StandaloneARSpeculator):
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         self.graphs = []
-        if not self.supports_decode_metadata_update:
+        if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL or not self._can_capture():
             return
         for turn in range(1, len(self.turns)):
             graphs = TurnGraphs(
                 self.vllm_config,
                 self.device,
-                cudagraph_mode,
                 1 + self.turns.window + self.turns.num_new(turn),
                 {self.turns.num_passes(gammas[turn]) for gammas in self.gammas_on_device},
                 partial(self._captured_turn, turn),
                 partial(self._captured_passes, turn),
             )
             self.graphs.append(graphs)
+
+    def _can_capture(self) -> bool:
+        """Whether all that turns do can be in graphs; if not, a line in the log says why."""
+        query_len = 1 + self.turns.window + self.num_extra_query_per_req
+        thresholds = [
+            group.get_metadata_builder().reorder_batch_threshold
+            for groups in self.attn_groups
+            for group in groups
+        ]
+        obstacle = None
+        if isinstance(self.verifier.function, Custom):
+            # It may look at values, or change from call to call.
+            obstacle = "an ensemble_fn of your own"
+        elif not self.supports_decode_metadata_update:
+            obstacle = "attention metadata that cannot be refreshed in a graph"
+        elif self.attn_cg_support.min_cg_support.value < AttentionCGSupport.UNIFORM_BATCH.value:
+            obstacle = f"{self.attn_cg_support.min_cg_attn_backend}"
+        elif any(threshold is not None and threshold < query_len for threshold in thresholds):
+            # Such a backend takes what a member reads for a prompt, and plans it on the host.
+            obstacle = f"an attention backend that takes {query_len} tokens for a prompt"
+        if obstacle is not None:
+            logger.warning_once("Turns run without CUDA graphs: %s.", obstacle)
+        return obstacle is None
 
     def capture(self) -> None:
         if not self.graphs:
@@ -141,7 +168,14 @@ class ChefSpeculator(StandaloneARSpeculator):
             logits.new_zeros(num_rows, logits.shape[-1])
             for logits in self.first.compute_member_logits(self.step_hidden_states[:1])
         ]
-        self.all_cycle.slots.fill_(-1)
+        everything = self.all_cycle
+        self.ops.load(
+            everything,
+            everything.slots[:0],
+            everything.prefill_len,
+            everything.temperature,
+            everything.seeds,
+        )
         for graphs in self.graphs:
             graphs.capture(
                 self.model_state,
@@ -204,13 +238,12 @@ class ChefSpeculator(StandaloneARSpeculator):
                 self._propose_more(turn)
         return logprobs
 
-    def replay(self, hidden_states: torch.Tensor) -> bool:
+    def replay(
+        self,
+        hidden_states: torch.Tensor,  # [num_tokens, ...] of the engine step
+    ) -> bool:
         """The same, for requests that ask for no sampling parameter but a temperature; False where
-        there are no CUDA graphs of such a step, and nothing is done.
-
-        Args:
-            hidden_states: `[num_rows, ...]` of the engine step's rows of logits.
-        """
+        there are no CUDA graphs of such a step, and nothing is done."""
         num_reqs, query_len = self.cycle.num_reqs, self._uniform_query_len()
         if not self.graphs or query_len is None:
             return False
@@ -220,7 +253,8 @@ class ChefSpeculator(StandaloneARSpeculator):
         ]
         if None in descs:
             return False
-        self.step_hidden_states[: len(hidden_states)] = hidden_states
+        rows = self.batch.logits_indices
+        torch.index_select(hidden_states, 0, rows, out=self.step_hidden_states[: len(rows)])
         for turn, (graphs, desc) in enumerate(zip(self.graphs, descs, strict=True), start=1):
             graphs.replay(desc)
             if turn < len(self.turns) - 1:

@@ -16,10 +16,16 @@ def load(
     temperature: torch.Tensor,
     seeds: torch.Tensor,
 ) -> Cycle:
-    """The rows of a step's requests, of all that a cycle has; the others are of no request."""
+    """The rows of a step's requests, of all that a cycle has; the others are of no request.
+
+    Those are emptied, since the graph of a later turn may hold more of them than the graph that
+    begins the cycle.
+    """
     rows = cycle.rows(len(slots))
     cycle.slots.fill_(-1)
     cycle.active.fill_(False)
+    for field in ("start", "first", "end", "num_drafts", "first_row", "lengths", "new_lengths"):
+        getattr(cycle, field)[len(slots) :] = 0
     rows.slots.copy_(slots)
     rows.prefill_len.copy_(prefill_len[slots])
     rows.temperature.copy_(temperature[slots])

@@ -1,6 +1,6 @@
 """What `eager.py` does, one Triton kernel per function and one program per request.
 
-A cycle has some 400 operations on a handful of numbers each, which cost more than the proposals
+A cycle of two members has some 350 operations on a handful of numbers each, which cost more than the proposals
 themselves when each is a kernel of its own.  Every function is as its namesake; the tests run both
 on the same cycles.
 """
@@ -33,6 +33,14 @@ def load(
         cycle.temperature,
         cycle.seeds,
         cycle.active,
+        cycle.start,
+        cycle.first,
+        cycle.end,
+        cycle.num_drafts,
+        cycle.first_row,
+        cycle.lengths,
+        cycle.new_lengths,
+        NUM_TURNS=cycle.lengths.shape[1],
         num_warps=1,
     )
     return cycle.rows(len(slots))
@@ -50,11 +58,28 @@ def _load_kernel(
     cycle_temperature_ptr,
     cycle_seeds_ptr,
     active_ptr,
+    start_ptr,
+    first_ptr,
+    end_ptr,
+    num_drafts_ptr,
+    first_row_ptr,
+    lengths_ptr,
+    new_lengths_ptr,
+    NUM_TURNS: tl.constexpr,
 ):
     row = tl.program_id(0)
     tl.store(active_ptr + row, tl.full((), 0, tl.int1))
     if row >= num_reqs:
+        none = tl.zeros((), tl.int64)
         tl.store(cycle_slots_ptr + row, tl.full((), -1, tl.int32))
+        tl.store(start_ptr + row, none)
+        tl.store(first_ptr + row, none)
+        tl.store(end_ptr + row, none)
+        tl.store(num_drafts_ptr + row, none)
+        tl.store(first_row_ptr + row, none)
+        for turn in tl.static_range(NUM_TURNS):
+            tl.store(lengths_ptr + row * NUM_TURNS + turn, none)
+            tl.store(new_lengths_ptr + row * NUM_TURNS + turn, none)
     else:
         slot = tl.load(slots_ptr + row).to(tl.int64)
         tl.store(cycle_slots_ptr + row, slot.to(tl.int32))
