@@ -1,8 +1,8 @@
 """What `eager.py` does, one Triton kernel per function and one program per request.
 
-A cycle of two members has some 350 operations on a handful of numbers each, which cost more than the proposals
-themselves when each is a kernel of its own.  Every function is as its namesake; the tests run both
-on the same cycles.
+A cycle of two members has some 350 operations on a handful of numbers each, which cost more than
+the proposals themselves when each is a kernel of its own.  Every function is as its namesake; the
+tests run both on the same cycles.
 """
 
 import torch
