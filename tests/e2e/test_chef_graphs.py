@@ -16,11 +16,13 @@ from engines import engine, generate, greedy
 from tiny_models import llama_config, save_model, save_noisy_copy
 from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 import vllm.chef.graphs
 from vllm.chef.speculator import ChefSpeculator
+from vllm.ensemble_decode.functions import make_function
 
 PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]
 NUM_TOKENS = 24
@@ -205,3 +207,33 @@ def test_graphs_are_for_requests_that_ask_for_temperatures_only(models):
         bad_words._bad_words_token_ids = [[1, 2]]
         assert not is_for(bad_words)
         assert is_for(*plain), "slots are free again"
+
+
+def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeypatch):
+    settings = dict(extra_model=models[1:2], ensemble_fn="mean", ensemble_target="logits")
+    with engine(models[0], settings, dict(gamma=[1, 4]), 4) as llm:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
+        speculator = runner.speculator
+        monkeypatch.setattr(speculator, "supports_decode_metadata_update", True)
+        support = SimpleNamespace(min_cg_attn_backend="ATTENTION")
+        monkeypatch.setattr(speculator, "attn_cg_support", support)
+        for of_backend in AttentionCGSupport:
+            support.min_cg_support = of_backend
+            can = of_backend in (AttentionCGSupport.ALWAYS, AttentionCGSupport.UNIFORM_BATCH)
+            assert speculator._can_capture() == can
+        support.min_cg_support = AttentionCGSupport.ALWAYS
+        (group,) = [group for groups in speculator.attn_groups for group in groups]
+        # A member reads the last token, the window of four, and one that came since.
+        for threshold, can in ((None, True), (6, True), (5, False), (1, False)):
+            monkeypatch.setattr(group.get_metadata_builder(), "reorder_batch_threshold", threshold)
+            assert speculator._can_capture() == can
+        monkeypatch.setattr(group.get_metadata_builder(), "reorder_batch_threshold", None)
+        own = make_function("operator:itemgetter", 2, {})
+        with monkeypatch.context() as patch:
+            patch.setattr(runner.verifier, "function", own)
+            assert not speculator._can_capture()
+        monkeypatch.setattr(speculator, "supports_decode_metadata_update", False)
+        assert not speculator._can_capture()
+        # Nothing is captured where vLLM captures nothing.
+        speculator.init_cudagraph_manager(CUDAGraphMode.PIECEWISE)
+        assert speculator.graphs == []
