@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm.chef.config import CARRIER_OPTIONS, ChefConfig, _check_carrier
+from vllm.chef.config import CARRIER_OPTIONS, ChefConfig, _check_carrier, _check_parallel
 from vllm.chef.turns import Turn, Turns, chef_turns, sd_turns, spread_gamma
 
 ALL = (True, True, True)
@@ -156,3 +156,15 @@ def test_a_shallower_step_leaves_out_those_that_come_first():
     turns = sd_turns(3, 4)
     assert [turns.gammas(depth) for depth in (0, 4)] == [(0, 0), (0, 4)]
     assert [turns.num_passes(depth) for depth in (0, 4)] == [0, 4]
+
+
+def test_experts_do_not_take_turns_in_parallel():
+    def check(has_experts: bool, data_parallel_size: int) -> None:
+        parallel = SimpleNamespace(data_parallel_size=data_parallel_size)
+        members = [SimpleNamespace(model=f"m{i}", is_moe=has_experts and i == 1) for i in range(2)]
+        _check_parallel(SimpleNamespace(parallel_config=parallel), members)
+
+    check(True, 1)
+    check(False, 2)
+    with pytest.raises(ValueError, match=r"^method\.llm\.data_parallel_size: 'm1' has experts"):
+        check(True, 2)

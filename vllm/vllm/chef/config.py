@@ -148,6 +148,7 @@ def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfi
     config = ChefConfig.from_additional_config(vllm_config.additional_config)
     turns = config.make_turns([relative_cost(m) for m in members], ensemble.make_function().counted)
     _check_carrier(vllm_config, turns, config.is_adaptive)
+    _check_parallel(vllm_config, members)
     _check_budget(vllm_config, turns)
     return ensemble, members, turns
 
@@ -223,6 +224,17 @@ def _check_adaptive(vllm_config: VllmConfig, turns: Turns) -> None:
         )
     if vllm_config.parallel_config.data_parallel_size > 1:
         raise ValueError(f"method.gamma: {AUTO} does not go with data parallelism; give numbers")
+
+
+def _check_parallel(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> None:
+    """What would have the ranks wait for each other in passes that not all of them make."""
+    parallel = vllm_config.parallel_config
+    experts = [member.model for member in members if member.is_moe]
+    if experts and parallel.data_parallel_size > 1:
+        raise ValueError(
+            f"method.llm.data_parallel_size: '{experts[0]}' has experts, whose ranks go in step, "
+            "and members that take turns do not; set it to 1"
+        )
 
 
 def _check_budget(vllm_config: VllmConfig, turns: Turns) -> None:
