@@ -239,7 +239,7 @@ def test_models_are_made_once(models):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=20,
     )
     trained = list(prepare_models.WEIGHTS.glob(f"*/{prepare_models.SUMS}"))
     assert result.stdout.count("is there") == 2 + len(trained)

@@ -177,6 +177,17 @@ def test_kernels_do_what_torch_does(case, seed):
     assert (worlds[0].stats.judged > 0).any()
 
 
+def test_every_kernel_has_its_namesake():
+    functions = {
+        name: function
+        for name, function in vars(fused).items()
+        if inspect.isfunction(function) and function.__module__ == fused.__name__
+    }
+    assert {"load", "begin_cycle", "settle", "end_cycle", "outputs"} < set(functions)
+    for name, function in functions.items():
+        assert inspect.signature(function) == inspect.signature(getattr(eager, name)), name
+
+
 class Recorder:
     """Launches a kernel, and notes what the kernel's parameters were."""
 

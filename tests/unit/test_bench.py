@@ -1,13 +1,16 @@
 """The benchmarks without an engine: how runs are written, the clock, ratios, targets, resuming."""
 
+import gzip
 import json
 from argparse import Namespace
 from collections import Counter
 from types import SimpleNamespace
 
 import bench_decode
+import bench_kernels
 import bench_worker
 import pytest
+import torch
 from bench_decode import Document, parse_args, plans_of
 from bench_engine import (
     Sample,
@@ -379,6 +382,24 @@ def test_graphs_are_timed_for_the_batch_that_runs_in_them(monkeypatch):
     graphs = SimpleNamespace(reading=manager, loops={})
     expected = {"reading": {16: 8.0}, "passes": {}, "passes_per_replay": 0}
     assert bench_worker.turn_times(graphs, 5) == expected
+
+
+def test_every_operation_of_a_cycle_is_timed():
+    found = dict(bench_kernels.operations([1, 2], 3, 50, torch.device("cpu")))
+    assert {"load", "begin_cycle", "settle", "end_cycle"} < set(found)
+    assert "combine contrastive raw-logits" in found
+    for calls in found.values():
+        assert list(calls) == ["torch"], "kernels would be interpreted here"
+        assert bench_kernels.host_us(calls["torch"]) > 0
+
+
+def test_a_trace_is_written(tmp_path):
+    worker, path = bench_worker.BenchWorker(), tmp_path / "run.json.gz"
+    worker.bench_trace(None)
+    torch.ones(2).cumsum(0)
+    worker.bench_trace(str(path))
+    names = {event["name"] for event in json.loads(gzip.open(path).read())["traceEvents"]}
+    assert "aten::cumsum" in names
 
 
 def test_times_of_graphs_are_merged():

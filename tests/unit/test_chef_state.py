@@ -1,11 +1,14 @@
 """Windows of requests as device data: what one request's rejection does, and does not do."""
 
+from types import SimpleNamespace
+
 import torch
 
 from vllm.chef.ops import eager as ops
 from vllm.chef.state import Cycle, ProposalState, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import chef_turns
+from vllm.chef.verifier import Judged, StepScores, Verifier
 
 TURNS = chef_turns([1, 2, 1], [9, 5, 7], (True, True, True))  # members 0, 2, 1; window 3
 NUM_SLOTS, VOCAB_SIZE = 6, 4
@@ -188,3 +191,22 @@ def test_rows_that_fill_a_graphs_batch_up_are_of_no_request():
     state.scored[padded.slots, 1] = 77
     assert state.scored[:, 1].ne(77).sum() == NUM_SLOTS - 3
     assert len(state.scored) == len(state.lengths) == state.scores.shape[1] == NUM_SLOTS + 1
+
+
+def test_members_are_judged_by_the_scores_that_they_proposed_from():
+    """Where a model's logits are wider than those that are kept, none is rounded."""
+    state = ProposalState(TURNS, NUM_SLOTS, 100, VOCAB_SIZE, torch.bfloat16, torch.device("cpu"))
+    state.scores.fill_(3)
+    first = torch.full((2, VOCAB_SIZE), 1 + 2.0**-20)
+    rows = torch.tensor([[0, 1]])
+    judged = Judged(rows, rows, rows, step_rows=rows, kept_rows=rows)
+    verifier = SimpleNamespace(
+        state=state,
+        turns=TURNS,
+        turn_of=TURNS.turn_of,
+        ensemble=SimpleNamespace(num_members=3),
+    )
+    members = Verifier._members(verifier, judged, StepScores([first]))
+    assert members.shape == (3, 1, 2, VOCAB_SIZE)
+    assert members[0, 0].equal(first)
+    assert (members[1:] == 3).all()

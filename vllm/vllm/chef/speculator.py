@@ -281,7 +281,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         slot_mappings: Any,
     ) -> None:
         """A turn of `replay`, to be captured: nothing in it waits for the host."""
-        cycle, buffers = self.all_cycle.rows(num_reqs), self.input_buffers
+        cycle = self.all_cycle.rows(num_reqs)
         length = num_tokens // num_reqs
         num_rows = length - self.turns.num_new(turn)  # of the engine step, per request
         starts = self.arange_gpu[: num_reqs + 1] * num_rows
@@ -303,17 +303,9 @@ class ChefSpeculator(StandaloneARSpeculator):
                 engine_step.input_ids,
             )
             self._open(cycle, scores)
-        query_start = buffers.query_start_loc[: num_reqs + 1]
+        query_start = self.input_buffers.query_start_loc[: num_reqs + 1]
         query_start.copy_(self.arange_gpu[: num_reqs + 1] * length)
-        start, is_again = self.ops.prepare_tokens(
-            self.state,
-            cycle,
-            self.all_token_ids,
-            query_start,
-            buffers.input_ids[:num_tokens],
-            buffers.positions[:num_tokens],
-            buffers.seq_lens[:num_reqs],
-        )
+        start, is_again = self._prepare_tokens(cycle, query_start, num_tokens)
         if attn_metadata is not None:
             mappings = self._slot_mappings(cycle, num_tokens)
             mappings[:, :num_tokens].masked_fill_(is_again, PAD_SLOT_ID)
@@ -362,16 +354,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         query_lens = self.batch.query_start_loc[: cycle.num_reqs + 1].long().diff() + extra
         query_lens = query_lens.clamp(max=self.max_model_len)
         query_start = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)])
-        buffers = self.input_buffers
-        start, is_again = self.ops.prepare_tokens(
-            self.state,
-            cycle,
-            self.all_token_ids,
-            query_start,
-            buffers.input_ids[:num_tokens],
-            buffers.positions[:num_tokens],
-            buffers.seq_lens[: cycle.num_reqs],
-        )
+        start, is_again = self._prepare_tokens(cycle, query_start, num_tokens)
         self._fill_query_start(query_start, cycle.num_reqs)
         hidden_states = self._run(turn, cycle, query_start_np, extra, is_again)
         return Reading(query_start, start, hidden_states)
@@ -410,6 +393,24 @@ class ChefSpeculator(StandaloneARSpeculator):
             query_start_np = self.arange_np[: cycle.num_reqs + 1]
             hidden_states = self._run(turn, cycle, query_start_np, extra)
             self._propose_from(turn, cycle, hidden_states, position)
+
+    def _prepare_tokens(
+        self,
+        cycle: Cycle,
+        query_start: torch.Tensor,  # [num_reqs + 1]
+        num_tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that a turn reads, as input of its first pass; returns what `prepare_tokens` does."""
+        buffers = self.input_buffers
+        return self.ops.prepare_tokens(
+            self.state,
+            cycle,
+            self.all_token_ids,
+            query_start,
+            buffers.input_ids[:num_tokens],
+            buffers.positions[:num_tokens],
+            buffers.seq_lens[: cycle.num_reqs],
+        )
 
     def _prepare_token(self, cycle: Cycle) -> torch.Tensor:  # [num_reqs]
         """The last token of each request, as input of a pass; returns where it is."""

@@ -11,8 +11,6 @@ import torch
 
 from vllm.chef.turns import Turns
 
-NO_POSITION = torch.iinfo(torch.int64).max
-
 
 class ProposalState:
     """Kept from step to step, per slot of a request.
@@ -70,7 +68,7 @@ class Cycle:
     active: torch.Tensor  # [num_reqs] bool, False: the prompt goes on in the next step
     start: torch.Tensor  # [num_reqs] position of the first token of the engine step
     first: torch.Tensor  # [num_reqs] position of column 0
-    num_drafts: torch.Tensor  # [num_reqs] columns for which the engine step has rows, and one more
+    num_drafts: torch.Tensor  # [num_reqs] the engine step has rows for these columns and the next
     first_row: torch.Tensor  # [num_reqs] row of column 0 in the engine step
     lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step found
     new_lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step leaves

@@ -75,7 +75,8 @@ class Verifier:
         # [num_turns] members that propose, in the order of the window
         self.proposers = [turns[turn].members[0] for turn in turns.in_window]
         self.turn_of = turns.turn_of
-        self.layouts: dict[tuple[int, int], Layout] = {}
+        self.layouts: dict[int, Layout] = {}
+        """By number of columns"""
         # Not None only where a benchmark sets the acceptance.
         self.synthetic_rates = configured_rates(turns, state.scores.device)
 
@@ -119,20 +120,17 @@ class Verifier:
     def _members(
         self, judged: Judged, scores: StepScores
     ) -> torch.Tensor:  # [num_members, num_reqs, num_columns, vocab_size]
-        """All members' raw logits; anything where a member has not scored."""
-        vocab_size = self.state.scores.shape[-1]
-        members = self.state.scores.new_empty(
-            self.ensemble.num_members, judged.segment.numel(), vocab_size
-        )
-        for member, out in enumerate(members):
+        """All members' raw logits, in the widest of their dtypes, since a proposal must be judged
+        by the very scores that it was drawn from; anything where a member has not scored."""
+        members = []
+        for member in range(self.ensemble.num_members):
             turn = self.turn_of[member]
             if turn == 0:
-                of_turn = scores.logits[self.turns[0].members.index(member)]
-                torch.index_select(of_turn, 0, judged.step_rows.flatten(), out=out)
+                of_turn, rows = scores.logits[self.turns[0].members.index(member)], judged.step_rows
             else:
-                kept = self.state.kept_scores[turn - 1]
-                torch.index_select(kept, 0, judged.kept_rows.flatten(), out=out)
-        return members.unflatten(1, judged.segment.shape)
+                of_turn, rows = self.state.kept_scores[turn - 1], judged.kept_rows
+            members.append(of_turn[rows])
+        return torch.stack(members)
 
     def _target(
         self,
@@ -171,7 +169,8 @@ class Verifier:
         requests = self._layout(*judged.segment.shape).request
 
         def process(logits: torch.Tensor) -> torch.Tensor:
-            logits = logits.to(torch.float32, copy=True)
+            # Members' logits are needed as they are for the proposals; a combination is not.
+            logits = logits.to(torch.float32, copy=self.ensemble.samples_members)
             apply_temperature(logits, requests, temperature)
             return logits
 
@@ -241,19 +240,23 @@ class Verifier:
         )
 
     def _layout(self, num_reqs: int, num_columns: int) -> Layout:
-        """Kept: it says nothing of the requests, and would be made anew in every step."""
-        key = (num_reqs, num_columns)
-        if key not in self.layouts:
-            device = self.state.scores.device
-            requests = torch.arange(num_reqs, device=device)
+        """Kept for as many requests as there may be, of which a batch takes the first: it says
+        nothing of them, and would be made anew in every step."""
+        if num_columns not in self.layouts:
+            most, device = len(self.state.lengths), self.state.lengths.device
+            requests = torch.arange(most, device=device)
             columns = torch.arange(num_columns, device=device)
-            self.layouts[key] = Layout(
+            self.layouts[num_columns] = Layout(
                 requests,
                 requests.repeat_interleave(num_columns),
-                columns.int().repeat(num_reqs),
-                (torch.arange(num_reqs + 1, device=device) * num_columns).int(),
+                columns.int().repeat(most),
+                (torch.arange(most + 1, device=device) * num_columns).int(),
             )
-        return self.layouts[key]
+        requests, request, column, row_start = self.layouts[num_columns]
+        num_rows = num_reqs * num_columns
+        return Layout(
+            requests[:num_reqs], request[:num_rows], column[:num_rows], row_start[: num_reqs + 1]
+        )
 
     def _chunks(self, num_reqs: int, num_columns: int) -> Iterator[slice]:
         """Requests whose logits fit into what vLLM allows a verification to take."""

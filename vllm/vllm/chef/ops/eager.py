@@ -5,8 +5,10 @@ All change `state` and `cycle` in place, and nothing waits for the host.
 
 import torch
 
-from vllm.chef.state import NO_POSITION, Cycle, ProposalState
+from vllm.chef.state import Cycle, ProposalState
 from vllm.chef.stats import TurnStats
+
+NO_POSITION = torch.iinfo(torch.int64).max
 
 
 def load(

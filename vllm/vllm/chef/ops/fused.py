@@ -1,8 +1,8 @@
 """What `eager.py` does, one Triton kernel per function and one program per request.
 
-A cycle of two members has some 350 operations on a handful of numbers each, which cost more than
-the proposals themselves when each is a kernel of its own.  Every function is as its namesake; the
-tests run both on the same cycles.
+In torch each function is a dozen operations or more on a handful of numbers each, which together
+cost more than a small member's proposals.  Every function is as its namesake; the tests run both on
+the same cycles.
 """
 
 import torch
@@ -13,6 +13,26 @@ from vllm.chef.stats import TurnStats
 
 # Tokens of a request that a program reads at a time.
 TOKEN_BLOCK = 256
+
+
+@triton.jit
+def _slot(slots_ptr, row, spare_slot):
+    """Of a row; the spare one where there is no request."""
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    return tl.where(slot >= 0, slot, spare_slot)
+
+
+@triton.jit
+def _kept_row(slot, position, RING_SIZE: tl.constexpr):
+    """Of `ProposalState.kept_scores`."""
+    ring = position % RING_SIZE
+    # The remainder of a negative number is one as well.
+    return slot * (RING_SIZE + 1) + tl.where(ring < 0, ring + RING_SIZE, ring)
+
+
+@triton.jit
+def _nobodys_row(slot, RING_SIZE: tl.constexpr):
+    return slot * (RING_SIZE + 1) + RING_SIZE
 
 
 def load(
@@ -265,8 +285,7 @@ def _candidates_kernel(
     RING_SIZE: tl.constexpr,
 ):
     row = tl.program_id(0)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    slot = tl.where(slot >= 0, slot, spare_slot)
+    slot = _slot(slots_ptr, row, spare_slot)
     first = tl.load(first_ptr + row)
     column = tl.arange(0, COLUMN_BLOCK).to(tl.int64)
     is_column = column < NUM_COLUMNS
@@ -282,14 +301,12 @@ def _candidates_kernel(
     )
     step_rows = tl.load(first_row_ptr + row) + tl.minimum(column, tl.load(num_drafts_ptr + row))
     position = first + column
-    ring = position % RING_SIZE
-    ring = tl.where(ring < 0, ring + RING_SIZE, ring)
     made_ptr += row * NUM_COLUMNS + column
     tl.store(made_ptr, proposed, mask=is_column)
     tl.store(made_ptr + made_stride, segment, mask=is_column)
     tl.store(made_ptr + 2 * made_stride, position - 1, mask=is_column)
     tl.store(made_ptr + 3 * made_stride, step_rows, mask=is_column)
-    tl.store(made_ptr + 4 * made_stride, slot * (RING_SIZE + 1) + ring, mask=is_column)
+    tl.store(made_ptr + 4 * made_stride, _kept_row(slot, position, RING_SIZE), mask=is_column)
 
 
 def settle(
@@ -373,8 +390,7 @@ def _settle_kernel(
         token = tl.load(sampled_ptr + row * sampled_stride + num_accepted)
         tl.store(tokens_ptr + row * WIDTH + num_accepted, token)
         tl.store(end_ptr + row, num_accepted + 1)
-        slot = tl.load(slots_ptr + row).to(tl.int64)
-        slot = tl.where(slot >= 0, slot, spare_slot)
+        slot = _slot(slots_ptr, row, spare_slot)
         turn = tl.arange(0, TURN_BLOCK)
         is_turn = turn < NUM_TURNS
         scored = tl.load(scored_ptr + slot * NUM_TURNS + turn, mask=is_turn, other=0)
@@ -637,8 +653,7 @@ def _place_scores_kernel(
     RING_SIZE: tl.constexpr,
 ):
     row = tl.program_id(0)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    slot = tl.where(slot >= 0, slot, spare_slot)
+    slot = _slot(slots_ptr, row, spare_slot)
     scored_ptr += slot * NUM_TURNS + TURN
     scored = tl.load(scored_ptr)
     at = tl.arange(0, BLOCK).to(tl.int64)
@@ -648,12 +663,10 @@ def _place_scores_kernel(
     first_row = tl.load(query_start_ptr + row).to(tl.int64)
     rows = tl.maximum(first_row + position - 1 - tl.load(start_ptr + row), first_row)
     keep = is_asked & (position >= scored) & (column >= 0) & tl.load(active_ptr + row)
-    ring = position % RING_SIZE
-    ring = tl.where(ring < 0, ring + RING_SIZE, ring)
-    ring = tl.where(keep, ring, RING_SIZE)
+    kept = tl.where(keep, _kept_row(slot, position, RING_SIZE), _nobodys_row(slot, RING_SIZE))
     made_ptr += row * COUNT + at
     tl.store(made_ptr, rows, mask=is_asked)
-    tl.store(made_ptr + made_stride, slot * (RING_SIZE + 1) + ring, mask=is_asked)
+    tl.store(made_ptr + made_stride, kept, mask=is_asked)
     last = tl.max(tl.where(keep, position + 1, 0), axis=0)
     tl.store(scored_ptr, tl.maximum(scored, last))
 
@@ -698,16 +711,13 @@ def _place_score_kernel(
     RING_SIZE: tl.constexpr,
 ):
     row = tl.program_id(0)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    slot = tl.where(slot >= 0, slot, spare_slot)
+    slot = _slot(slots_ptr, row, spare_slot)
     position = tl.load(first_ptr + row) + tl.load(end_ptr + row)
     length = tl.load(new_lengths_ptr + row * NUM_TURNS + TURN)
     keep = tl.load(active_ptr + row) & (position < max_model_len)
     keep &= length < tl.load(gammas_ptr + TURN)
-    ring = position % RING_SIZE
-    ring = tl.where(ring < 0, ring + RING_SIZE, ring)
-    ring = tl.where(keep, ring, RING_SIZE)
-    tl.store(made_ptr + row, slot * (RING_SIZE + 1) + ring)
+    kept = tl.where(keep, _kept_row(slot, position, RING_SIZE), _nobodys_row(slot, RING_SIZE))
+    tl.store(made_ptr + row, kept)
     scored = tl.load(scored_ptr + slot * NUM_TURNS + TURN)
     scored = tl.where(keep, tl.maximum(scored, position + 1), scored)
     tl.store(scored_ptr + slot * NUM_TURNS + TURN, scored)
@@ -774,8 +784,7 @@ def _end_cycle_kernel(
     COLUMN_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    slot = tl.where(slot >= 0, slot, spare_slot)
+    slot = _slot(slots_ptr, row, spare_slot)
     is_active = tl.load(active_ptr + row)
     num_decided = tl.load(num_decided_ptr + row)
     end = tl.load(end_ptr + row)
