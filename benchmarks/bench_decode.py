@@ -6,9 +6,9 @@
         --acceptance 0.8 0.6 --batch-sizes 1 8
     python benchmarks/bench_decode.py --preset smoke        # without a GPU
 
-Every run has an engine, and a process, of its own.  `docs/benchmarks.md` has the grammar of runs,
-the method and every field.  The last line of the output is JSON; `--out FILE` has it after each
-measured cell.
+Every run has an engine, and a process, of its own, and is measured while no other runs.
+`docs/benchmarks.md` has the grammar of runs, the method and every field.  The last line of the
+output is JSON; `--out FILE` has it after each measured cell.
 """
 
 import argparse
@@ -20,10 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from report import complete
 from runs import GRAMMAR, PRESETS, Plan, Run, Target
@@ -32,7 +34,16 @@ from shapes import SHAPES
 HERE = Path(__file__).parent
 DEFAULT_RUNS = ["llama-7b", "llama-7b+llama-7b"]
 # What does not change what is measured; all other settings must be the same in a resumed run.
-OF_THE_CALL = {"out", "trace", "resume", "time_limit", "engine_timeout", "preset", "runs"}
+OF_THE_CALL = {
+    "out",
+    "trace",
+    "resume",
+    "time_limit",
+    "engine_timeout",
+    "engines_at_once",
+    "preset",
+    "runs",
+}
 POLL_S = 0.2
 
 
@@ -75,7 +86,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path)
     add("--resume", action="store_true", help="keep what --out has, and measure the rest")
     add("--time-limit", type=float, help="seconds after which no engine is started any more")
-    add("--engine-timeout", type=float, default=600, help="seconds for one run")
+    add("--engine-timeout", type=float, default=600, help="seconds to start, and to measure")
+    add(
+        "--engines-at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="start N engines together, then measure one by one; all need memory meanwhile",
+    )
     args = parser.parse_args(argv)
     if args.preset and args.runs:
         parser.error("--runs: a preset has its own; leave one of them out")
@@ -192,53 +210,83 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(settings | {"models": None}, default=str))
 
 
-def measure(plan: Plan, args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    """Lines of `bench_engine.py` as they come, in a process of its own: its memory is freed for
-    sure, and what breaks in it breaks nothing else."""
-    folder = Path(tempfile.mkdtemp(dir=root))
-    request, lines = folder / "request.json", folder / "lines.jsonl"
-    request.write_text(json.dumps({"plan": asdict(plan), "args": vars(args)}, default=str))
-    lines.touch()
-    command = [sys.executable, str(HERE / "bench_engine.py"), str(request), str(lines)]
-    # vLLM writes to the standard output, where the document goes. A session of its own, so that
-    # vLLM's further processes end with it.
-    process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
-    deadline, error = time.monotonic() + args.engine_timeout, None
-    try:
-        with lines.open() as file:
-            rest = ""
+class EngineProcess:
+    """`bench_engine.py` in a process of its own: its memory is freed for sure, and what breaks in
+    it breaks nothing else.  Starts at once, and measures when its second line is asked for."""
+
+    def __init__(self, plan: Plan, args: argparse.Namespace, root: Path) -> None:
+        self.plan, self.timeout = plan, args.engine_timeout
+        folder = Path(tempfile.mkdtemp(dir=root))
+        request, self.path = folder / "request.json", folder / "lines.jsonl"
+        request.write_text(json.dumps({"plan": asdict(plan), "args": vars(args)}, default=str))
+        self.path.touch()
+        command = [sys.executable, str(HERE / "bench_engine.py"), str(request), str(self.path)]
+        # vLLM writes to the standard output, where the document goes. A session of its own, so that
+        # vLLM's further processes end with it.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        if not self.process.stdin.closed:
+            # Also where it has ended: it may have left processes behind.
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate()  # closes its input
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What it writes, as it comes: `engine` when it is ready; the rest only after that has been
+        taken.  `error` where it broke, which is the last."""
+        deadline, rest = time.monotonic() + self.timeout, ""
+        with self.path.open() as file:
             while True:
-                ended = process.poll() is not None
+                ended = self.process.poll() is not None
                 *whole, rest = (rest + file.read()).split("\n")
-                for line in whole:
-                    content = json.loads(line)
-                    error = content.get("error", error)
+                for content in map(json.loads, whole):
                     yield content
+                    if "error" in content:
+                        return
+                    if "engine" in content:
+                        self._let_it_measure()
+                        deadline = time.monotonic() + self.timeout
                 if ended:
                     break
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"took more than {args.engine_timeout:g} s")
+                    yield {"error": f"took more than {self.timeout:g} s"}
+                    return
                 time.sleep(POLL_S)
-        if process.returncode and error is None:
-            yield {"error": f"the engine's process ended with {process.returncode}"}
-    except TimeoutError as timeout:
-        yield {"error": str(timeout)}
-    finally:
-        end_session(process)
+        if self.process.returncode:
+            yield {"error": f"the engine's process ended with {self.process.returncode}"}
+
+    def _let_it_measure(self) -> None:
+        with suppress(BrokenPipeError):  # it died meanwhile, which the next look at it finds
+            self.process.stdin.write(b"\n")
+            self.process.stdin.flush()
 
 
-def end_session(process: subprocess.Popen) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+def run_plans(
+    plans: Sequence[Plan], args: argparse.Namespace, document: Document, root: Path
+) -> None:
+    """Start the engines of all plans, and measure one after another when the last is ready."""
+    with ExitStack() as stack:
+        engines = [stack.enter_context(EngineProcess(plan, args, root)) for plan in plans]
+        lines = [engine.lines() for engine in engines]
+        firsts = [next(of_engine) for of_engine in lines]
+        for engine, first, others in zip(engines, firsts, lines, strict=True):
+            record(engine.plan, chain([first], others), document)
+            engine.end()  # its memory is free before the next one measures
 
 
-def run_plan(plan: Plan, args: argparse.Namespace, document: Document, root: Path) -> None:
+def record(plan: Plan, lines: Iterator[dict[str, Any]], document: Document) -> None:
     entry, started = document.start(plan), time.monotonic()
     entry["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-    for content in measure(plan, args, root):
+    for content in lines:
         if "engine" in content:
             document.describe(entry, content["engine"])
         elif "graph_ms" in content:
@@ -271,15 +319,16 @@ def main() -> None:
     # A plain `kill` must end the engine's process as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     started, document = time.monotonic(), Document(args)
+    left = [plan for plan in plans_of(args) if not document.is_done(plan)]
     with tempfile.TemporaryDirectory() as root:
-        for plan in plans_of(args):
-            if document.is_done(plan):
-                continue
+        for first in range(0, len(left), args.engines_at_once):
+            plans = left[first : first + args.engines_at_once]
             if args.time_limit and time.monotonic() - started > args.time_limit:
-                entry = document.start(plan)
-                entry |= {"status": "skipped", "error": f"after {args.time_limit:g} s"}
+                for plan in plans:
+                    entry = document.start(plan)
+                    entry |= {"status": "skipped", "error": f"after {args.time_limit:g} s"}
                 continue
-            run_plan(plan, args, document, Path(root))
+            run_plans(plans, args, document, Path(root))
     document.save()
     print(json.dumps(document.content))
 

@@ -284,6 +284,8 @@ def engine_arguments(plan: Plan, args: Namespace, root: Path) -> dict[str, Any]:
         "max_model_len": max_model_len(run, args),
         "max_num_seqs": max(plan.batch_sizes + plan.sweep_batch_sizes),
         "max_num_batched_tokens": BATCHED_TOKENS,
+        # Only looked at: the memory of the cache is set below.
+        "gpu_memory_utilization": 0.9 / args.engines_at_once,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
         "worker_extension_cls": "bench_worker.BenchWorker",
@@ -401,7 +403,8 @@ def configure_process() -> None:
 def main() -> None:
     """`bench_engine.py REQUEST LINES`: measure what REQUEST (JSON) asks for, a line of JSON each.
 
-    Lines are written as soon as they are known, so that a killed process leaves what it had.
+    Lines are written as soon as they are known, so that a killed process leaves what it had.  After
+    `engine` it waits for a line on its standard input.
     """
     request, lines = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     paths = {
@@ -420,6 +423,7 @@ def main() -> None:
         # The same for all, so that vLLM finds what it has compiled before.
         engine = BenchEngine(plan, args, Path(tempfile.gettempdir()) / "bench_decode_shapes")
         write("engine", engine.describe())
+        sys.stdin.readline()  # until no other engine starts or measures
         for row in engine.cells():
             write("row", row)
         if args.trace:

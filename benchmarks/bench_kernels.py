@@ -4,7 +4,7 @@
 
 Times a call until it returns (`host_us`) and what it takes when it is replayed in a CUDA graph
 (`graph_us`), as it is in a step that only decodes.  `combine` is the ensemble's arithmetic over the
-vocabulary, which torch does.  The last line of the output is JSON.
+vocabulary.  The last line of the output is JSON.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from vllm.chef.ops import eager, fused
 from vllm.chef.state import ProposalState, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import chef_turns
-from vllm.ensemble_decode.combine import combine
+from vllm.ensemble_decode import ops as combining
 from vllm.ensemble_decode.functions import make_function
 
 MAX_NUM_REQS, MAX_MODEL_LEN = 256, 2048
@@ -85,7 +86,11 @@ def operations(
         function = make_function(name, len(gammas), {})
         yield (
             f"combine {name} {target}",
-            {"torch": lambda f=function, t=target: combine(f, members, t == "probs")},
+            {
+                kind: partial(ops.combine, function, members, target == "probs")
+                for kind, ops in {"torch": combining.eager, "triton": combining.fused}.items()
+                if kind in kinds
+            },
         )
 
 

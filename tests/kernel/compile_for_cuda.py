@@ -1,29 +1,93 @@
-"""Compiles kernels for a GPU that need not be there: `compile_for_cuda.py LAUNCHES`.
+"""Compiles kernels for a GPU that need not be there.
 
-LAUNCHES (JSON) is a list of `{"module", "kernel", "types", "constants", "num_warps"}`, types as
-Triton writes them. Needs a process without Triton's interpreter (TRITON_INTERPRET=0).
+A test records the launches of a module's kernels (`recorded`) as it runs them in the interpreter,
+then compiles each for the types it was launched with (`compile_launches`).  That takes a process
+without Triton's interpreter, which runs this file: `compile_for_cuda.py LAUNCHES`.
 """
 
 import importlib
+import inspect
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import pytest
+import torch
 
-TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32)]
+CAPABILITIES = (80, 90)
 
 
-def compile_launch(launch: dict) -> None:
+class Recorder:
+    """Launches a kernel, and notes what the kernel's parameters were."""
+
+    def __init__(self, module: str, name: str, kernel: Any, launches: list[dict[str, Any]]) -> None:
+        self.module, self.name, self.kernel, self.launches = module, name, kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
+            self.kernel[grid](*args, num_warps=num_warps, **constants)
+            names = inspect.signature(self.kernel.fn).parameters
+            given = dict(zip(names, args, strict=False))
+            constants |= {name: None for name, value in given.items() if value is None}
+            types = {name: triton_type(value) for name, value in given.items() if value is not None}
+            launch = {"module": self.module, "kernel": self.name, "num_warps": num_warps}
+            launch |= {"types": types, "constants": constants}
+            if launch not in self.launches:
+                self.launches.append(launch)
+
+        return launch
+
+
+def triton_type(value: torch.Tensor | int) -> str:
+    if isinstance(value, int):
+        return "i32"
+    names = {torch.bool: "i1", torch.int32: "i32", torch.int64: "i64", torch.float32: "fp32"}
+    return f"*{(names | {torch.bfloat16: 'bf16'})[value.dtype]}"
+
+
+def recorded(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The launches of the module's kernels from now on, each kind once: `{"module", "kernel",
+    "types", "constants", "num_warps"}`, types as Triton writes them."""
+    launches: list[dict[str, Any]] = []
+    for name in kernels_of(module):
+        recorder = Recorder(module.__name__, name, getattr(module, name), launches)
+        monkeypatch.setattr(module, name, recorder)
+    return launches
+
+
+def kernels_of(module: ModuleType) -> set[str]:
+    return {name for name in vars(module) if name.endswith("_kernel")}
+
+
+def compile_launches(launches: list[dict[str, Any]], module: ModuleType, folder: Path) -> None:
+    """Compile them for `CAPABILITIES`; each of the module's kernels must be among them."""
+    assert {launch["kernel"] for launch in launches} == kernels_of(module)
+    file = folder / "launches.json"
+    file.write_text(json.dumps(launches))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    subprocess.run([sys.executable, __file__, str(file)], check=True, env=environment)
+
+
+def compile_launch(launch: dict[str, Any]) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
     constants = {places[name]: value for name, value in launch["constants"].items()}
     signature = {name: launch["types"].get(name, "constexpr") for name in kernel.arg_names}
-    for target in TARGETS:
-        options = {"num_warps": launch["num_warps"]}
-        triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
+    for capability in CAPABILITIES:
+        triton.compile(
+            ASTSource(kernel, signature, constants),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": launch["num_warps"]},
+        )
 
 
 if __name__ == "__main__":

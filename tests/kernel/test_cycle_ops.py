@@ -6,18 +6,13 @@ function all that it may have changed must be the same.
 
 import copy
 import inspect
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
+from compile_for_cuda import compile_launches, recorded
 from vllm.triton_utils import HAS_TRITON
 
 from vllm.chef.ops import eager, fused
@@ -188,49 +183,13 @@ def test_every_kernel_has_its_namesake():
         assert inspect.signature(function) == inspect.signature(getattr(eager, name)), name
 
 
-class Recorder:
-    """Launches a kernel, and notes what the kernel's parameters were."""
-
-    def __init__(self, name: str, kernel: Any, launches: list[dict[str, Any]]) -> None:
-        self.name, self.kernel, self.launches = name, kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
-            self.kernel[grid](*args, num_warps=num_warps, **constants)
-            names = inspect.signature(self.kernel.fn).parameters
-            given = dict(zip(names, args, strict=False))
-            constants |= {name: None for name, value in given.items() if value is None}
-            types = {name: triton_type(value) for name, value in given.items() if value is not None}
-            launch = {"module": fused.__name__, "kernel": self.name, "num_warps": num_warps}
-            launch |= {"types": types, "constants": constants}
-            if launch not in self.launches:
-                self.launches.append(launch)
-
-        return launch
-
-
-def triton_type(value: torch.Tensor | int) -> str:
-    if isinstance(value, int):
-        return "i32"
-    names = {torch.bool: "i1", torch.int32: "i32", torch.int64: "i64", torch.float32: "fp32"}
-    return f"*{names[value.dtype]}"
-
-
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="compiled by the tests above")
 def test_kernels_compile_for_a_gpu(monkeypatch, tmp_path):
-    launches: list[dict[str, Any]] = []
-    kernels = {name: kernel for name, kernel in vars(fused).items() if name.endswith("_kernel")}
-    for name, kernel in kernels.items():
-        monkeypatch.setattr(fused, name, Recorder(name, kernel, launches))
+    launches = recorded(fused, monkeypatch)
     for case in ("three", "sd"):
         world = World(TURNS[case], fused, seed=0)
         for with_forbidden in (False, True):
             world.begin(with_forbidden)
             for _, step in steps(TURNS[case]):
                 step(world)
-    assert {launch["kernel"] for launch in launches} == set(kernels)
-    file = tmp_path / "launches.json"
-    file.write_text(json.dumps(launches))
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).parent / "compile_for_cuda.py"
-    subprocess.run([sys.executable, str(script), str(file)], check=True, env=environment)
+    compile_launches(launches, fused, tmp_path)

@@ -4,6 +4,9 @@ import gzip
 import json
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import bench_decode
@@ -34,6 +37,7 @@ SETTINGS = dict(
     dtype="bfloat16",
     enforce_eager=False,
     engine_args={},
+    engines_at_once=1,
     kv_cache_gib=None,
     models=None,
     num_tokens=128,
@@ -433,19 +437,33 @@ PLANS = "--runs llama-tiny llama-tiny+llama-tiny --batch-sizes 1"
 
 
 @pytest.fixture
-def measured(monkeypatch) -> list[str]:
+def measured(monkeypatch) -> Iterator[list[str]]:
     """Runs that were measured; the second breaks the first time."""
-    seen: list[str] = []
 
-    def measure(plan, args, root):
-        seen.append(plan.run)
+    def lines(run):
         yield {"engine": {"device": "CPU", "versions": {"vllm": "1"}, "turns": None}}
-        yield {"row": row(plan.run, 1.0)}
+        yield {"row": row(run, 1.0)}
         if len(seen) == 2:
             yield {"error": "RuntimeError: out of memory"}
 
-    monkeypatch.setattr(bench_decode, "measure", measure)
-    return seen
+    class Engine(nullcontext):
+        def __init__(self, plan, args, root):
+            self.plan = plan
+            seen.append(plan.run)
+
+        def __enter__(self):
+            return self
+
+        def lines(self):
+            return lines(self.plan.run)
+
+        def end(self):
+            ended.append(self.plan.run)
+
+    seen, ended = [], []
+    monkeypatch.setattr(bench_decode, "EngineProcess", Engine)
+    yield seen
+    assert ended == seen
 
 
 def run_main(monkeypatch, capsys, line: str) -> dict:
@@ -487,16 +505,56 @@ def test_a_process_that_dies_leaves_its_rows(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(bench_decode, "HERE", tmp_path)
     args = parse_args(PLANS.split())
-    lines = list(bench_decode.measure(plans_of(args)[0], args, tmp_path))
-    assert lines == [{"row": {"run": "a"}}, {"error": "the engine's process ended with -9"}]
+    assert lines_of(args, tmp_path) == [
+        {"row": {"run": "a"}},
+        {"error": "the engine's process ended with -9"},
+    ]
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
     (tmp_path / "bench_engine.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(bench_decode, "HERE", tmp_path)
     args = parse_args([*PLANS.split(), "--engine-timeout", "0.5"])
-    assert list(bench_decode.measure(plans_of(args)[0], args, tmp_path)) == [
-        {"error": "took more than 0.5 s"}
+    assert lines_of(args, tmp_path) == [{"error": "took more than 0.5 s"}]
+
+
+def lines_of(args, tmp_path: Path) -> list[dict]:
+    with bench_decode.EngineProcess(plans_of(args)[0], args, tmp_path) as engine:
+        return list(engine.lines())
+
+
+def test_one_engine_measures_after_all_have_started(monkeypatch, capfd, tmp_path):
+    """Also where one breaks as it starts."""
+    log = tmp_path / "log"
+    (tmp_path / "bench_engine.py").write_text(
+        "import json, sys, time\n"
+        "run = json.load(open(sys.argv[1]))['plan']['run']\n"
+        f"log = open({str(log)!r}, 'a')\n"
+        "def say(what, **line):\n"
+        "    print(what, run, file=log, flush=True)\n"
+        "    print(json.dumps(line), file=open(sys.argv[2], 'a'))\n"
+        "if run == 'llama-tiny':\n"
+        "    time.sleep(0.5)\n"
+        "if run == 'llama-7b':\n"
+        "    say('broken', error='RuntimeError: too large')\n"
+        "    sys.exit(1)\n"
+        "say('started', engine={'device': 'CPU', 'versions': {}})\n"
+        "sys.stdin.readline()\n"
+        "say('measures', graph_ms=None)\n"
+        "time.sleep(0.3)\n"
+        "say('done', graph_ms=None)\n"
+    )
+    monkeypatch.setattr(bench_decode, "HERE", tmp_path)
+    runs = ["llama-tiny", "llama-7b", "llama-68m", "llama-tiny+llama-tiny"]
+    line = f"--runs {' '.join(runs)} --engines-at-once 3"
+    document = run_main(monkeypatch, capfd, line)
+    status = ["done", "failed", "done", "done"]
+    assert [entry["status"] for entry in document["configurations"]] == status
+    first, later = log.read_text().splitlines()[:3], log.read_text().splitlines()[3:]
+    assert sorted(first) == ["broken llama-7b", "started llama-68m", "started llama-tiny"]
+    assert later == [
+        *("measures llama-tiny", "done llama-tiny", "measures llama-68m", "done llama-68m"),
+        *(f"{what} llama-tiny+llama-tiny" for what in ("started", "measures", "done")),
     ]
 
 

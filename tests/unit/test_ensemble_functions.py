@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from vllm.ensemble_decode.combine import combine
 from vllm.ensemble_decode.functions import ENSEMBLE_FUNCTIONS, make_function
+from vllm.ensemble_decode.ops import combine
 
 NEG_INF = -math.inf
 LOGITS = torch.tensor(

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
-from vllm.ensemble_decode.combine import combine
 from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.ops import combine
 
 LogitsFn = Callable[[torch.Tensor], list[torch.Tensor]]
 

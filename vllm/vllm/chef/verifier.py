@@ -23,8 +23,8 @@ from vllm.chef.ops import ops_for
 from vllm.chef.state import Cycle, ProposalState
 from vllm.chef.synthetic import configured_rates
 from vllm.chef.turns import Turns
-from vllm.ensemble_decode.combine import combine
 from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.ops import combine
 
 
 class StepScores(NamedTuple):

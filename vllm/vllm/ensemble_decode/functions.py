@@ -2,7 +2,7 @@
 
 A function sees scores only: `[num_members, num_rows, vocab_size]`, in the user's order of
 members, float32.  Whether they are logits or probabilities, and what happened to them
-before, is the `ensemble_target`'s affair (`combine.py`).
+before, is the `ensemble_target`'s affair (`ops/eager.py`).
 """
 
 import importlib
@@ -41,6 +41,14 @@ class EnsembleFunction:
     def counted(self) -> tuple[bool, ...]:
         """By member, whether its scores have any influence."""
         return (True,) * self.num_members
+
+    @property
+    def coefficients(self) -> tuple[float, ...] | None:
+        """By member, of a function that is `sum_i c_i x_i`; None: it is none.
+
+        Of logits, what is removed from a member that is subtracted is at its lowest logit.
+        """
+        return None
 
     def __call__(
         self,
@@ -84,6 +92,10 @@ class Weighted(EnsembleFunction):
     def counted(self) -> tuple[bool, ...]:
         return tuple(weight != 0 for weight in self.weights)
 
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return self.weights
+
     def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
         return _weighted_sum(scores, self.weights)
 
@@ -92,8 +104,12 @@ class Weighted(EnsembleFunction):
 class Mean(EnsembleFunction):
     """`sum_i x_i / num_members`: of logits, a geometric mean of the members' distributions."""
 
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return (1.0 / self.num_members,) * self.num_members
+
     def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
-        return _weighted_sum(scores, [1.0 / self.num_members] * self.num_members)
+        return _weighted_sum(scores, self.coefficients)
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,11 @@ class Contrastive(EnsembleFunction):
         super().__post_init__()
         _check_fraction("method.alpha", self.alpha, low_open=False)
 
+    @property
+    def coefficients(self) -> tuple[float, ...] | None:
+        num_amateurs = self.num_members - 1
+        return (1.0, *(-self.alpha / num_amateurs,) * num_amateurs)
+
     def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
         expert, amateurs = scores[0], scores[1:]
         if self.alpha == 0:
@@ -146,6 +167,10 @@ class ContrastivePlausible(Contrastive):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_fraction("method.llm.ensemble_args.plausibility", self.plausibility, low_open=True)
+
+    @property
+    def coefficients(self) -> None:
+        return None
 
     def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
         contrast = super().__call__(scores, probs)

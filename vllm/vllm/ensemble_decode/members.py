@@ -11,8 +11,8 @@ from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.model_executor.model_loader import get_model
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm.ensemble_decode.combine import combine
 from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.ops import combine
 
 # Speculative methods of Model Runner V2 that need nothing of the target but its logits.
 LOGITS_ONLY_SPECULATION = ("draft_model", "ngram")

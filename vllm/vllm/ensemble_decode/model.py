@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from vllm.ensemble_decode.combine import combine
 from vllm.ensemble_decode.functions import EnsembleFunction
+from vllm.ensemble_decode.ops import combine
 
 
 class MemberGroup(nn.Module):

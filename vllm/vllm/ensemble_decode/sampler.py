@@ -17,8 +17,8 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
-from vllm.ensemble_decode.combine import combine
 from vllm.ensemble_decode.model import EnsembleModel, split_members
+from vllm.ensemble_decode.ops import combine
 
 
 class EnsembleModelState(DefaultModelState):

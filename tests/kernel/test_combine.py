@@ -1,0 +1,85 @@
+"""The ensemble's arithmetic over the vocabulary: Triton kernels against their namesake in torch."""
+
+import pytest
+import torch
+from compile_for_cuda import compile_launches, recorded
+from vllm.triton_utils import HAS_TRITON
+
+from vllm.ensemble_decode.functions import make_function
+from vllm.ensemble_decode.ops import eager, fused
+
+if not HAS_TRITON:
+    pytest.skip("no Triton", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NUM_ROWS = 5
+FUNCTIONS = {
+    "weighted": ("weighted", 2, {}),
+    "weights": ("weighted", 3, {"weights": [0.7, 0.0, 0.3]}),
+    "mean": ("mean", 4, {}),
+    "product": ("product", 3, {"weights": [1.0, 0.5, 0.0]}),
+    "contrastive": ("contrastive", 2, {"alpha": 0.3}),
+    "contrastive-3": ("contrastive", 3, {"alpha": 1.0}),
+    "target alone": ("contrastive", 2, {"alpha": 0.0}),
+}
+
+
+def logits(num_members: int, vocab_size: int, removed: bool, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(vocab_size + num_members)
+    made = 4 * torch.randn(num_members, NUM_ROWS, vocab_size, generator=generator)
+    if removed:
+        # As top-k leaves them; of the second row the members share no token.
+        is_removed = torch.rand(made.shape, generator=generator) < 0.6
+        is_removed[..., 2] = False  # each leaves something
+        made[is_removed] = float("-inf")
+        made[:, 1] = float("-inf")
+        for member in range(num_members):
+            made[member, 1, member] = float(member)
+    return made.to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("vocab_size", [7, fused.BLOCK, 2 * fused.BLOCK + 100])
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_kernels_combine_as_torch_does(case, vocab_size, removed, probs):
+    name, num_members, args = FUNCTIONS[case]
+    function = make_function(name, num_members, args)
+    # bfloat16 is compared on a GPU only: the interpreter cuts it off where a GPU rounds.
+    scores = logits(num_members, vocab_size, removed, torch.float32)
+    expected = eager.combine(function, scores, probs)
+    found = fused.combine(function, scores, probs)
+    assert found.dtype == torch.float32
+    if probs:
+        # Logarithms of differences that are next to nothing say little.
+        found, expected = found.exp(), expected.exp()
+    else:
+        assert found.isneginf().equal(expected.isneginf())
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-7 if probs else 2e-5)
+
+
+def test_rows_may_lie_apart():
+    """Members side by side in a row, as vLLM's sampler hands them on."""
+    function = make_function("weighted", 2, {})
+    scores = logits(2, 50, False, torch.float32)
+    side_by_side = scores.transpose(0, 1).flatten(1).unflatten(-1, (2, -1)).transpose(0, 1)
+    assert not side_by_side.is_contiguous()
+    assert fused.can_combine(function, side_by_side)
+    assert fused.combine(function, side_by_side, True).equal(fused.combine(function, scores, True))
+
+
+def test_what_is_no_sum_is_left_to_torch():
+    plausible = make_function("contrastive_plausible", 2, {})
+    assert not fused.can_combine(plausible, torch.zeros(2, 1, 5))
+    mean = make_function("mean", 2, {})
+    assert not fused.can_combine(mean, torch.zeros(2, 5, 3).transpose(1, 2))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="compiled by the tests above")
+def test_kernels_compile_for_a_gpu(monkeypatch, tmp_path):
+    launches = recorded(fused, monkeypatch)
+    for num_members, dtype in ((2, torch.bfloat16), (3, torch.float32)):
+        for name, probs in (("weighted", True), ("product", True), ("contrastive", False)):
+            function = make_function(name, num_members, {})
+            fused.combine(function, logits(num_members, 50, False, dtype), probs)
+    compile_launches(launches, fused, tmp_path)

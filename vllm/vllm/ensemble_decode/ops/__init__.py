@@ -1,0 +1,17 @@
+"""From the members' logits to the ensemble's: `eager` in torch, for any function; `fused` in
+Triton, on a GPU, for sums."""
+
+import torch
+
+from vllm.ensemble_decode.functions import EnsembleFunction
+from vllm.ensemble_decode.ops import eager, fused
+
+
+def combine(
+    function: EnsembleFunction,
+    logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
+    probs: bool,
+) -> torch.Tensor:  # [num_rows, vocab_size], float32
+    """As `eager.combine` says."""
+    ops = fused if logits.is_cuda and fused.can_combine(function, logits) else eager
+    return ops.combine(function, logits, probs)
