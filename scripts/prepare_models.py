@@ -80,7 +80,7 @@ def write_shallow(folder: Path) -> None:
     """The first and the last NUM_EDGE_LAYERS layers of the full model, which must be there.
 
     Not trained after the cut, it writes noise (it shares 1 % of its probability with the full
-    model's): enough to run an ensemble, not to judge one.
+    model's): a member that agrees with nobody, whose every proposal is lost.
     """
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoTokenizer

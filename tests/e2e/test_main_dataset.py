@@ -60,7 +60,7 @@ def root(tmp_path_factory) -> Path:
     """A MODEL_PATH with models that run, and with others that must be refused."""
     root = tmp_path_factory.mktemp("models")
     base = llama_config(VOCAB_SIZE, max_position_embeddings=CONTEXT, eos_token_id=0)
-    for large, small in (("llama-2-7b", "llama-2-7b-68m"), ("smollm2-135m", "smollm2-135m-8l")):
+    for large, small in (("llama-2-7b", "llama-2-7b-68m"), ("smollm2-135m", "smollm2-amateur")):
         source = save_model(root / large, base, seed=1)
         save_noisy_copy(root / small, source, seed=2)
         for name in (large, small):
@@ -268,7 +268,7 @@ def test_without_arguments_two_default_models_run_cd(command, root):
     assert run.parent == command.cwd / "outputs" / "humaneval-cd"
     summary = check_files(run, "cd", num_samples=5)
     names = [Path(member).resolve() for member in summary["members"]]
-    assert names == [root / "smollm2-135m", root / "smollm2-135m-8l"]
+    assert names == [root / "smollm2-135m", root / "smollm2-amateur"]
     assert (summary["alpha"], summary["ensemble_fn"]) == (0.1, "contrastive")
     check_screen(result, summary, run.relative_to(command.cwd))
 

@@ -62,7 +62,7 @@ def test_best_depth_is_found_and_held(num_reqs, acceptance, base, each):
     world, chooser = World(acceptance, base, each), DepthChooser(MAX_DEPTH)
     depths = world.run(chooser, num_reqs, 4000)
     best = max(world.expected(depth) for depth in range(MAX_DEPTH + 1))
-    assert world.expected(chooser.best(num_reqs)) > 0.96 * best
+    assert world.expected(chooser.best(num_reqs, MAX_DEPTH)) > 0.96 * best
     held = max(set(depths[1000:]), key=depths[1000:].count)
     assert world.expected(held) > 0.96 * best
     # With everything that was tried on the way.
@@ -78,17 +78,27 @@ def test_plain_speed_is_kept_where_every_proposal_is_lost():
 def test_depth_follows_the_acceptance():
     world, chooser = World(0.0, 5.0, 0.5), DepthChooser(MAX_DEPTH)
     world.run(chooser, 2, 1000)
-    assert chooser.best(2) == 0
+    assert chooser.best(2, MAX_DEPTH) == 0
     world.acceptance = 0.9
     world.run(chooser, 2, 4000)
-    assert chooser.best(2) == MAX_DEPTH
+    assert chooser.best(2, MAX_DEPTH) == MAX_DEPTH
+
+
+def test_a_lucky_probe_is_soon_found_out():
+    world, chooser = World(1.0, 1.0, 0.5), DepthChooser(MAX_DEPTH)
+    while chooser.batches[0].probes:
+        world.run(chooser, 1, 1)
+    assert chooser[1] == MAX_DEPTH
+    world.acceptance = 0.0
+    depths = world.run(chooser, 1, depth_module.MIN_HOLD_STEPS // 2)
+    assert depths[0] == MAX_DEPTH and depths[-1] == 0
 
 
 def test_each_size_of_a_batch_has_times_of_its_own():
     chooser = DepthChooser(MAX_DEPTH)
     World(0.9, 5.0, 0.02).run(chooser, 1, 500)
     World(0.9, 1.0, 2.0).run(chooser, 64, 500)
-    assert (chooser.best(1), chooser.best(64)) == (MAX_DEPTH, 0)
+    assert (chooser.best(1, MAX_DEPTH), chooser.best(64, MAX_DEPTH)) == (MAX_DEPTH, 0)
     assert chooser[33] == chooser[64] and chooser[1] == MAX_DEPTH
 
 

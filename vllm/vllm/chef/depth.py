@@ -15,12 +15,18 @@ import numpy as np
 PROBE_STEPS, SKIPPED_STEPS = 6, 2
 # Steps between two probes: twice as many each time that nothing better is found.
 MIN_HOLD_STEPS, MAX_HOLD_STEPS = 256, 2048
+# Steps between two looks at whether the depth still seems the best: the few steps of a probe may
+# have been lucky.
+REVIEW_STEPS = 16
 # About how many cycles of requests are remembered, and how many times of steps.
 NUM_CYCLES, NUM_TIMES = 4000, 32
 
 
 class DepthChooser:
     """Chooses the depth of most expected tokens per second, for each size of a batch.
+
+    Every so often it tries others for a few steps; in between it goes back to a shallower one where
+    what came since speaks for it.
 
     What a depth brings is estimated over all batches: a cycle of depth k decides D tokens, of which
     a cycle of depth j < k would have decided min(D, j + 1).  What it takes is measured by batch
@@ -54,7 +60,10 @@ class DepthChooser:
         batch = self.batches[_size(num_reqs)]
         batch.observe(depth, seconds)
         if batch.is_probed:
-            batch.settle(self.best(num_reqs))
+            batch.settle(self.best(num_reqs, self.max_depth))
+        elif batch.is_due:
+            # Of deeper ones no more is known than when they were not chosen.
+            batch.chosen = self.best(num_reqs, batch.chosen)
 
     def tokens(self, depth: int) -> float:
         """Tokens that a cycle of this depth decides per request, expected; at least 1."""
@@ -64,10 +73,10 @@ class DepthChooser:
         decided = np.minimum(np.arange(len(counts)), depth + 1)
         return max(1.0, float(counts @ decided / counts.sum()))
 
-    def best(self, num_reqs: int) -> int:
-        """The depth of most tokens per second; the smaller one where two are equal."""
+    def best(self, num_reqs: int, deepest: int) -> int:
+        """The depth of most tokens per second, up to `deepest`; the smaller of two equal ones."""
         times = self.batches[_size(num_reqs)].times()
-        return max(range(self.max_depth + 1), key=lambda depth: self.tokens(depth) / times[depth])
+        return max(range(deepest + 1), key=lambda depth: self.tokens(depth) / times[depth])
 
 
 class _Batch:
@@ -90,6 +99,10 @@ class _Batch:
     def is_probed(self) -> bool:
         """Whether all that was to be tried has been."""
         return not self.probes and self.num_steps == 0
+
+    @property
+    def is_due(self) -> bool:
+        return not self.probes and self.num_steps % REVIEW_STEPS == 0
 
     def observe(self, depth: int, seconds: float) -> None:
         if depth != self.depth:
