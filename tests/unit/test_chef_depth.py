@@ -62,7 +62,7 @@ def test_best_depth_is_found_and_held(num_reqs, acceptance, base, each):
     world, chooser = World(acceptance, base, each), DepthChooser(MAX_DEPTH)
     depths = world.run(chooser, num_reqs, 4000)
     best = max(world.expected(depth) for depth in range(MAX_DEPTH + 1))
-    assert world.expected(chooser.best(num_reqs, MAX_DEPTH)) > 0.96 * best
+    assert world.expected(chooser.best(num_reqs)) > 0.96 * best
     held = max(set(depths[1000:]), key=depths[1000:].count)
     assert world.expected(held) > 0.96 * best
     # With everything that was tried on the way.
@@ -78,10 +78,10 @@ def test_plain_speed_is_kept_where_every_proposal_is_lost():
 def test_depth_follows_the_acceptance():
     world, chooser = World(0.0, 5.0, 0.5), DepthChooser(MAX_DEPTH)
     world.run(chooser, 2, 1000)
-    assert chooser.best(2, MAX_DEPTH) == 0
+    assert chooser.best(2) == 0
     world.acceptance = 0.9
     world.run(chooser, 2, 4000)
-    assert chooser.best(2, MAX_DEPTH) == MAX_DEPTH
+    assert chooser.best(2) == MAX_DEPTH
 
 
 def test_a_lucky_probe_is_soon_found_out():
@@ -98,18 +98,42 @@ def test_each_size_of_a_batch_has_times_of_its_own():
     chooser = DepthChooser(MAX_DEPTH)
     World(0.9, 5.0, 0.02).run(chooser, 1, 500)
     World(0.9, 1.0, 2.0).run(chooser, 64, 500)
-    assert (chooser.best(1, MAX_DEPTH), chooser.best(64, MAX_DEPTH)) == (MAX_DEPTH, 0)
+    assert (chooser.best(1), chooser.best(64)) == (MAX_DEPTH, 0)
     assert chooser[33] == chooser[64] and chooser[1] == MAX_DEPTH
 
 
-def test_tokens_of_a_shallow_depth_are_known_from_a_deeper_one():
+def test_tokens_of_a_depth_are_known_from_others():
     chooser = DepthChooser(3)
-    for decided in ([4, 1], [2, 3]):
+    assert chooser.tokens(2) == 1
+    for decided in ([4, 1], [2, 3]) * 100:
         chooser.observe(2, 3, decided, 1.0)
-    assert [chooser.tokens(depth) for depth in range(4)] == pytest.approx(
-        [1, 1.75, 2.25, 2.5], abs=0.01
-    )
-    assert DepthChooser(3).tokens(2) == 1
+    found = [chooser.tokens(depth) for depth in range(4)]
+    assert found == pytest.approx([1, 1.75, 2.25, 2.5], abs=0.01)
+    # Many cycles that proposed one token tell nothing of the second.
+    for _ in range(500):
+        chooser.observe(2, 1, [2, 1], 1.0)
+    first = chooser.tokens(1) - 1
+    assert 0.5 < first < 0.6
+    expected = [1, 1 + first, 1 + first * (1 + 2 / 3), 1 + first * (1 + 2 / 3 + 1 / 3)]
+    found = [chooser.tokens(depth) for depth in range(4)]
+    assert found == pytest.approx(expected, abs=0.02)
+
+
+def test_a_place_of_few_proposals_has_the_others_acceptance():
+    chooser = DepthChooser(4)
+    for _ in range(100):
+        chooser.observe(1, 2, [3], 1.0)
+    assert [chooser.tokens(depth) for depth in (2, 3, 4)] == pytest.approx([3, 4, 5], abs=0.01)
+    chooser.observe(1, 3, [3], 1.0)
+    assert 3.3 < chooser.tokens(3) < 3.9
+
+
+def test_a_few_slow_steps_and_a_short_one_do_not_count():
+    chooser = DepthChooser(2)
+    seconds = iter([9, 9, 1.0, 7.0, 0.1, 6.0])
+    for _ in range(depth_module.PROBE_STEPS):
+        chooser.observe(1, 2, [3], next(seconds))
+    assert list(chooser.batches[0].times()) == [1.0] * 3
 
 
 def test_steps_under_way_when_the_depth_changes_are_not_timed():

@@ -5,32 +5,35 @@ pending for the next.  At depth 0 a cycle decides one token with one call of eac
 plain ensemble does; so depth 0 is where speculation loses.
 """
 
+import logging
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from statistics import median
 
 import numpy as np
 
+logger = logging.getLogger(__name__)
+
 # Steps that a depth is tried for; the first ones still have something of the depth before.
 PROBE_STEPS, SKIPPED_STEPS = 6, 2
-# Steps between two probes: twice as many each time that nothing better is found.
-MIN_HOLD_STEPS, MAX_HOLD_STEPS = 256, 2048
+# Steps between two probes: four times as many each time that nothing better is found.
+MIN_HOLD_STEPS, MAX_HOLD_STEPS = 64, 2048
 # Steps between two looks at whether the depth still seems the best: the few steps of a probe may
-# have been lucky.
+# have been lucky, and the straight line wrong.
 REVIEW_STEPS = 16
 # About how many cycles of requests are remembered, and how many times of steps.
 NUM_CYCLES, NUM_TIMES = 4000, 32
+# What the acceptance of all places together counts for at each, in proposals.
+PRIOR_WEIGHT = 2
 
 
 class DepthChooser:
     """Chooses the depth of most expected tokens per second, for each size of a batch.
 
-    Every so often it tries others for a few steps; in between it goes back to a shallower one where
-    what came since speaks for it.
+    Every so often it tries others for a few steps; in between it takes another one if what came
+    since speaks for that.
 
-    What a depth brings is estimated over all batches: a cycle of depth k decides D tokens, of which
-    a cycle of depth j < k would have decided min(D, j + 1).  What it takes is measured by batch
-    size, between those depths that were tried by straight lines.
+    What a depth brings is estimated over all batches, place by place (`tokens`).  What it takes is
+    measured by batch size, between those depths that were tried by straight lines.
 
     Args:
         max_depth: the deepest there is.
@@ -60,23 +63,41 @@ class DepthChooser:
         batch = self.batches[_size(num_reqs)]
         batch.observe(depth, seconds)
         if batch.is_probed:
-            batch.settle(self.best(num_reqs, self.max_depth))
+            batch.settle(self.best(num_reqs))
+            self._log(num_reqs)
         elif batch.is_due:
-            # Of deeper ones no more is known than when they were not chosen.
-            batch.chosen = self.best(num_reqs, batch.chosen)
+            batch.chosen = self.best(num_reqs)
+
+    def _log(self, num_reqs: int) -> None:
+        batch = self.batches[_size(num_reqs)]
+        depths = range(self.max_depth + 1)
+        logger.debug(
+            "depth %d for batches like %d; tokens by depth: %s; milliseconds: %s",
+            *(batch.chosen, num_reqs),
+            " ".join(f"{self.tokens(depth):.2f}" for depth in depths),
+            " ".join(f"{1000 * seconds:.2f}" for seconds in batch.times()),
+        )
 
     def tokens(self, depth: int) -> float:
-        """Tokens that a cycle of this depth decides per request, expected; at least 1."""
-        counts = self.counts[depth:].sum(axis=0)
-        if not counts.sum():
-            return 1.0
-        decided = np.minimum(np.arange(len(counts)), depth + 1)
-        return max(1.0, float(counts @ decided / counts.sum()))
+        """Tokens that a cycle of this depth decides per request, expected; at least 1.
 
-    def best(self, num_reqs: int, deepest: int) -> int:
-        """The depth of most tokens per second, up to `deepest`; the smaller of two equal ones."""
+        `1 + sum_j h_1 ... h_j`, where `h_j` is the share of the cycles which decided `j` tokens and
+        proposed a further one that decided that as well (the estimator of Kaplan and Meier, 1958):
+        so cycles of any depth tell of the places that they have.
+        """
+        place = np.arange(1, self.max_depth + 1)
+        # Cycles by depth, and by tokens decided: more than `place` of them.
+        beyond = self.counts[:, ::-1].cumsum(axis=1)[:, ::-1]
+        reached = np.array([beyond[j:, j].sum() for j in place])
+        accepted = np.array([beyond[j:, j + 1].sum() for j in place])
+        overall = accepted.sum() / reached.sum() if reached.sum() else 0.0
+        rates = (accepted + PRIOR_WEIGHT * overall) / (reached + PRIOR_WEIGHT)
+        return 1.0 + float(rates[:depth].cumprod().sum())
+
+    def best(self, num_reqs: int) -> int:
+        """The depth of most tokens per second; the smaller one where two are equal."""
         times = self.batches[_size(num_reqs)].times()
-        return max(range(deepest + 1), key=lambda depth: self.tokens(depth) / times[depth])
+        return max(range(self.max_depth + 1), key=lambda depth: self.tokens(depth) / times[depth])
 
 
 class _Batch:
@@ -119,14 +140,14 @@ class _Batch:
 
     def settle(self, depth: int) -> None:
         is_same = depth == self.chosen
-        self.hold = min(2 * self.hold, MAX_HOLD_STEPS) if is_same else MIN_HOLD_STEPS
+        self.hold = min(4 * self.hold, MAX_HOLD_STEPS) if is_same else MIN_HOLD_STEPS
         self.chosen = depth
         self.num_steps = 1  # of those that it is held for
 
     def times(self) -> np.ndarray:  # [max_depth + 1]
-        """Seconds per step by depth."""
+        """Seconds per step by depth: lower quartiles, since what delays a step is no depth's."""
         depths = sorted(depth for depth, times in self.measured.items() if times)
-        seconds = [median(self.measured[depth]) for depth in depths]
+        seconds = [np.quantile(self.measured[depth], 0.25, method="higher") for depth in depths]
         return np.interp(range(self.max_depth + 1), depths, seconds)
 
     def _candidates(self) -> list[int]:
