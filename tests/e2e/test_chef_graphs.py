@@ -49,6 +49,7 @@ class Manager:
     requests fill a batch up depends on how many tokens each has."""
 
     num_replays: Counter[int] = Counter()
+    _candidates: dict[Any, Any] = {}
 
     def __init__(self, speculator: ChefSpeculator, length: int) -> None:
         self.speculator = speculator

@@ -6,13 +6,15 @@ in a graph; with any other, turns run without graphs.  Built on vLLM's manager o
 """
 
 from collections.abc import Callable, Collection
+from copy import copy
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
@@ -21,11 +23,44 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 Captured = Callable[[int, int, Any, Any], None]
 
 
+def with_room(vllm_config: VllmConfig, step_len: int, num_new: int) -> VllmConfig:
+    """The same, with graphs that are larger by `num_new` tokens per request than the largest for
+    `step_len` tokens: vLLM's sizes are in tokens, and every batch that has a graph in the engine
+    step shall have one in the turns."""
+    config = copy(vllm_config)
+    config.compilation_config = compilation = copy(vllm_config.compilation_config)
+    largest = compilation.max_cudagraph_capture_size or 0
+    sizes = compilation.cudagraph_capture_sizes or []
+    nums_reqs = {ceil(size / step_len) for size in sizes}
+    larger = {n * (step_len + num_new) for n in nums_reqs if n * step_len <= largest}
+    larger = {size for size in larger if size > largest}
+    compilation.cudagraph_capture_sizes = sorted({*sizes, *larger})
+    compilation.max_cudagraph_capture_size = max({largest, *larger})
+    return config
+
+
+def offer_every_length(manager: CudaGraphManager) -> None:
+    """Let `manager.dispatch` find a graph where requests may have several lengths (`gamma: auto`).
+
+    vLLM offers a batch the graphs of the next larger number of tokens alone. Sizes are rounded up
+    to each length, so that often none of those has the batch's: then it would run without.
+    """
+    graphs = manager._capture_descs.get(CUDAGraphMode.FULL, [])
+    for (num_tokens, num_loras), offered in manager._candidates.items():
+        smallest: dict[Any, BatchExecutionDescriptor] = {}
+        for desc in sorted(graphs, key=lambda desc: desc.num_tokens):
+            if desc.num_tokens >= num_tokens and desc.num_active_loras == num_loras:
+                smallest.setdefault((desc.uniform_token_count, desc.num_ubatches), desc)
+        others = [desc for desc in offered if desc.cg_mode != CUDAGraphMode.FULL]
+        manager._candidates[num_tokens, num_loras] = [*smallest.values(), *others]
+
+
 class TurnGraphs:
     """The graphs of one turn after the first.
 
     Args:
-        query_len: tokens per request that the member reads when all requests decode, at most.
+        step_len: tokens per request in the engine step when all requests decode, at most.
+        num_new: tokens besides these that the member reads.
         num_passes: how many passes of one token may follow.
         reads: what a turn does up to its first proposal.
         passes: the passes of one token; takes their number first.
@@ -35,16 +70,22 @@ class TurnGraphs:
         self,
         vllm_config: VllmConfig,
         device: torch.device,
-        query_len: int,
+        step_len: int,
+        num_new: int,
         num_passes: Collection[int],
         reads: Captured,
         passes: Callable[..., None],
     ) -> None:
         mode = CUDAGraphMode.FULL_DECODE_ONLY
-        make_manager = partial(SpeculatorCudaGraphManager, vllm_config, device, mode)
-        # Of every length that vLLM may schedule, with dynamic speculation.
-        self.reading = make_manager(query_len)
-        self.loops = {number: make_manager(1) for number in num_passes if number}
+        self.reading = SpeculatorCudaGraphManager(
+            with_room(vllm_config, step_len, num_new), device, mode, step_len + num_new
+        )
+        offer_every_length(self.reading)
+        self.loops = {
+            number: SpeculatorCudaGraphManager(vllm_config, device, mode, 1)
+            for number in num_passes
+            if number
+        }
         self.reads, self.passes = reads, passes
 
     def capture(self, *args: Any) -> None:

@@ -8,6 +8,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm.chef.config import check_chef
+from vllm.chef.graphs import offer_every_length
 from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.stats import TurnStats
@@ -64,6 +65,11 @@ class ChefRunner(MemberRunner):
             (self.turns[0].members, self.model.compute_member_logits),
             *self.speculator.logits_functions(),
         ]
+
+    def capture_model(self, *args: Any, **kwargs: Any) -> int:
+        if self.cudagraph_manager is not None:
+            offer_every_length(self.cudagraph_manager)
+        return super().capture_model(*args, **kwargs)
 
     def sample(
         self,

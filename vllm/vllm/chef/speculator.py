@@ -122,7 +122,8 @@ class ChefSpeculator(StandaloneARSpeculator):
             graphs = TurnGraphs(
                 self.vllm_config,
                 self.device,
-                1 + self.turns.window + self.turns.num_new(turn),
+                1 + self.turns.window,
+                self.turns.num_new(turn),
                 {self.turns.num_passes(gammas[turn]) for gammas in self.gammas_on_device},
                 partial(self._captured_turn, turn),
                 partial(self._captured_passes, turn),

@@ -1,0 +1,94 @@
+"""Which batches have a CUDA graph in the turns: vLLM's own managers, nothing captured."""
+
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu import cudagraph_utils
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorCudaGraphManager,
+)
+
+from vllm.chef.config import depth_schedule
+from vllm.chef.graphs import TurnGraphs, offer_every_length
+from vllm.chef.turns import chef_turns
+
+FULL = CUDAGraphMode.FULL
+# As vLLM chooses them, and few.
+SIZES = {
+    "default": [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)],
+    "few": [1, 8, 48, 192, 448],
+    "none": [],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_device(monkeypatch):
+    group = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: group)
+    platform = SimpleNamespace(get_global_graph_pool=lambda: None)
+    monkeypatch.setattr(cudagraph_utils, "current_platform", platform)
+    init = cudagraph_utils.CudaGraphManager._init_candidates
+
+    def init_as_captured(manager):
+        init(manager)
+        manager._graphs_captured = True
+
+    monkeypatch.setattr(cudagraph_utils.CudaGraphManager, "_init_candidates", init_as_captured)
+
+
+def config(sizes: list[int], max_num_seqs: int, window: int, schedule: list | None):
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        compilation_config=SimpleNamespace(
+            cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes, default=0)
+        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
+        speculative_config=SimpleNamespace(
+            uses_dynamic_speculative_decoding=lambda: schedule is not None,
+            num_speculative_tokens_per_batch_size=schedule,
+        ),
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        num_speculative_tokens=window,
+    )
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("max_num_seqs", [64, 256])
+@pytest.mark.parametrize("gammas", [(1, 1), (1, 5), (1, 1, 5)])
+@pytest.mark.parametrize("auto", [False, True])
+def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
+    sizes, max_num_seqs, gammas, auto
+):
+    if auto and sizes == "few":
+        pytest.skip("what is far apart, lengths other than the deepest do not meet")
+    turns = chef_turns(gammas, range(len(gammas), 0, -1), (True,) * len(gammas))
+    schedule = depth_schedule(turns) if auto else None
+    vllm_config = config(SIZES[sizes], max_num_seqs, turns.window, schedule)
+    mode, step_len = CUDAGraphMode.FULL_DECODE_ONLY, 1 + turns.window
+    step = SpeculatorCudaGraphManager(vllm_config, None, mode, step_len)
+    offer_every_length(step)
+    num_sizes, found = len(SIZES[sizes]), 0
+    for turn in range(1, len(turns)):
+        num_new = turns.num_new(turn)
+        graphs = TurnGraphs(vllm_config, None, step_len, num_new, {3}, None, None)
+        for num_reqs, depth in product(
+            range(1, max_num_seqs + 1), range(turns.window + 1) if auto else [turns.window]
+        ):
+            length = 1 + depth
+            desc = step.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
+            # But for those at the end, which rounding up takes past the largest size.
+            fits = num_reqs * step_len <= max(SIZES[sizes], default=0) - 16
+            assert desc.cg_mode == FULL or not fits or sizes == "few", (num_reqs, length)
+            if desc.cg_mode == FULL and fits:
+                found += 1
+                assert desc.uniform_token_count == length and desc.num_reqs >= num_reqs
+                of_turn = graphs.find(num_reqs, length + num_new)
+                assert of_turn is not None, (num_reqs, length)
+                assert of_turn.num_reqs >= num_reqs
+                assert of_turn.uniform_token_count == length + num_new
+        num_lengths = 1 + turns.window if auto else 1
+        assert len(graphs.reading._capture_descs.get(FULL, [])) <= 1.5 * num_sizes * num_lengths
+    assert (found > 0) == bool(SIZES[sizes])
+    assert vllm_config.compilation_config.cudagraph_capture_sizes is SIZES[sizes]
