@@ -69,6 +69,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="batch sizes of the acceptances after the first",
     )
     add("--temperature", nargs="+", type=float, default=[0.0])
+    add(
+        "--sampling",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='more of vLLM\'s SamplingParams of every request, such as {"top_p": 0.9}',
+    )
     add("--prompt-len", type=int, default=64)
     add("--num-tokens", type=int, default=128, help="to decode, per request")
     add("--skip", type=int, default=4, help="steps of a batch before the clock runs")

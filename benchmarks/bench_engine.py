@@ -191,6 +191,7 @@ class BenchEngine:
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
+                **self.args.sampling,
             )
             for prompt in prompts
         ]
