@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vllm.chef.ops import eager, fused
-from vllm.chef.state import ProposalState, make_cycle
+from vllm.chef.state import ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import chef_turns
 from vllm.ensemble_decode import ops as combining
@@ -104,9 +104,10 @@ def of_cycle(
     stats, all_cycle = TurnStats(turns, device), make_cycle(state, MAX_NUM_REQS)
     state.lengths[:, 1:] = torch.tensor([turn.gamma for turn in turns.turns[1:]], device=device)
     by_slot = torch.ones(MAX_NUM_REQS, dtype=torch.int32, device=device)
-    temperature, seeds = by_slot.float(), by_slot.long()
+    ones = by_slot.float()
+    states = SlotStates(by_slot, ones, by_slot.long(), by_slot * 8, ones, 0 * ones)
     slots = torch.arange(num_reqs, dtype=torch.int32, device=device)
-    cycle = ops.load(all_cycle, slots, by_slot, temperature, seeds)
+    cycle = ops.load(all_cycle, slots, states)
     starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * (window + 1)
     seq_lens = torch.full((num_reqs,), 500, dtype=torch.int32, device=device)
     num_tokens = num_reqs * (window + 1 + turns.num_new(last))
@@ -124,7 +125,7 @@ def of_cycle(
     ops.begin_cycle(state, cycle, starts, starts, seq_lens, ids)
     start = cycle.start.clone()
     return {
-        "load": lambda: ops.load(all_cycle, slots, by_slot, temperature, seeds),
+        "load": lambda: ops.load(all_cycle, slots, states),
         "begin_cycle": lambda: ops.begin_cycle(state, cycle, starts, starts, seq_lens, ids),
         "candidates": lambda: ops.candidates(state, cycle, num_segments, num_columns),
         "settle": lambda: ops.settle(state, cycle, sampled, num_sampled, num_segments, False),

@@ -27,6 +27,7 @@ from vllm.platforms import current_platform
 
 from vllm.chef.config import AUTO, SCHEDULER
 from vllm.chef.frontend import allow_all_sampling_params
+from vllm.chef.speculator import ChefSpeculator
 
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
 CHEF_WORKER = "vllm.chef.worker.ChefWorker"
@@ -130,6 +131,19 @@ def generate(
     """The outputs `[num_prompts]` of token prompts."""
     token_prompts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     return [out.outputs[0] for out in llm.generate(token_prompts, params, use_tqdm=False)]
+
+
+def counted_replays(monkeypatch: Any) -> Counter[bool]:
+    """From now on, in how many steps the turns ran in CUDA graphs, and in how many not."""
+    replay, counts = ChefSpeculator.replay, Counter()
+
+    def counted(*args: Any) -> bool:
+        is_replayed = replay(*args)
+        counts[is_replayed] += 1
+        return is_replayed
+
+    monkeypatch.setattr(ChefSpeculator, "replay", counted)
+    return counts
 
 
 def greedy(num_tokens: int, **kwargs: Any) -> SamplingParams:

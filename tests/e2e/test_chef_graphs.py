@@ -26,14 +26,20 @@ from vllm.ensemble_decode.functions import make_function
 
 PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]
 NUM_TOKENS = 24
-# Of each prompt. What the second batch asks for, no graph has.
-SAMPLED, FILTERED = (
+# Of each prompt. What the last batch asks for, no graph has.
+FILTERS = [dict(top_p=0.8), dict(top_k=3), dict(), dict(min_p=0.1), dict(top_k=9, top_p=0.9)]
+SAMPLED, FILTERED, PENALISED = (
     [
-        SamplingParams(temperature=t, seed=s, max_tokens=n, ignore_eos=True, top_p=top_p)
+        SamplingParams(temperature=t, seed=s, max_tokens=n, ignore_eos=True, **more[s])
         for s, t in enumerate([1, 0.7, 0, 1.5, 0.9])
     ]
-    for n, top_p in ((NUM_TOKENS, 1), (8, 0.8))
+    for n, more in (
+        (NUM_TOKENS, [{}] * 5),
+        (NUM_TOKENS, FILTERS),
+        (8, [dict(repetition_penalty=1.2)] * 5),
+    )
 )
+BATCHES = (SAMPLED, FILTERED, PENALISED)
 CASES = {
     "two": (2, dict(gamma=[1, 4]), 4),
     "three": (3, dict(gamma=[1, 2, 3]), 5),
@@ -130,7 +136,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("case", CASES)
 def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
     num_members, chef, window = CASES[case]
-    settings = dict(extra_model=models[1:num_members], ensemble_fn="mean", ensemble_target="logits")
+    target = "raw-logits" if case == "sd" else "logits"
+    settings = dict(extra_model=models[1:num_members], ensemble_fn="mean", ensemble_target=target)
     with engine(models[0], settings) as llm:
         expected = generate(llm, PROMPTS, greedy(NUM_TOKENS))
     with engine(models[0], settings, chef, window) as llm:
@@ -140,7 +147,7 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
             llm.collective_rpc("reset_turn_stats")
             outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS))
             stats = llm.collective_rpc("turn_stats")[0]
-            sampled = generate(llm, PROMPTS, SAMPLED) + generate(llm, PROMPTS, FILTERED)
+            sampled = [o for params in BATCHES for o in generate(llm, PROMPTS, params)]
             return [o.token_ids for o in outputs], [o.token_ids for o in sampled], stats
 
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
@@ -148,15 +155,20 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
         use_graphs(runner.speculator, monkeypatch)
         Manager.num_replays.clear()
         tokens, sampled, stats = run()
+        replays = dict(Manager.num_replays)
+        for params, are_replayed in ((FILTERED, True), (PENALISED, False)):
+            Manager.num_replays.clear()
+            generate(llm, PROMPTS, params)
+            assert any(length > 1 for length in Manager.num_replays) == are_replayed
     assert tokens == [out.token_ids for out in expected]
     # What is proposed is the same as well, and so what is accepted and, above temperature 0, what
     # is drawn; depths of `auto` are random.
     assert "auto" in case or (stats, sampled) == (eager_stats, eager_sampled)
-    reading = sum(times for length, times in Manager.num_replays.items() if length > 1)
+    reading = sum(times for length, times in replays.items() if length > 1)
     num_steps = stats["num_cycles"] / len(PROMPTS)
     assert reading > (num_members - 1) * num_steps, "most steps only decode"
     has_passes = case != "equal"
-    assert (Manager.num_replays[1] > num_steps) == has_passes
+    assert (replays.get(1, 0) > num_steps) == has_passes
 
 
 def test_rows_of_a_step_before_are_not_read(models, monkeypatch):
@@ -174,10 +186,7 @@ def test_rows_of_a_step_before_are_not_read(models, monkeypatch):
     assert [out.token_ids for out in found] == [out.token_ids for out in expected]
 
 
-MORE_THAN_TEMPERATURES = [
-    dict(top_p=0.9),
-    dict(top_k=3),
-    dict(min_p=0.1),
+MORE_THAN_FILTERS = [
     dict(repetition_penalty=1.1),
     dict(presence_penalty=0.5),
     dict(frequency_penalty=0.5),
@@ -188,7 +197,7 @@ MORE_THAN_TEMPERATURES = [
 ]
 
 
-def test_graphs_are_for_requests_that_ask_for_temperatures_only(models):
+def test_graphs_are_for_requests_that_ask_for_filters_only(models):
     settings = dict(extra_model=models[1:2], ensemble_fn="mean", ensemble_target="logits")
     with engine(models[0], settings, dict(gamma=[1, 4]), 4) as llm:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
@@ -198,11 +207,11 @@ def test_graphs_are_for_requests_that_ask_for_temperatures_only(models):
                 runner.sampler.add_request(slot, params)
             slots = np.arange(len(requests))
             batch = SimpleNamespace(num_reqs=len(slots), idx_mapping_np=slots)
-            return runner._asks_for_temperatures_only(batch)
+            return runner._asks_for_filters_only(batch)
 
-        plain = [SamplingParams(temperature=t) for t in (0, 1, 0.7)]
+        plain = [SamplingParams(temperature=t, **more) for t in (0, 1, 0.7) for more in FILTERS]
         assert is_for(*plain)
-        for more in MORE_THAN_TEMPERATURES:
+        for more in MORE_THAN_FILTERS:
             assert not is_for(*plain[:1], SamplingParams(temperature=0.7, **more)), more
         bad_words = SamplingParams(temperature=0.7)
         bad_words._bad_words_token_ids = [[1, 2]]

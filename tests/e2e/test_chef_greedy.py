@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, generate, greedy
+from engines import counted_replays, engine, generate, greedy
 from tiny_models import TIE, VOCAB_SIZE, llama_config, save_model, save_noisy_copy
 from vllm import SamplingParams
 
@@ -57,14 +57,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [first] + [save_noisy_copy(root / str(s), first, s, noise[s - 1]) for s in (1, 2, 3)]
 
 
-def requests(seed: int) -> list[tuple[list[int], SamplingParams]]:
+def requests(seed: int, logprobs: int | None) -> list[tuple[list[int], SamplingParams]]:
     rng = random.Random(seed)
     made = []
     for _ in range(NUM_REQUESTS):
         kind = rng.choice(["short", "short", "short", "stop", "eos", "context"])
         length = rng.randint(MAX_MODEL_LEN - 12, MAX_MODEL_LEN - 1) if kind == "context" else 0
         prompt = [rng.randrange(VOCAB_SIZE) for _ in range(length or rng.randint(1, 40))]
-        params = greedy(40 if kind != "short" else rng.randint(1, 20), logprobs=2)
+        params = greedy(40 if kind != "short" else rng.randint(1, 20), logprobs=logprobs)
         params.ignore_eos = kind != "eos"
         if kind == "stop":
             params.stop_token_ids = rng.sample(range(VOCAB_SIZE), 6)
@@ -72,9 +72,9 @@ def requests(seed: int) -> list[tuple[list[int], SamplingParams]]:
     return made
 
 
-def outputs(llm: Any, seed: int) -> list[Any]:
+def outputs(llm: Any, seed: int, logprobs: int | None = 2) -> list[Any]:
     """In batches of 1 to 8 requests."""
-    rng, made, finished = random.Random(seed), requests(seed), []
+    rng, made, finished = random.Random(seed), requests(seed, logprobs), []
     while made:
         size = rng.randint(1, 8)
         batch, made = made[:size], made[size:]
@@ -93,6 +93,8 @@ def assert_same_output(output: Any, expected: Any) -> None:
         return
     assert tokens == wanted
     assert output.finish_reason == expected.finish_reason
+    if output.logprobs is None:
+        return
     for row, expected_row in zip(output.logprobs, expected.logprobs, strict=True):
         assert row.keys() == expected_row.keys()
         for token, value in row.items():
@@ -116,14 +118,16 @@ def expected(models: list[str], ensemble: tuple[str, dict[str, Any]]) -> list[li
     return made
 
 
-def check_policies(models, ensemble, expected, **arguments):
+def check_policies(models, ensemble, expected, logprobs=(2,), **arguments):
     name, settings = ensemble
     for seed, (chef, window) in enumerate(POLICIES[name]):
         with engine(
             models[0], settings, chef, window, max_model_len=MAX_MODEL_LEN, **arguments
         ) as llm:
-            for output, wanted in zip(outputs(llm, seed), expected[seed], strict=True):
-                assert_same_output(output, wanted)
+            for number in logprobs:
+                found = outputs(llm, seed, number)
+                for output, wanted in zip(found, expected[seed], strict=True):
+                    assert_same_output(output, wanted)
             stats = llm.collective_rpc("turn_stats")[0]
         judged = sum(sum(row) for row in stats["num_judged"])
         accepted = sum(sum(row) for row in stats["num_accepted"])
@@ -135,5 +139,8 @@ def test_turns_emit_what_the_plain_ensemble_emits(models, ensemble, expected):
 
 
 @pytest.mark.gpu
-def test_turns_with_compilation_and_cuda_graphs(models, ensemble, expected):
-    check_policies(models, ensemble, expected, enforce_eager=False)
+def test_turns_with_compilation_and_cuda_graphs(models, ensemble, expected, monkeypatch):
+    """Turns themselves run in CUDA graphs where no log-probabilities are asked for."""
+    replays = counted_replays(monkeypatch)
+    check_policies(models, ensemble, expected, (None, 2), enforce_eager=False)
+    assert replays[True] > 0.25 * replays.total()

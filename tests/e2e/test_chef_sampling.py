@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import P_VALUE, chi_square_p_value, engine, generate, sampled
+from engines import P_VALUE, chi_square_p_value, counted_replays, engine, generate, sampled
 from test_plain_ensemble import process
 from tiny_models import (
     llama_config,
@@ -26,12 +26,18 @@ import vllm.chef.verifier
 VOCAB_SIZE = 12
 NUM_DRAWS = 600
 NUM_TOKENS = 3
+NUM_AT_ONCE = 60
 PROMPT = [1, 2, 3, 4]
 PARAMETERS = [
     dict(temperature=1.0),
     dict(temperature=0.6, top_p=0.8),
     dict(temperature=1.5, top_k=5, repetition_penalty=1.3),
     dict(temperature=0.9, min_p=0.1),
+]
+# Without penalties, for which turns have no CUDA graphs.
+FILTERS = [
+    {key: value for key, value in parameters.items() if key != "repetition_penalty"}
+    for parameters in PARAMETERS
 ]
 WEIGHTS = {2: [0.6, 0.4], 3: [0.5, 0.3, 0.2], "outside": [0.6, 0.4, 0]}
 # target, weights, turns, tokens carried from step to step
@@ -88,7 +94,12 @@ def distribution(
 
 
 def p_values(
-    case: str, models: list[str], references: list[torch.nn.Module], **arguments: Any
+    case: str,
+    models: list[str],
+    references: list[torch.nn.Module],
+    all_parameters: list[dict[str, Any]] = PARAMETERS,
+    num_at_once: int = NUM_DRAWS * len(PARAMETERS),
+    **arguments: Any,
 ) -> list[float]:
     """Of every position, given the likeliest token at each position before."""
     target, members, chef, window = CASES[case]
@@ -102,17 +113,21 @@ def p_values(
     params = [
         sampled(NUM_TOKENS, seed=seed, **parameters)
         for seed in range(NUM_DRAWS)
-        for parameters in PARAMETERS
+        for parameters in all_parameters
     ]
     with engine(models[0], ensemble, chef, window, **arguments) as llm:
-        draws = generate(llm, [PROMPT] * len(params), params)
+        draws = []
+        for start in range(0, len(params), num_at_once):
+            here = params[start : start + num_at_once]
+            draws += generate(llm, [PROMPT] * len(here), here)
         stats = llm.collective_rpc("turn_stats")[0]
     accepted = sum(sum(row) for row in stats["num_accepted"])
     judged = sum(sum(row) for row in stats["num_judged"])
     assert 0.3 * judged < accepted < 0.99 * judged, "acceptance and rejection are both at work"
     found = []
-    for at, parameters in enumerate(PARAMETERS):
-        sequences, prefix = [list(o.token_ids) for o in draws[at :: len(PARAMETERS)]], list(PROMPT)
+    for at, parameters in enumerate(all_parameters):
+        sequences = [list(o.token_ids) for o in draws[at :: len(all_parameters)]]
+        prefix = list(PROMPT)
         for position in range(NUM_TOKENS):
             probs = distribution(target, weights, references[: len(weights)], prefix, parameters)
             found.append(chi_square_p_value([tokens[position] for tokens in sequences], probs))
@@ -129,10 +144,15 @@ def test_turns_sample_from_the_ensemble(case, models, references):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ["raw-logits", "probs-3", "sd"])
-def test_turns_sample_in_half_precision_and_cuda_graphs(case, models, references):
+def test_turns_sample_in_half_precision_and_cuda_graphs(case, models, references, monkeypatch):
     """Scores are rounded, the rule is the same: too coarse to see with as many draws."""
+    replays = counted_replays(monkeypatch)
     arguments = dict(dtype="bfloat16", enforce_eager=False)
-    assert min(p_values(case, models, references, **arguments)) > P_VALUE
+    # At once what one step reads: the next one only decodes.
+    found = p_values(case, models, references, FILTERS, NUM_AT_ONCE, **arguments)
+    assert min(found) > P_VALUE
+    num_batches = NUM_DRAWS * len(FILTERS) / NUM_AT_ONCE
+    assert replays[True] >= num_batches, "turns run in CUDA graphs"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from compile_for_cuda import compile_launches, recorded
 from vllm.triton_utils import HAS_TRITON
 
 from vllm.chef.ops import eager, fused
-from vllm.chef.state import Cycle, ProposalState, make_cycle
+from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns, chef_turns, sd_turns
 
@@ -74,9 +74,11 @@ class World:
         num_reqs = int(self.numbers(1, MAX_NUM_REQS, ()))
         slots = torch.randperm(MAX_NUM_REQS, generator=self.random)[:num_reqs].to(DEVICE)
         prefill_len = self.numbers(1, 30, (MAX_NUM_REQS,)).int()
-        temperature = torch.rand(MAX_NUM_REQS, generator=self.random).to(DEVICE)
+        temperature, top_p, min_p = torch.rand(3, MAX_NUM_REQS, generator=self.random).to(DEVICE)
         seeds = self.numbers(-(2**62), 2**62, (MAX_NUM_REQS,))
-        self.ops.load(self.all_cycle, slots.int(), prefill_len, temperature, seeds)
+        top_k = self.numbers(1, VOCAB_SIZE + 1, (MAX_NUM_REQS,)).int()
+        states = SlotStates(prefill_len, temperature, seeds, top_k, top_p, min_p)
+        self.ops.load(self.all_cycle, slots.int(), states)
         # As a CUDA graph has it: some rows may be of no request.
         num_reqs = min(MAX_NUM_REQS, num_reqs + int(self.numbers(0, 3, ())))
         self.cycle = self.begun = self.all_cycle.rows(num_reqs)

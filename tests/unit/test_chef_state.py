@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from vllm.chef.ops import eager as ops
-from vllm.chef.state import Cycle, ProposalState, make_cycle
+from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import chef_turns
 from vllm.chef.verifier import Judged, StepScores, Verifier
@@ -23,7 +23,8 @@ def make_state() -> ProposalState:
 
 def load(cycle: Cycle, slots: list[int], prefill_len: torch.Tensor) -> Cycle:
     none = torch.zeros(NUM_SLOTS)
-    return ops.load(cycle, torch.tensor(slots), prefill_len, none, none.long())
+    states = SlotStates(prefill_len, none, none.long(), none.int(), none, none)
+    return ops.load(cycle, torch.tensor(slots), states)
 
 
 def begin_cycle(state, slots, num_computed, num_drafts, input_ids, prefill_len) -> Cycle:

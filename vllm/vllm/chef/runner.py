@@ -83,7 +83,7 @@ class ChefRunner(MemberRunner):
         if (
             grammar_output is not None
             or prompt_logprobs.is_asked
-            or not self._asks_for_temperatures_only(input_batch)
+            or not self._asks_for_filters_only(input_batch)
             or not speculator.replay(hidden_states)
         ):
             scores = self._first_turn(hidden_states, input_batch, grammar_output)
@@ -103,14 +103,15 @@ class ChefRunner(MemberRunner):
         )
         return output, num_sampled, num_rejected
 
-    def _asks_for_temperatures_only(self, batch: InputBatch) -> bool:
-        """Whether no request has log-probabilities to report or another sampling parameter."""
+    def _asks_for_filters_only(self, batch: InputBatch) -> bool:
+        """Whether no request has log-probabilities to report, or another sampling parameter than
+        temperature, min-p, top-k and top-p."""
         slots, sampler = batch.idx_mapping_np[: batch.num_reqs], self.sampler
         if sampler.get_logprobs_dims(slots) is not None:
             return False
         if not sampler.needs_logits_processing[slots].any():
             return True
-        states, thinking = sampler.sampling_states, sampler.thinking_budget_state
+        thinking = sampler.thinking_budget_state
         bias, penalties, bad_words, *custom = sampler.logits_processors
         return not (
             custom
@@ -118,9 +119,6 @@ class ChefRunner(MemberRunner):
             or bias.use_logit_bias[slots].any()
             or penalties.use_penalty[slots].any()
             or bad_words.num_bad_words.np[slots].any()
-            or (states.top_k.np[slots] != states.vocab_size).any()
-            or (states.top_p.np[slots] != 1).any()
-            or states.min_p.np[slots].any()
         )
 
     @torch.inference_mode()

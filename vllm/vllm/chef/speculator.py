@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm.chef.graphs import TurnGraphs
 from vllm.chef.ops import ops_for
-from vllm.chef.state import Cycle, ProposalState, make_cycle
+from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores, Verifier
@@ -156,7 +156,7 @@ class ChefSpeculator(StandaloneARSpeculator):
     def capture(self) -> None:
         if not self.graphs:
             return
-        num_rows = self.graphs[0].max_reading_tokens()
+        num_rows = max(graphs.max_reading_tokens() for graphs in self.graphs)
         self.step_hidden_states = torch.zeros(
             num_rows,
             sum(self.first.hidden_sizes),
@@ -170,13 +170,9 @@ class ChefSpeculator(StandaloneARSpeculator):
             for logits in self.first.compute_member_logits(self.step_hidden_states[:1])
         ]
         everything = self.all_cycle
-        self.ops.load(
-            everything,
-            everything.slots[:0],
-            everything.prefill_len,
-            everything.temperature,
-            everything.seeds,
-        )
+        of_nobody = SlotStates(*(getattr(everything, field) for field in SlotStates._fields))
+        self.ops.load(everything, everything.slots[:0], of_nobody)
+        self.verifier.reserve_buffers()
         for graphs in self.graphs:
             graphs.capture(
                 self.model_state,
@@ -195,14 +191,16 @@ class ChefSpeculator(StandaloneARSpeculator):
         """Start the step's cycle, which is to leave `num_tokens` in a window, at most."""
         self.batch, self.readings = batch, []
         # To where CUDA graphs find them: vLLM's own move about.
-        states = self.verifier.sampler.sampling_states
-        self.cycle = self.ops.load(
-            self.all_cycle,
-            batch.idx_mapping[: batch.num_reqs],
+        sampling = self.verifier.sampler.sampling_states
+        states = SlotStates(
             prefill_len,
-            states.temperature.gpu,
-            states.seeds.gpu,
+            sampling.temperature.gpu,
+            sampling.seeds.gpu,
+            sampling.top_k.gpu,
+            sampling.top_p.gpu,
+            sampling.min_p.gpu,
         )
+        self.cycle = self.ops.load(self.all_cycle, batch.idx_mapping[: batch.num_reqs], states)
         gammas = self.turns.gammas(num_tokens)
         if gammas != self.gammas:
             self._set_gammas(gammas)
@@ -243,8 +241,8 @@ class ChefSpeculator(StandaloneARSpeculator):
         self,
         hidden_states: torch.Tensor,  # [num_tokens, ...] of the engine step
     ) -> bool:
-        """The same, for requests that ask for no sampling parameter but a temperature; False where
-        there are no CUDA graphs of such a step, and nothing is done."""
+        """The same, for requests that ask for no more than temperature, min-p, top-k and top-p;
+        False where there are no CUDA graphs of such a step, and nothing is done."""
         num_reqs, query_len = self.cycle.num_reqs, self._uniform_query_len()
         if not self.graphs or query_len is None:
             return False

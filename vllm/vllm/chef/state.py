@@ -6,6 +6,7 @@ moves, so that CUDA graphs find it.  `ops/` has what is done with it.
 """
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 
@@ -65,6 +66,9 @@ class Cycle:
     prefill_len: torch.Tensor  # [num_reqs]
     temperature: torch.Tensor  # [num_reqs] float32
     seeds: torch.Tensor  # [num_reqs]
+    top_k: torch.Tensor  # [num_reqs] int32, the size of the vocabulary where there is none
+    top_p: torch.Tensor  # [num_reqs] float32
+    min_p: torch.Tensor  # [num_reqs] float32
     active: torch.Tensor  # [num_reqs] bool, False: the prompt goes on in the next step
     start: torch.Tensor  # [num_reqs] position of the first token of the engine step
     first: torch.Tensor  # [num_reqs] position of column 0
@@ -95,7 +99,22 @@ class Cycle:
 
     def rows(self, num_reqs: int) -> "Cycle":
         """The first requests, sharing memory."""
-        return Cycle(*(getattr(self, field.name)[:num_reqs] for field in fields(Cycle)))
+        return self.part(slice(num_reqs))
+
+    def part(self, requests: slice) -> "Cycle":
+        """Some of the requests, sharing memory."""
+        return Cycle(*(getattr(self, field.name)[requests] for field in fields(Cycle)))
+
+
+class SlotStates(NamedTuple):
+    """vLLM's states of requests that a cycle needs, `[max_num_reqs]` by slot."""
+
+    prefill_len: torch.Tensor  # int32
+    temperature: torch.Tensor  # float32
+    seeds: torch.Tensor  # int64
+    top_k: torch.Tensor  # int32, the size of the vocabulary where there is none
+    top_p: torch.Tensor  # float32
+    min_p: torch.Tensor  # float32
 
 
 def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
@@ -110,6 +129,9 @@ def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
         prefill_len=zeros(),
         temperature=zeros(dtype=torch.float32),
         seeds=zeros(),
+        top_k=zeros(dtype=torch.int32).fill_(state.scores.shape[-1]),
+        top_p=zeros(dtype=torch.float32).fill_(1),
+        min_p=zeros(dtype=torch.float32),
         active=zeros(dtype=torch.bool),
         start=zeros(),
         first=zeros(),

@@ -11,10 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.utils.platform_utils import num_compute_units
 from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.min_p import apply_min_p
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
@@ -34,7 +37,7 @@ class StepScores(NamedTuple):
     mask: torch.Tensor | None = None
     """[num_rows, vocab_size] of a grammar, 0 or -inf, for all members"""
     batch: InputBatch | None = None
-    """None: no request asks for more than a temperature"""
+    """None: no request asks for more than temperature, min-p, top-k and top-p"""
 
 
 class Judged(NamedTuple):
@@ -145,7 +148,7 @@ class Verifier:
         sampling parameters, and where `reports` those that log-probabilities are reported of."""
         members = members.flatten(1, 2)
         if scores.batch is None:
-            process = self._temperature_only(cycle.temperature[part], judged)
+            process = self._filters(cycle.part(part), judged)
         else:
             process = self._sampling_params(part, judged, scores, cycle)
         probs, raw = self.ensemble.combines_probs, None
@@ -160,21 +163,31 @@ class Verifier:
             return target, target
         return target, combine(self.function, members, probs) if raw is None else raw
 
-    def _temperature_only(
-        self,
-        temperature: torch.Tensor,  # [num_reqs]
-        judged: Judged,
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Sampling parameters of requests that have no others; nothing in it asks the host."""
+    def _filters(self, cycle: Cycle, judged: Judged) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Sampling parameters of requests that have no others; nothing in it asks the host, so
+        that all of it can be in a CUDA graph. Rows of requests without one leave its kernel at
+        once."""
         requests = self._layout(*judged.segment.shape).request
+        top_k, top_p = cycle.top_k[requests], cycle.top_p[requests]
 
         def process(logits: torch.Tensor) -> torch.Tensor:
             # Members' logits are needed as they are for the proposals; a combination is not.
             logits = logits.to(torch.float32, copy=self.ensemble.samples_members)
-            apply_temperature(logits, requests, temperature)
-            return logits
+            apply_temperature(logits, requests, cycle.temperature)
+            apply_min_p(logits, requests, cycle.min_p)
+            return apply_top_k_top_p(logits, top_k, top_p)
 
         return process
+
+    def reserve_buffers(self) -> None:
+        """Let vLLM's top-k have its buffer as large as it gets: it takes a larger one when it needs
+        it, and CUDA graphs would be left with the old."""
+        num_rows = num_compute_units(self.state.scores.device.index)
+        logits = self.state.scores.new_zeros(
+            num_rows, self.state.scores.shape[-1], dtype=torch.float32
+        )
+        top_p = logits[:, 0] + 1
+        apply_top_k_top_p(logits, top_p.int() * logits.shape[-1], top_p)
 
     def _sampling_params(
         self, part: slice, judged: Judged, scores: StepScores, cycle: Cycle

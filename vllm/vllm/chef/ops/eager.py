@@ -5,7 +5,7 @@ All change `state` and `cycle` in place, and nothing waits for the host.
 
 import torch
 
-from vllm.chef.state import Cycle, ProposalState
+from vllm.chef.state import Cycle, ProposalState, SlotStates
 from vllm.chef.stats import TurnStats
 
 NO_POSITION = torch.iinfo(torch.int64).max
@@ -14,9 +14,7 @@ NO_POSITION = torch.iinfo(torch.int64).max
 def load(
     cycle: Cycle,
     slots: torch.Tensor,  # [num_reqs]
-    prefill_len: torch.Tensor,  # [max_num_reqs] by slot, as the others
-    temperature: torch.Tensor,
-    seeds: torch.Tensor,
+    states: SlotStates,
 ) -> Cycle:
     """The rows of a step's requests, of all that a cycle has; the others are of no request.
 
@@ -29,9 +27,8 @@ def load(
     for field in ("start", "first", "end", "num_drafts", "first_row", "lengths", "new_lengths"):
         getattr(cycle, field)[len(slots) :] = 0
     rows.slots.copy_(slots)
-    rows.prefill_len.copy_(prefill_len[slots])
-    rows.temperature.copy_(temperature[slots])
-    rows.seeds.copy_(seeds[slots])
+    for field, of_slots in states._asdict().items():
+        getattr(rows, field).copy_(of_slots[slots])
     return rows
 
 

@@ -8,7 +8,7 @@ the same cycles.
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm.chef.state import Cycle, ProposalState
+from vllm.chef.state import Cycle, ProposalState, SlotStates
 from vllm.chef.stats import TurnStats
 
 # Tokens of a request that a program reads at a time.
@@ -38,20 +38,14 @@ def _nobodys_row(slot, RING_SIZE: tl.constexpr):
 def load(
     cycle: Cycle,
     slots: torch.Tensor,
-    prefill_len: torch.Tensor,
-    temperature: torch.Tensor,
-    seeds: torch.Tensor,
+    states: SlotStates,
 ) -> Cycle:
     _load_kernel[(cycle.num_reqs,)](
         slots,
-        prefill_len,
-        temperature,
-        seeds,
+        *states,
         len(slots),
         cycle.slots,
-        cycle.prefill_len,
-        cycle.temperature,
-        cycle.seeds,
+        *(getattr(cycle, field) for field in SlotStates._fields),
         cycle.active,
         cycle.start,
         cycle.first,
@@ -72,11 +66,17 @@ def _load_kernel(
     prefill_len_ptr,
     temperature_ptr,
     seeds_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
     num_reqs,
     cycle_slots_ptr,
     cycle_prefill_len_ptr,
     cycle_temperature_ptr,
     cycle_seeds_ptr,
+    cycle_top_k_ptr,
+    cycle_top_p_ptr,
+    cycle_min_p_ptr,
     active_ptr,
     start_ptr,
     first_ptr,
@@ -106,6 +106,9 @@ def _load_kernel(
         tl.store(cycle_prefill_len_ptr + row, tl.load(prefill_len_ptr + slot).to(tl.int64))
         tl.store(cycle_temperature_ptr + row, tl.load(temperature_ptr + slot))
         tl.store(cycle_seeds_ptr + row, tl.load(seeds_ptr + slot))
+        tl.store(cycle_top_k_ptr + row, tl.load(top_k_ptr + slot))
+        tl.store(cycle_top_p_ptr + row, tl.load(top_p_ptr + slot))
+        tl.store(cycle_min_p_ptr + row, tl.load(min_p_ptr + slot))
 
 
 def begin_cycle(
