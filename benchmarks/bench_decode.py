@@ -284,7 +284,8 @@ def run_plans(
     with ExitStack() as stack:
         engines = [stack.enter_context(EngineProcess(plan, args, root)) for plan in plans]
         lines = [engine.lines() for engine in engines]
-        firsts = [next(of_engine) for of_engine in lines]
+        silent = {"error": "the engine's process ended without a word"}
+        firsts = [next(of_engine, silent) for of_engine in lines]
         for engine, first, others in zip(engines, firsts, lines, strict=True):
             record(engine.plan, chain([first], others), document)
             engine.end()  # its memory is free before the next one measures

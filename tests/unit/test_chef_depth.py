@@ -1,6 +1,8 @@
 """The depth of speculation: what is chosen where costs and acceptance are known."""
 
 import random
+from itertools import accumulate, takewhile
+from operator import mul
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +10,11 @@ import pytest
 from vllm.chef import depth as depth_module
 from vllm.chef import scheduler as scheduler_module
 from vllm.chef.depth import DepthChooser
+from vllm.chef.turns import chef_turns
 
 MAX_DEPTH = 5
+# One turn proposes all, as with gammas 1, 5.
+PLACES = [[(1, at) for at in range(depth)] for depth in range(MAX_DEPTH + 1)]
 
 
 class World:
@@ -59,7 +64,7 @@ class World:
     ],
 )
 def test_best_depth_is_found_and_held(num_reqs, acceptance, base, each):
-    world, chooser = World(acceptance, base, each), DepthChooser(MAX_DEPTH)
+    world, chooser = World(acceptance, base, each), DepthChooser(PLACES)
     depths = world.run(chooser, num_reqs, 4000)
     best = max(world.expected(depth) for depth in range(MAX_DEPTH + 1))
     assert world.expected(chooser.best(num_reqs)) > 0.96 * best
@@ -69,14 +74,49 @@ def test_best_depth_is_found_and_held(num_reqs, acceptance, base, each):
     assert world.tokens / num_reqs / world.seconds > 0.95 * best
 
 
+@pytest.mark.parametrize("num_reqs", [1, 8])
+@pytest.mark.parametrize(
+    "acceptance", [(0.9, 0.5), (0.4, 0.8), (0.3, 0.9), (0.5, 0.9), (0.9, 0.7), (0.8, 0.8)]
+)
+@pytest.mark.parametrize("extra", [0.15, 0.6])
+def test_turns_may_be_accepted_differently(acceptance, extra, num_reqs):
+    """Gammas 1, 1, 5: at depth 6 the first place is turn 1's, else turn 2's."""
+    turns = chef_turns([1, 1, 5], [9, 9, 1], (True, True, False))
+    places = [turns.places(depth) for depth in range(turns.window + 1)]
+    assert places[5] == [(2, at) for at in range(5)] and places[6] == [(1, 0), *places[5]]
+    chance, chooser = random.Random(0), DepthChooser(places)
+
+    def rates(depth: int) -> list[float]:
+        return [acceptance[turn - 1] for turn, _ in places[depth]]
+
+    def seconds(depth: int) -> float:
+        return 8.67 + 0.1 * min(depth, 5) + extra * (depth == 6)
+
+    def speed(depth: int) -> float:
+        kept = accumulate(rates(depth), mul)
+        return (1 + sum(kept)) / seconds(depth)
+
+    def decided(depth: int) -> int:
+        return 1 + len(list(takewhile(lambda rate: chance.random() < rate, rates(depth))))
+
+    num_tokens, time = 0, 0.0
+    for _ in range(4000):
+        depth = chooser[num_reqs]
+        tokens = [decided(depth) for _ in range(num_reqs)]
+        chooser.observe(num_reqs, depth, tokens, seconds(depth))
+        num_tokens, time = num_tokens + sum(tokens), time + seconds(depth)
+    best = max(speed(depth) for depth in range(turns.window + 1))
+    assert num_tokens / num_reqs / time > 0.94 * best
+
+
 def test_plain_speed_is_kept_where_every_proposal_is_lost():
-    world, chooser = World(0.0, 1.0, 0.5), DepthChooser(MAX_DEPTH)
+    world, chooser = World(0.0, 1.0, 0.5), DepthChooser(PLACES)
     world.run(chooser, 8, 3000)
     assert world.tokens / 8 / world.seconds > 0.97 * world.expected(0)
 
 
 def test_depth_follows_the_acceptance():
-    world, chooser = World(0.0, 5.0, 0.5), DepthChooser(MAX_DEPTH)
+    world, chooser = World(0.0, 5.0, 0.5), DepthChooser(PLACES)
     world.run(chooser, 2, 1000)
     assert chooser.best(2) == 0
     world.acceptance = 0.9
@@ -85,7 +125,7 @@ def test_depth_follows_the_acceptance():
 
 
 def test_a_lucky_probe_is_soon_found_out():
-    world, chooser = World(1.0, 1.0, 0.5), DepthChooser(MAX_DEPTH)
+    world, chooser = World(1.0, 1.0, 0.5), DepthChooser(PLACES)
     while chooser.batches[0].probes:
         world.run(chooser, 1, 1)
     assert chooser[1] == MAX_DEPTH
@@ -95,7 +135,7 @@ def test_a_lucky_probe_is_soon_found_out():
 
 
 def test_each_size_of_a_batch_has_times_of_its_own():
-    chooser = DepthChooser(MAX_DEPTH)
+    chooser = DepthChooser(PLACES)
     World(0.9, 5.0, 0.02).run(chooser, 1, 500)
     World(0.9, 1.0, 2.0).run(chooser, 64, 500)
     assert (chooser.best(1), chooser.best(64)) == (MAX_DEPTH, 0)
@@ -103,7 +143,7 @@ def test_each_size_of_a_batch_has_times_of_its_own():
 
 
 def test_tokens_of_a_depth_are_known_from_others():
-    chooser = DepthChooser(3)
+    chooser = DepthChooser(PLACES[:4])
     assert chooser.tokens(2) == 1
     for decided in ([4, 1], [2, 3]) * 100:
         chooser.observe(2, 3, decided, 1.0)
@@ -120,7 +160,7 @@ def test_tokens_of_a_depth_are_known_from_others():
 
 
 def test_a_place_of_few_proposals_has_the_others_acceptance():
-    chooser = DepthChooser(4)
+    chooser = DepthChooser(PLACES[:5])
     for _ in range(100):
         chooser.observe(1, 2, [3], 1.0)
     assert [chooser.tokens(depth) for depth in (2, 3, 4)] == pytest.approx([3, 4, 5], abs=0.01)
@@ -129,7 +169,7 @@ def test_a_place_of_few_proposals_has_the_others_acceptance():
 
 
 def test_a_few_slow_steps_and_a_short_one_do_not_count():
-    chooser = DepthChooser(2)
+    chooser = DepthChooser(PLACES[:3])
     seconds = iter([9, 9, 1.0, 7.0, 0.1, 6.0])
     for _ in range(depth_module.PROBE_STEPS):
         chooser.observe(1, 2, [3], next(seconds))
@@ -137,7 +177,7 @@ def test_a_few_slow_steps_and_a_short_one_do_not_count():
 
 
 def test_steps_under_way_when_the_depth_changes_are_not_timed():
-    chooser = DepthChooser(2)
+    chooser = DepthChooser(PLACES[:3])
     for _ in range(depth_module.PROBE_STEPS):
         chooser.observe(1, 2, [1], 1.0)
     assert chooser[1] == 0
@@ -154,6 +194,7 @@ class StockScheduler:
     num_spec_tokens = 2
 
     def __init__(self, vllm_config) -> None:
+        self.vllm_config = vllm_config
         self.dynamic_sd_lookup = [0, 2, 2]
 
     def update_from_output(self, scheduler_output, model_runner_output):
@@ -177,6 +218,8 @@ def step(num_scheduled: dict[str, int], depth: int, drafts: int | None = None, n
 @pytest.fixture
 def scheduler(monkeypatch):
     monkeypatch.setattr(scheduler_module.time, "perf_counter", iter(range(100)).__next__)
+    turns = chef_turns([1, 2], [2, 1], (True, True))
+    monkeypatch.setattr(scheduler_module, "check_chef", lambda _: (None, None, turns))
     scheduler = Scheduler(vllm_config=None)
     scheduler.observed = []
     monkeypatch.setattr(scheduler.depths, "observe", lambda *args: scheduler.observed.append(args))

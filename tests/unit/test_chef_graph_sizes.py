@@ -40,7 +40,7 @@ def no_device(monkeypatch):
 
 def config(sizes: list[int], max_num_seqs: int, window: int, schedule: list | None):
     return SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=8192),
         compilation_config=SimpleNamespace(
             cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes, default=0)
         ),
@@ -54,15 +54,15 @@ def config(sizes: list[int], max_num_seqs: int, window: int, schedule: list | No
     )
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+# Where sizes are far apart, lengths other than the deepest do not meet.
+@pytest.mark.parametrize(
+    ("sizes", "auto"), [*((sizes, False) for sizes in SIZES), ("default", True), ("none", True)]
+)
 @pytest.mark.parametrize("max_num_seqs", [64, 256])
 @pytest.mark.parametrize("gammas", [(1, 1), (1, 5), (1, 1, 5)])
-@pytest.mark.parametrize("auto", [False, True])
 def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
     sizes, max_num_seqs, gammas, auto
 ):
-    if auto and sizes == "few":
-        pytest.skip("what is far apart, lengths other than the deepest do not meet")
     turns = chef_turns(gammas, range(len(gammas), 0, -1), (True,) * len(gammas))
     schedule = depth_schedule(turns) if auto else None
     vllm_config = config(SIZES[sizes], max_num_seqs, turns.window, schedule)
@@ -92,3 +92,12 @@ def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
         assert len(graphs.reading._capture_descs.get(FULL, [])) <= 1.5 * num_sizes * num_lengths
     assert (found > 0) == bool(SIZES[sizes])
     assert vllm_config.compilation_config.cudagraph_capture_sizes is SIZES[sizes]
+
+
+def test_no_graph_is_larger_than_a_step_may_be():
+    turns = chef_turns((1, 5), (2, 1), (True, True))
+    vllm_config = config(SIZES["default"], 128, turns.window, None)
+    for most, largest in ((8192, 581), (512, 497)):
+        vllm_config.scheduler_config.max_num_batched_tokens = most
+        graphs = TurnGraphs(vllm_config, None, 6, turns.num_new(1), {4}, None, None)
+        assert graphs.max_reading_tokens() == largest

@@ -22,7 +22,8 @@ MIN_HOLD_STEPS, MAX_HOLD_STEPS = 64, 2048
 REVIEW_STEPS = 16
 # About how many cycles of requests are remembered, and how many times of steps.
 NUM_CYCLES, NUM_TIMES = 4000, 32
-# What the acceptance of all places together counts for at each, in proposals.
+# What the acceptance of a turn counts for at each of its places, and that of all turns at each
+# turn, in proposals.
 PRIOR_WEIGHT = 2
 
 
@@ -36,13 +37,18 @@ class DepthChooser:
     measured by batch size, between those depths that were tried by straight lines.
 
     Args:
-        max_depth: the deepest there is.
+        places: of each depth, `Turns.places`.
     """
 
-    def __init__(self, max_depth: int) -> None:
-        self.max_depth = max_depth
-        self.counts = np.zeros((max_depth + 1, max_depth + 2))
-        """[depth, tokens decided] cycles of requests, old ones counting less"""
+    def __init__(self, places: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self.max_depth = max_depth = len(places) - 1
+        kinds = sorted({place for of_depth in places for place in of_depth})
+        self.places = [np.array([kinds.index(p) for p in of_depth], int) for of_depth in places]
+        """Of each depth, the kind of each place"""
+        self.turns = np.array([turn for turn, _ in kinds], int)
+        """[num_kinds]"""
+        self.judged, self.accepted = np.zeros((2, len(kinds)))
+        """[num_kinds] tokens at such places, old ones counting less"""
         self.batches: dict[int, _Batch] = defaultdict(lambda: _Batch(max_depth))
 
     def __getitem__(self, num_reqs: int) -> int:
@@ -57,9 +63,12 @@ class DepthChooser:
         seconds: float,
     ) -> None:
         """Take account of a step all of whose requests were at `depth`, and stayed there."""
-        self.counts *= (1 - 1 / NUM_CYCLES) ** num_reqs
-        decided = np.clip(num_decided, 0, depth + 1)
-        np.add.at(self.counts[depth], decided, 1)
+        for counts in (self.judged, self.accepted):
+            counts *= (1 - 1 / NUM_CYCLES) ** num_reqs
+        decided = np.asarray(num_decided)[:, None]  # the last of them is not a pending token
+        place = np.arange(1, depth + 1)
+        self.judged[self.places[depth]] += (decided >= place).sum(axis=0)
+        self.accepted[self.places[depth]] += (decided > place).sum(axis=0)
         batch = self.batches[_size(num_reqs)]
         batch.observe(depth, seconds)
         if batch.is_probed:
@@ -81,18 +90,14 @@ class DepthChooser:
     def tokens(self, depth: int) -> float:
         """Tokens that a cycle of this depth decides per request, expected; at least 1.
 
-        `1 + sum_j h_1 ... h_j`, where `h_j` is the share of the cycles which decided `j` tokens and
-        proposed a further one that decided that as well (the estimator of Kaplan and Meier, 1958):
-        so cycles of any depth tell of the places that they have.
+        `1 + sum_j h_1 ... h_j`, where `h_j` is how often the token at place `j` is accepted if
+        those before it are (the estimator of Kaplan and Meier, 1958): so cycles of any depth tell of
+        the places that they have. Whose place it is decides, which differs by depth.
         """
-        place = np.arange(1, self.max_depth + 1)
-        # Cycles by depth, and by tokens decided: more than `place` of them.
-        beyond = self.counts[:, ::-1].cumsum(axis=1)[:, ::-1]
-        reached = np.array([beyond[j:, j].sum() for j in place])
-        accepted = np.array([beyond[j:, j + 1].sum() for j in place])
-        overall = accepted.sum() / reached.sum() if reached.sum() else 0.0
-        rates = (accepted + PRIOR_WEIGHT * overall) / (reached + PRIOR_WEIGHT)
-        return 1.0 + float(rates[:depth].cumprod().sum())
+        overall = _rates(self.accepted.sum(), self.judged.sum(), 0.0)
+        of_turns = [np.bincount(self.turns, counts) for counts in (self.accepted, self.judged)]
+        rates = _rates(self.accepted, self.judged, _rates(*of_turns, overall)[self.turns])
+        return 1.0 + float(rates[self.places[depth]].cumprod().sum())
 
     def best(self, num_reqs: int) -> int:
         """The depth of most tokens per second; the smaller one where two are equal."""
@@ -156,6 +161,10 @@ class _Batch:
         near = [self.max_depth, self.chosen - 1, self.chosen + 1]
         known = dict.fromkeys(depth for depth in near if 0 <= depth <= self.max_depth)
         return [depth for depth in known if depth != self.chosen]
+
+
+def _rates(accepted: np.ndarray, judged: np.ndarray, prior: np.ndarray | float) -> np.ndarray:
+    return (accepted + PRIOR_WEIGHT * prior) / (judged + PRIOR_WEIGHT)
 
 
 def _size(num_reqs: int) -> int:

@@ -25,15 +25,17 @@ Captured = Callable[[int, int, Any, Any], None]
 
 def with_room(vllm_config: VllmConfig, step_len: int, num_new: int) -> VllmConfig:
     """The same, with graphs that are larger by `num_new` tokens per request than the largest for
-    `step_len` tokens: vLLM's sizes are in tokens, and every batch that has a graph in the engine
-    step shall have one in the turns."""
+    `step_len` tokens: vLLM's sizes are in tokens, and every batch whose full windows have a graph
+    in the engine step shall have one in the turns."""
     config = copy(vllm_config)
     config.compilation_config = compilation = copy(vllm_config.compilation_config)
     largest = compilation.max_cudagraph_capture_size or 0
     sizes = compilation.cudagraph_capture_sizes or []
     nums_reqs = {ceil(size / step_len) for size in sizes}
     larger = {n * (step_len + num_new) for n in nums_reqs if n * step_len <= largest}
-    larger = {size for size in larger if size > largest}
+    # No step is larger, and vLLM's slot mappings have no more room.
+    most = vllm_config.scheduler_config.max_num_batched_tokens
+    larger = {size for size in larger if largest < size <= most}
     compilation.cudagraph_capture_sizes = sorted({*sizes, *larger})
     compilation.max_cudagraph_capture_size = max({largest, *larger})
     return config

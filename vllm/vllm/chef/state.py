@@ -12,6 +12,9 @@ import torch
 
 from vllm.chef.turns import Turns
 
+# Of a row of no request; no vocabulary is as large.
+NO_TOP_K = 2**31 - 1
+
 
 class ProposalState:
     """Kept from step to step, per slot of a request.
@@ -129,7 +132,7 @@ def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
         prefill_len=zeros(),
         temperature=zeros(dtype=torch.float32),
         seeds=zeros(),
-        top_k=zeros(dtype=torch.int32).fill_(state.scores.shape[-1]),
+        top_k=zeros(dtype=torch.int32).fill_(NO_TOP_K),
         top_p=zeros(dtype=torch.float32).fill_(1),
         min_p=zeros(dtype=torch.float32),
         active=zeros(dtype=torch.bool),

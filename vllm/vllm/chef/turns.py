@@ -95,6 +95,11 @@ class Turns:
             num_tokens -= gammas[1]
         return tuple(gammas)
 
+    def places(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Of a window of `num_tokens`, each token's turn and place among that turn's."""
+        gammas = self.gammas(num_tokens)
+        return [(turn, at) for turn in range(1, len(self)) for at in range(gammas[turn])]
+
     def num_decidable(self, turn: int) -> int:
         """Segments that all scorers have scored after this turn, counted in the order of the
         window as the step finds it: those of turns 1, 2, ..., and the first turn's last."""

@@ -5,7 +5,7 @@ All change `state` and `cycle` in place, and nothing waits for the host.
 
 import torch
 
-from vllm.chef.state import Cycle, ProposalState, SlotStates
+from vllm.chef.state import NO_TOP_K, Cycle, ProposalState, SlotStates
 from vllm.chef.stats import TurnStats
 
 NO_POSITION = torch.iinfo(torch.int64).max
@@ -26,6 +26,9 @@ def load(
     cycle.active.fill_(False)
     for field in ("start", "first", "end", "num_drafts", "first_row", "lengths", "new_lengths"):
         getattr(cycle, field)[len(slots) :] = 0
+    # Nor do they have filters, which would take time.
+    for field, none in (("temperature", 0), ("top_k", NO_TOP_K), ("top_p", 1), ("min_p", 0)):
+        getattr(cycle, field)[len(slots) :] = none
     rows.slots.copy_(slots)
     for field, of_slots in states._asdict().items():
         getattr(rows, field).copy_(of_slots[slots])

@@ -8,7 +8,7 @@ the same cycles.
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm.chef.state import Cycle, ProposalState, SlotStates
+from vllm.chef.state import NO_TOP_K, Cycle, ProposalState, SlotStates
 from vllm.chef.stats import TurnStats
 
 # Tokens of a request that a program reads at a time.
@@ -55,6 +55,7 @@ def load(
         cycle.lengths,
         cycle.new_lengths,
         NUM_TURNS=cycle.lengths.shape[1],
+        NO_TOP_K=NO_TOP_K,
         num_warps=1,
     )
     return cycle.rows(len(slots))
@@ -86,6 +87,7 @@ def _load_kernel(
     lengths_ptr,
     new_lengths_ptr,
     NUM_TURNS: tl.constexpr,
+    NO_TOP_K: tl.constexpr,
 ):
     row = tl.program_id(0)
     tl.store(active_ptr + row, tl.full((), 0, tl.int1))
@@ -97,6 +99,10 @@ def _load_kernel(
         tl.store(end_ptr + row, none)
         tl.store(num_drafts_ptr + row, none)
         tl.store(first_row_ptr + row, none)
+        tl.store(cycle_temperature_ptr + row, 0.0)
+        tl.store(cycle_top_k_ptr + row, tl.full((), NO_TOP_K, tl.int32))
+        tl.store(cycle_top_p_ptr + row, 1.0)
+        tl.store(cycle_min_p_ptr + row, 0.0)
         for turn in tl.static_range(NUM_TURNS):
             tl.store(lengths_ptr + row * NUM_TURNS + turn, none)
             tl.store(new_lengths_ptr + row * NUM_TURNS + turn, none)

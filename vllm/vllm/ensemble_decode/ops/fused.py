@@ -89,7 +89,7 @@ def _members_kernel(
     is_token = token < vocab_size
     for member in tl.static_range(NUM_MEMBERS):
         x = tl.load(
-            logits_ptr + member * member_stride + row * row_stride + token,
+            logits_ptr + tl.cast(member_stride, tl.int64) * member + row * row_stride + token,
             mask=is_token,
             other=float("-inf"),
         ).to(tl.float32)
@@ -142,7 +142,7 @@ def _sum_kernel(
     for member in tl.static_range(NUM_MEMBERS):
         coefficient = tl.load(coefficients_ptr + member)
         x = tl.load(
-            logits_ptr + member * member_stride + row * row_stride + token,
+            logits_ptr + tl.cast(member_stride, tl.int64) * member + row * row_stride + token,
             mask=is_token,
             other=float("-inf"),
         ).to(tl.float32)
