@@ -91,8 +91,8 @@ class DepthChooser:
         """Tokens that a cycle of this depth decides per request, expected; at least 1.
 
         `1 + sum_j h_1 ... h_j`, where `h_j` is how often the token at place `j` is accepted if
-        those before it are (the estimator of Kaplan and Meier, 1958): so cycles of any depth tell of
-        the places that they have. Whose place it is decides, which differs by depth.
+        those before it are (the estimator of Kaplan and Meier, 1958). So cycles of any depth tell
+        of the places that they have; whose place it is decides, which differs by depth.
         """
         overall = _rates(self.accepted.sum(), self.judged.sum(), 0.0)
         of_turns = [np.bincount(self.turns, counts) for counts in (self.accepted, self.judged)]
