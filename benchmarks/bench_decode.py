@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--temperature", nargs="+", type=float, default=[0.0])
     add(
         "--sampling",
-        type=json.loads,
+        type=json_object,
         default={},
         metavar="JSON",
         help='more of vLLM\'s SamplingParams of every request, such as {"top_p": 0.9}',
@@ -86,7 +86,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="bfloat16")
     add("--enforce-eager", action="store_true")
     add("--kv-cache-gib", type=float, help="default: what no preemption needs")
-    add("--engine-args", type=json.loads, default={}, metavar="JSON", help="of vLLM's EngineArgs")
+    add("--engine-args", type=json_object, default={}, metavar="JSON", help="of vLLM's EngineArgs")
     add("--models", type=Path, default=HERE.parent / "models", help="folder of real members")
     add("--prompts", type=Path, help="JSON lines with `prompt`; default: HumanEval's")
     add("--trace", type=Path, metavar="FOLDER", help="write a Chrome trace of each run as well")
@@ -104,6 +104,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.preset and args.runs:
         parser.error("--runs: a preset has its own; leave one of them out")
+    if args.engines_at_once < 1:
+        parser.error("--engines-at-once: must be 1 or more")
     if args.resume and not args.out:
         parser.error("--resume: needs the --out of the run that it goes on with")
     if args.preset == "smoke":
@@ -116,6 +118,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--runs: {error}")
     return args
+
+
+def json_object(text: str) -> dict[str, Any]:
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
 
 
 def plans_of(args: argparse.Namespace) -> list[Plan]:

@@ -7,7 +7,7 @@ from engines import engine, generate, greedy
 from tiny_models import llama_config, save_model, save_noisy_copy
 
 import vllm.chef.scheduler
-from vllm.chef.depth import MIN_HOLD_STEPS
+from vllm.chef.depth import MIN_HOLD_STEPS, PROBE_STEPS
 
 PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]
 NUM_TOKENS = 60
@@ -78,4 +78,4 @@ def test_nothing_is_proposed_where_nothing_is_accepted(models, monkeypatch):
         stats = llm.collective_rpc("turn_stats")[0]
     # Each member reads once a cycle.
     assert stats["num_calls"][1] < 1.1 * stats["num_calls"][0]
-    assert stats["num_cycles"] > 3 * NUM_TOKENS
+    assert stats["num_cycles"] >= 4 * (NUM_TOKENS - PROBE_STEPS)

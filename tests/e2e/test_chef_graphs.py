@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from engines import engine, generate, greedy
-from tiny_models import llama_config, save_model, save_noisy_copy
+from tiny_models import VOCAB_SIZE, llama_config, save_model, save_noisy_copy
 from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.platform_utils import num_compute_units
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.sample.ops.topk_topp_triton import _TRITON_BUFFER_CACHE
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
@@ -153,6 +155,9 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
         _, eager_sampled, eager_stats = run()
         use_graphs(runner.speculator, monkeypatch)
+        # Nobody needs a larger one, so that it stays where graphs know it.
+        buffers = [b for key, b in _TRITON_BUFFER_CACHE.items() if key[2] == VOCAB_SIZE]
+        assert [len(buffer) for buffer in buffers] == [num_compute_units()]
         Manager.num_replays.clear()
         tokens, sampled, stats = run()
         replays = dict(Manager.num_replays)

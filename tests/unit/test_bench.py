@@ -511,6 +511,13 @@ def test_a_process_that_dies_leaves_its_rows(monkeypatch, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("option", ["--engines-at-once 0", "--sampling [1]", "--engine-args 1"])
+def test_bad_options_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        parse_args([*PLANS.split(), *option.split()])
+    assert option.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
     (tmp_path / "bench_engine.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(bench_decode, "HERE", tmp_path)

@@ -12,7 +12,9 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 
 from vllm.chef.config import depth_schedule
 from vllm.chef.graphs import TurnGraphs, offer_every_length
+from vllm.chef.runner import ChefRunner
 from vllm.chef.turns import chef_turns
+from vllm.ensemble_decode.runner import MemberRunner
 
 FULL = CUDAGraphMode.FULL
 # As vLLM chooses them, and few.
@@ -101,3 +103,20 @@ def test_no_graph_is_larger_than_a_step_may_be():
         vllm_config.scheduler_config.max_num_batched_tokens = most
         graphs = TurnGraphs(vllm_config, None, 6, turns.num_new(1), {4}, None, None)
         assert graphs.max_reading_tokens() == largest
+
+
+def test_the_engine_step_finds_graphs_of_every_length(monkeypatch):
+    turns = chef_turns((1, 5), (2, 1), (True, True))
+    vllm_config = config(SIZES["default"], 64, turns.window, depth_schedule(turns))
+    mode = CUDAGraphMode.FULL_DECODE_ONLY
+    runner = object.__new__(ChefRunner)
+    runner.cudagraph_manager = SpeculatorCudaGraphManager(vllm_config, None, mode, 6)
+
+    def is_found(num_reqs: int, length: int) -> bool:
+        desc = runner.cudagraph_manager.dispatch(num_reqs, num_reqs * length, length, 0)
+        return desc.cg_mode == FULL
+
+    assert not is_found(3, 4), "vLLM mends this itself"
+    monkeypatch.setattr(MemberRunner, "capture_model", lambda self: 7, raising=False)
+    assert runner.capture_model() == 7
+    assert is_found(3, 4)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from vllm.chef.ops import eager as ops
-from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
+from vllm.chef.state import NO_TOP_K, Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import chef_turns
 from vllm.chef.verifier import Judged, StepScores, Verifier
@@ -170,6 +170,9 @@ def test_rows_that_fill_a_graphs_batch_up_are_of_no_request():
     load(everything, [4, 1, 2], prefill_len)
     padded, expected = everything.rows(num_padded), begin(make_state())
     assert padded.slots.tolist() == [4, 1, 2, -1, -1]
+    # Kernels leave such rows at once.
+    filters = [padded.temperature, padded.top_k, padded.top_p, padded.min_p]
+    assert [of_all[3:].unique().tolist() for of_all in filters] == [[0], [NO_TOP_K], [1], [0]]
     state.lengths[torch.tensor([4, 1, 2])] = torch.tensor([[0, 1, 2], [0, 0, 2], [0, 1, 2]])
     state.lengths[-1] = 3
     state.scored[:] = 1000

@@ -48,9 +48,10 @@ def offer_every_length(manager: CudaGraphManager) -> None:
     to each length, so that often none of those has the batch's: then it would run without.
     """
     graphs = manager._capture_descs.get(CUDAGraphMode.FULL, [])
+    graphs = sorted(graphs, key=lambda desc: desc.num_tokens)
     for (num_tokens, num_loras), offered in manager._candidates.items():
         smallest: dict[Any, BatchExecutionDescriptor] = {}
-        for desc in sorted(graphs, key=lambda desc: desc.num_tokens):
+        for desc in graphs:
             if desc.num_tokens >= num_tokens and desc.num_active_loras == num_loras:
                 smallest.setdefault((desc.uniform_token_count, desc.num_ubatches), desc)
         others = [desc for desc in offered if desc.cg_mode != CUDAGraphMode.FULL]

@@ -170,8 +170,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             for logits in self.first.compute_member_logits(self.step_hidden_states[:1])
         ]
         everything = self.all_cycle
-        of_nobody = SlotStates(*(getattr(everything, field) for field in SlotStates._fields))
-        self.ops.load(everything, everything.slots[:0], of_nobody)
+        self.ops.load(everything, everything.slots[:0], everything.slot_states)
         self.verifier.reserve_buffers()
         for graphs in self.graphs:
             graphs.capture(

@@ -57,6 +57,17 @@ class ProposalState:
         """num_turns - 1 x [num_slots * (ring_size + 1), vocab_size], the same"""
 
 
+class SlotStates(NamedTuple):
+    """vLLM's states of requests that a cycle needs, `[max_num_reqs]` by slot."""
+
+    prefill_len: torch.Tensor  # int32
+    temperature: torch.Tensor  # float32
+    seeds: torch.Tensor  # int64
+    top_k: torch.Tensor  # int32, the size of the vocabulary where there is none
+    top_p: torch.Tensor  # float32
+    min_p: torch.Tensor  # float32
+
+
 @dataclass
 class Cycle:
     """The undecided tokens of the step at hand, in which every turn is called once.
@@ -100,6 +111,11 @@ class Cycle:
     def last_position(self) -> torch.Tensor:  # [num_reqs]
         return self.first + self.end - 1
 
+    @property
+    def slot_states(self) -> SlotStates:
+        """What was looked up by slot, `[num_reqs]` by row."""
+        return SlotStates(*(getattr(self, field) for field in SlotStates._fields))
+
     def rows(self, num_reqs: int) -> "Cycle":
         """The first requests, sharing memory."""
         return self.part(slice(num_reqs))
@@ -107,17 +123,6 @@ class Cycle:
     def part(self, requests: slice) -> "Cycle":
         """Some of the requests, sharing memory."""
         return Cycle(*(getattr(self, field.name)[requests] for field in fields(Cycle)))
-
-
-class SlotStates(NamedTuple):
-    """vLLM's states of requests that a cycle needs, `[max_num_reqs]` by slot."""
-
-    prefill_len: torch.Tensor  # int32
-    temperature: torch.Tensor  # float32
-    seeds: torch.Tensor  # int64
-    top_k: torch.Tensor  # int32, the size of the vocabulary where there is none
-    top_p: torch.Tensor  # float32
-    min_p: torch.Tensor  # float32
 
 
 def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
@@ -132,8 +137,8 @@ def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
         prefill_len=zeros(),
         temperature=zeros(dtype=torch.float32),
         seeds=zeros(),
-        top_k=zeros(dtype=torch.int32).fill_(NO_TOP_K),
-        top_p=zeros(dtype=torch.float32).fill_(1),
+        top_k=zeros(dtype=torch.int32),
+        top_p=zeros(dtype=torch.float32),
         min_p=zeros(dtype=torch.float32),
         active=zeros(dtype=torch.bool),
         start=zeros(),

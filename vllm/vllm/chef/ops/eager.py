@@ -30,8 +30,8 @@ def load(
     for field, none in (("temperature", 0), ("top_k", NO_TOP_K), ("top_p", 1), ("min_p", 0)):
         getattr(cycle, field)[len(slots) :] = none
     rows.slots.copy_(slots)
-    for field, of_slots in states._asdict().items():
-        getattr(rows, field).copy_(of_slots[slots])
+    for of_rows, of_slots in zip(rows.slot_states, states, strict=True):
+        of_rows.copy_(of_slots[slots])
     return rows
 
 

@@ -45,7 +45,7 @@ def load(
         *states,
         len(slots),
         cycle.slots,
-        *(getattr(cycle, field) for field in SlotStates._fields),
+        *cycle.slot_states,
         cycle.active,
         cycle.start,
         cycle.first,

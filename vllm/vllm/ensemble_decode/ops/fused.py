@@ -72,6 +72,14 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
+def _scores(logits_ptr, member_stride, row_stride, member, row, token, is_token):
+    """A member's logits of a row at `token`; -inf past the end of the vocabulary."""
+    # 64 bits: the logits of many rows and members are more than 2^31.
+    at = tl.cast(member_stride, tl.int64) * member + row * row_stride + token
+    return tl.load(logits_ptr + at, mask=is_token, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
 def _members_kernel(
     logits_ptr,
     member_stride,
@@ -88,11 +96,7 @@ def _members_kernel(
     token = block * BLOCK + tl.arange(0, BLOCK)
     is_token = token < vocab_size
     for member in tl.static_range(NUM_MEMBERS):
-        x = tl.load(
-            logits_ptr + tl.cast(member_stride, tl.int64) * member + row * row_stride + token,
-            mask=is_token,
-            other=float("-inf"),
-        ).to(tl.float32)
+        x = _scores(logits_ptr, member_stride, row_stride, member, row, token, is_token)
         highest = tl.max(x, axis=0)
         base = tl.where(highest == float("-inf"), 0.0, highest)
         mass = tl.sum(tl.exp(x - base), axis=0)
@@ -141,11 +145,7 @@ def _sum_kernel(
     # Member by member, in the user's order: the order of a float sum is part of the result.
     for member in tl.static_range(NUM_MEMBERS):
         coefficient = tl.load(coefficients_ptr + member)
-        x = tl.load(
-            logits_ptr + tl.cast(member_stride, tl.int64) * member + row * row_stride + token,
-            mask=is_token,
-            other=float("-inf"),
-        ).to(tl.float32)
+        x = _scores(logits_ptr, member_stride, row_stride, member, row, token, is_token)
         if TAKES_PROBS or TAKES_LOGS:
             x -= _log_mass(of_members_ptr, row, member, num_blocks, NUM_MEMBERS, COUNT_BLOCK)
             if TAKES_PROBS:
@@ -202,9 +202,7 @@ def _finish_kernel(
             total = tl.load(at, mask=is_token, other=0.0)
             tl.store(at, tl.log(total / offer), mask=is_token)
     else:
-        x = tl.load(logits_ptr + row * row_stride + token, mask=is_token, other=float("-inf")).to(
-            tl.float32
-        )
+        x = _scores(logits_ptr, member_stride, row_stride, 0, row, token, is_token)
         if TAKES_PROBS or TAKES_LOGS:
             x -= _log_mass(of_members_ptr, row, 0, num_blocks, NUM_MEMBERS, COUNT_BLOCK)
         tl.store(at, x, mask=is_token)
