@@ -71,10 +71,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--temperature", nargs="+", type=float, default=[0.0])
     add(
         "--sampling",
+        nargs="+",
         type=json_object,
-        default={},
+        default=[{}],
         metavar="JSON",
-        help='more of vLLM\'s SamplingParams of every request, such as {"top_p": 0.9}',
+        help='more of vLLM\'s SamplingParams, each measured, such as {} {"top_p": 0.9}',
     )
     add("--prompt-len", type=int, default=64)
     add("--num-tokens", type=int, default=128, help="to decode, per request")
@@ -324,9 +325,11 @@ def record(plan: Plan, lines: Iterator[dict[str, Any]], document: Document) -> N
 def shown(row: dict[str, Any]) -> str:
     rate = "" if row["acceptance_set"] is None else f" a={row['acceptance_set']}"
     speed = row.get("speed_over_plain")
+    asked = f" {json.dumps(row['sampling'])}" if row["sampling"] else ""
     return (
-        f"{row['run']}{rate} batch {row['batch_size']}: {row['ms_per_token']:.3f} ms per token, "
-        f"{row['ms_per_cycle']:.3f} per cycle, {row['tokens_per_cycle']:.3f} tokens per cycle"
+        f"{row['run']}{rate}{asked} batch {row['batch_size']}: "
+        f"{row['ms_per_token']:.3f} ms per token, {row['ms_per_cycle']:.3f} per cycle, "
+        f"{row['tokens_per_cycle']:.3f} tokens per cycle"
         + (f", {speed:.2f} x plain" if speed else "")
     )
 

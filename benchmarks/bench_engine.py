@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class BenchEngine:
 
         self.run, self.plan, self.args = Run.parse(plan.run), plan, args
         self.seeds = count()
-        self.warm: set[tuple[float, int]] = set()
+        self.warm: set[tuple[str, int]] = set()
         self.timed: set[int] = set()
         self.graph_ms: dict[str, Any] | None = None
         """What `bench_graph_times` says of all batch sizes so far"""
@@ -132,20 +132,28 @@ class BenchEngine:
         }
 
     def cells(self) -> Iterator[dict[str, Any]]:
-        for temperature in self.args.temperature:
+        for asked in self._requests():
             for acceptance, batch_size in self.plan.cells():
-                yield self.cell(temperature, acceptance, batch_size)
+                yield self.cell(asked, acceptance, batch_size)
 
-    def cell(self, temperature: float, acceptance: float | None, batch_size: int) -> dict[str, Any]:
+    def _requests(self) -> list[dict[str, Any]]:
+        """SamplingParams that are measured."""
+        kinds = product(self.args.temperature, self.args.sampling)
+        return [{"temperature": temperature, **sampling} for temperature, sampling in kinds]
+
+    def cell(
+        self, asked: dict[str, Any], acceptance: float | None, batch_size: int
+    ) -> dict[str, Any]:
         if acceptance is not None:
             self.rpc("bench_set_acceptance", args=(acceptance,))
-        if (temperature, batch_size) not in self.warm:
-            self._decode(temperature, batch_size)  # compiles what is compiled on first use
-            self.warm.add((temperature, batch_size))
+        kind = (str(asked), batch_size)
+        if kind not in self.warm:
+            self._decode(asked, batch_size)  # compiles what is compiled on first use
+            self.warm.add(kind)
         self.rpc("bench_reset_memory")
         if self.run.takes_turns:
             self.rpc("reset_turn_stats")
-        samples = self._samples(temperature, batch_size)
+        samples = self._samples(asked, batch_size)
         if batch_size not in self.timed:
             self.timed.add(batch_size)
             self.graph_ms = merged(
@@ -154,7 +162,8 @@ class BenchEngine:
         row = {
             "run": self.run.text,
             "batch_size": batch_size,
-            "temperature": temperature,
+            "temperature": asked["temperature"],
+            "sampling": {name: value for name, value in asked.items() if name != "temperature"},
             "acceptance_set": acceptance,
             **summary(samples, batch_size),
             "peak_memory_gib": self.rpc("bench_memory_gib")[0],
@@ -165,7 +174,7 @@ class BenchEngine:
             row |= draft_counts(samples, self.run)
         return row
 
-    def _samples(self, temperature: float, batch_size: int) -> list[Sample]:
+    def _samples(self, asked: dict[str, Any], batch_size: int) -> list[Sample]:
         """Batches until there are enough cycles, or the time for a cell is over."""
         samples, deadline = [], time.perf_counter() + self.args.cell_seconds
         # Without proposals every cycle gives one token: nothing to be averaged out.
@@ -174,24 +183,25 @@ class BenchEngine:
             sum(sample.num_cycles for sample in samples) < min_cycles
             and time.perf_counter() < deadline
         ):
-            samples.append(self._decode(temperature, batch_size))
+            samples.append(self._decode(asked, batch_size))
         return samples
 
-    def _decode(self, temperature: float, batch_size: int, num_tokens: int | None = None) -> Sample:
+    def _decode(
+        self, asked: dict[str, Any], batch_size: int, num_tokens: int | None = None
+    ) -> Sample:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         prompts = [self.prompts[i % len(self.prompts)] for i in range(batch_size)]
         params = [
             SamplingParams(
-                temperature=temperature,
                 # Another for every request ever: what is accepted hangs on seed and position.
                 seed=next(self.seeds),
                 max_tokens=max_model_len(self.run, self.args) - len(prompt),
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
-                **self.args.sampling,
+                **asked,
             )
             for prompt in prompts
         ]
@@ -206,7 +216,7 @@ class BenchEngine:
             self.rpc("bench_set_acceptance", args=(acceptance,))
         folder.mkdir(parents=True, exist_ok=True)
         self.rpc("bench_trace", args=(None,))
-        self._decode(self.args.temperature[0], batch_size, NUM_TRACED_TOKENS)
+        self._decode(self._requests()[0], batch_size, NUM_TRACED_TOKENS)
         path = folder.resolve() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', self.run.text)}.json.gz"
         self.rpc("bench_trace", args=(str(path),))
 

@@ -3,7 +3,8 @@
     python benchmarks/plot.py benchmarks/results/RESULT.json --folder docs/pictures
 
 By acceptance (at one batch size), and by batch size (at each run's first acceptance), measured as
-points, what theory expects of the measured costs as lines.  Each in a light and a dark variant.
+points, what theory expects of the measured costs as lines; of several kinds of requests the first.
+Each in a light and a dark variant.
 """
 
 import argparse
@@ -63,6 +64,12 @@ def is_drawn(row: Row, runs: Sequence[str]) -> bool:
         return False
     run = Run.parse(row["run"])
     return row["run"] in runs if runs else len(run.counted) > 1 and run.alpha != 0
+
+
+def of_one_kind(rows: Sequence[Row]) -> list[Row]:
+    """Those whose requests ask for what the first row's do."""
+    kinds = [(row["temperature"], row["sampling"]) for row in rows]
+    return [row for row, kind in zip(rows, kinds, strict=True) if kind == kinds[0]]
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -154,7 +161,7 @@ def pictures(
         key: [entry for document in documents for entry in document[key]]
         for key in ("configurations", "results")
     }
-    together["results"] = [row for row in together["results"] if is_drawn(row, runs)]
+    together["results"] = of_one_kind([row for row in together["results"] if is_drawn(row, runs)])
     if not together["results"]:
         raise SystemExit("nothing to draw: no row has speed_over_plain; run the plain ensembles")
     smallest = batch_size or min(row["batch_size"] for row in together["results"])

@@ -12,6 +12,8 @@ from theory import run_of, tokens_per_cycle
 from vllm.chef.turns import Turn, Turns
 
 Row = dict[str, Any]
+# Sampling parameters, beside the temperature, of which turns have CUDA graphs.
+IN_GRAPHS = {"min_p", "top_k", "top_p"}
 
 
 def complete(document: dict[str, Any]) -> None:
@@ -27,7 +29,7 @@ def complete(document: dict[str, Any]) -> None:
 
 
 class Index:
-    """Rows of single models and of plain ensembles, by batch size and temperature."""
+    """Rows of single models and of plain ensembles, by batch size and what requests ask for."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = {}
@@ -51,8 +53,8 @@ class Index:
         return found and found["ms_per_token"]
 
     @staticmethod
-    def _cell(row: Row) -> tuple[int, float]:
-        return row["batch_size"], row["temperature"]
+    def _cell(row: Row) -> tuple[int, float, str]:
+        return row["batch_size"], row["temperature"], str(row["sampling"])
 
 
 def compared(row: Row, run: Run, index: Index) -> Row:
@@ -82,12 +84,12 @@ def turns_of(engine: Mapping[str, Any]) -> Turns | None:
 def in_graphs(row: Row, run: Run, engine: Mapping[str, Any]) -> Row:
     """Milliseconds of a cycle that are spent in each turn's CUDA graphs, and the rest.
 
-    None on a CPU; the rest also of vLLM's own speculation, whose drafts are not timed, and where
-    gammas change.
+    None on a CPU, and where requests ask for what turns have no graphs for; the rest also of vLLM's
+    own speculation, whose drafts are not timed, and where gammas change.
     """
     found: Row = {"graph_ms": None, "overhead_ms": None, "overhead_share": None}
     times, size = engine.get("graph_ms"), row["batch_size"]
-    if times is None:
+    if times is None or (run.takes_turns and row["sampling"].keys() - IN_GRAPHS):
         return found
     primary = at_least(times["primary"], size * (1 + run.window))
     found["graph_ms"] = {"primary": primary}

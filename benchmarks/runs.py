@@ -172,6 +172,7 @@ class Target:
             row["run"] in self.runs
             and row["batch_size"] == 1
             and row["temperature"] == 0
+            and not row["sampling"]
             and row["acceptance_set"] == self.acceptance
         )
 

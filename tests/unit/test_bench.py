@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import bench_decode
 import bench_kernels
 import bench_worker
+import plot
 import pytest
 import torch
 from bench_decode import Document, parse_args, plans_of
@@ -44,6 +45,7 @@ SETTINGS = dict(
     prompt_len=64,
     skip=4,
     target="probs",
+    sampling=[{}],
     temperature=[0.0],
 )
 
@@ -310,6 +312,7 @@ def row(run: str, ms: float, tokens: float = 1.0, rate=None, size=1, **more) -> 
         "run": run,
         "batch_size": size,
         "temperature": 0.0,
+        "sampling": {},
         "acceptance_set": rate,
         "ms_per_token": ms,
         "ms_per_cycle": ms * tokens,
@@ -366,6 +369,18 @@ def test_what_is_not_in_graphs_is_overhead():
         rows = [row("a+b@1,5", 1.0, 3.7, 0.8, **more)]
         complete({"results": rows, "configurations": [entry | {"graph_ms": times}]})
         assert rows[0]["graph_ms"]["sum"] == pytest.approx(2 + 1 + spent)
+
+
+def test_requests_of_one_kind_are_compared():
+    graphs = {"primary": {"2": 3.0}, "turns": [{"reading": {"3": 2.0}, "passes": {}}]}
+    kinds = [{}, {"top_p": 0.9}, {"presence_penalty": 0.5}]
+    plain = [row("a+b", ms, sampling=kind) for ms, kind in zip((6.0, 7.0, 8.0), kinds, strict=True)]
+    turns = [turns_row(4.0) | {"sampling": kind} for kind in kinds]
+    complete({"results": plain + turns, "configurations": [ENTRY | {"graph_ms": graphs}]})
+    assert [r["speed_over_plain"] for r in turns] == [1.5, 1.75, 2.0]
+    # Of the last, turns have no graphs.
+    assert [r["graph_ms"] and r["graph_ms"]["sum"] for r in turns] == [5.0, 5.0, None]
+    assert plot.of_one_kind(turns) == turns[:1]
 
 
 def test_graphs_are_timed_for_the_batch_that_runs_in_them(monkeypatch):
