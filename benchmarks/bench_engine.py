@@ -28,8 +28,8 @@ from triton_cpu_interpreter import is_cpu_build
 CHEF_WORKER = "vllm.chef.worker.ChefWorker"
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
 BATCHED_TOKENS, SCHEDULED_TOKENS = 8192, 4096
-# Beyond what is needed, so that no request is ever preempted.
-KV_CACHE_FACTOR = 1.2
+# vLLM's own choices.
+KV_BLOCK_SIZE, KV_BLOCK_SIZE_CPU = 16, 128
 NUM_TRACED_TOKENS = 64
 
 
@@ -385,8 +385,11 @@ def kv_cache_bytes(folders: Sequence[str], num_reqs: int, run: Run, args: Namesp
         head_size = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads
         per_token += 2 * config["num_hidden_layers"] * kv_heads * head_size * value_size
-    needed = per_token * num_reqs * (max_model_len(run, args) + 64) * KV_CACHE_FACTOR
-    return max(int(needed), 64 << 20)
+    # One block more than the longest text has, so that no request is ever preempted; but only one,
+    # so that several engines fit beside one another.
+    block_size = KV_BLOCK_SIZE_CPU if is_cpu_build() else KV_BLOCK_SIZE
+    num_blocks = -(-max_model_len(run, args) // block_size) + 1
+    return max(per_token * num_reqs * num_blocks * block_size, 64 << 20)
 
 
 def make_prompts(args: Namespace, num_prompts: int, tokenizer: Any) -> list[list[int]]:

@@ -190,8 +190,8 @@ CHEF_CD, SD_TARGET_ALONE = f"cd0.1:{BIG}+{SMALL}@1,5", f"cd0:{BIG}+{SMALL}@sd5"
 STOCK = f"{BIG}/{SMALL}@5"
 OUTSIDE = (f"{TWO}+{SMALL}:0@1,1,5", f"{TWO}/{SMALL}@5")
 
-# In the order of their weight: what a killed run lacks is what was asked for last. In threes that
-# 139 GiB hold together (--engines-at-once 3); three 7B models are alone.
+# In the order of their weight: what a killed run lacks is what was asked for last. In fours that
+# 139 GiB hold together (--engines-at-once 4).
 DESIGN = [
     *(Plan(BIG), Plan(TWO), Plan(f"{TWO}@1,1", ACCEPTANCES)),
     *(Plan(f"cd0.1:{BIG}+{SMALL}"), Plan(CHEF_CD, ACCEPTANCES), Plan(STOCK, (0.8,))),

@@ -181,13 +181,15 @@ class Verifier:
 
     def reserve_buffers(self) -> None:
         """Let vLLM's top-k have its buffer as large as it gets: it takes a larger one when it needs
-        it, and CUDA graphs would be left with the old."""
+        it, and CUDA graphs would be left with the old. Few rows have a buffer of their own."""
         num_rows = num_compute_units(self.state.scores.device.index)
         logits = self.state.scores.new_zeros(
             num_rows, self.state.scores.shape[-1], dtype=torch.float32
         )
         top_p = logits[:, 0] + 1
-        apply_top_k_top_p(logits, top_p.int() * logits.shape[-1], top_p)
+        top_k = top_p.int() * logits.shape[-1]
+        for rows in (slice(num_rows), slice(1)):
+            apply_top_k_top_p(logits[rows], top_k[rows], top_p[rows])
 
     def _sampling_params(
         self, part: slice, judged: Judged, scores: StepScores, cycle: Cycle
