@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=GRAMMAR)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="the runs, their targets, and settings that fit")
-    add("--runs", nargs="+", help="instead of a preset's")
+    add("--runs", nargs="+", help="with --preset: these of its runs only")
     add("--batch-sizes", nargs="+", type=int)
     add(
         "--acceptance",
@@ -104,7 +104,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.preset and args.runs:
-        parser.error("--runs: a preset has its own; leave one of them out")
+        known = [plan.run for plan in PRESETS[args.preset][0]]
+        for run in args.runs:
+            if run not in known:
+                parser.error(f"--runs: the preset has no '{run}', but {', '.join(known)}")
     if args.engines_at_once < 1:
         parser.error("--engines-at-once: must be 1 or more")
     if args.resume and not args.out:
@@ -131,7 +134,7 @@ def json_object(text: str) -> dict[str, Any]:
 def plans_of(args: argparse.Namespace) -> list[Plan]:
     """What to run; the batch sizes of the command line replace a preset's."""
     if args.preset:
-        plans = PRESETS[args.preset][0]
+        plans = [p for p in PRESETS[args.preset][0] if not args.runs or p.run in args.runs]
         if not args.batch_sizes:
             return plans
         return [Plan(p.run, p.acceptances, tuple(args.batch_sizes)) for p in plans]

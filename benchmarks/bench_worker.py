@@ -72,12 +72,16 @@ class BenchWorker:
         manager = getattr(self.model_runner, "cudagraph_manager", None)
         if manager is None or not manager.graphs:
             return None
-        turns = getattr(self.model_runner, "turns", None)
-        graphs = self.model_runner.speculator.graphs if turns is not None else []
-        return {
-            "primary": times(manager, batch_size),
-            "turns": [turn_times(of_turn, batch_size) for of_turn in graphs],
-        }
+        found = {"primary": times(manager, batch_size), "turns": []}
+        if getattr(self.model_runner, "turns", None) is not None:
+            speculator = self.model_runner.speculator
+            # Only the second turn's graph begins a cycle: replayed by itself, one of a later turn
+            # would propose again and again, and come to read past its own tokens.
+            gammas = speculator.turn_gammas.clone()
+            speculator.turn_gammas.zero_()
+            found["turns"] = [turn_times(of_turn, batch_size) for of_turn in speculator.graphs]
+            speculator.turn_gammas.copy_(gammas)
+        return found
 
 
 def turn_times(graphs: Any, batch_size: int) -> dict[str, Any]:

@@ -383,17 +383,19 @@ def test_requests_of_one_kind_are_compared():
     assert plot.of_one_kind(turns) == turns[:1]
 
 
+class Desc(SimpleNamespace):
+    """A graph's description, as far as it is looked at."""
+
+    __hash__ = object.__hash__
+
+
+def desc(num_reqs: int, length: int) -> Desc:
+    return Desc(num_reqs=num_reqs, num_tokens=num_reqs * length, uniform_token_count=length)
+
+
 def test_graphs_are_timed_for_the_batch_that_runs_in_them(monkeypatch):
-    def desc(num_reqs, length):
-        return SimpleNamespace(
-            num_reqs=num_reqs, num_tokens=num_reqs * length, uniform_token_count=length
-        )
-
-    class Desc(SimpleNamespace):
-        __hash__ = object.__hash__
-
     sizes = [(8, 2), (1, 2), (4, 2), (2, 3), (4, 3)]
-    manager = SimpleNamespace(graphs={Desc(**vars(desc(*size))): size for size in sizes})
+    manager = SimpleNamespace(graphs={desc(*size): size for size in sizes})
     monkeypatch.setattr(bench_worker, "graph_ms", lambda size: float(size[0]))
     assert bench_worker.times(manager, 3) == {8: 4.0, 12: 4.0}
     assert bench_worker.times(manager, 5) == {16: 8.0}
@@ -401,6 +403,25 @@ def test_graphs_are_timed_for_the_batch_that_runs_in_them(monkeypatch):
     graphs = SimpleNamespace(reading=manager, loops={})
     expected = {"reading": {16: 8.0}, "passes": {}, "passes_per_replay": 0}
     assert bench_worker.turn_times(graphs, 5) == expected
+
+
+def test_nothing_is_proposed_while_graphs_are_timed(monkeypatch):
+    gammas, seen = torch.tensor([1, 1, 5]), []
+    manager = SimpleNamespace(graphs={desc(1, 9): None})
+    turns = [SimpleNamespace(reading=manager, loops={4: manager})] * 2
+    worker = bench_worker.BenchWorker()
+    worker.model_runner = SimpleNamespace(
+        cudagraph_manager=manager,
+        turns=(),
+        speculator=SimpleNamespace(turn_gammas=gammas, graphs=turns),
+    )
+    monkeypatch.setattr(bench_worker, "graph_ms", lambda _: seen.append(gammas.tolist()) or 1.0)
+    found = worker.bench_graph_times(1)
+    assert found["primary"] == {9: 1.0}
+    expected = {"reading": {9: 1.0}, "passes": {9: 1.0}, "passes_per_replay": 4}
+    assert found["turns"] == [expected] * 2
+    assert seen[1:] == [[0, 0, 0]] * 4
+    assert gammas.tolist() == [1, 1, 5]
 
 
 def test_every_operation_of_a_cycle_is_timed():
@@ -524,6 +545,16 @@ def test_a_process_that_dies_leaves_its_rows(monkeypatch, tmp_path):
         {"row": {"run": "a"}},
         {"error": "the engine's process ended with -9"},
     ]
+
+
+def test_some_runs_of_a_preset(capsys):
+    runs = [PRESETS["design"][0][at].run for at in (1, 2)]
+    args = parse_args(["--preset", "design", "--runs", *reversed(runs), "--batch-sizes", "1"])
+    assert [plan.run for plan in plans_of(args)] == runs
+    assert plans_of(args)[1].acceptances
+    with pytest.raises(SystemExit):
+        parse_args(["--preset", "design", "--runs", "a+b"])
+    assert "no 'a+b'" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("option", ["--engines-at-once 0", "--sampling [1]", "--engine-args 1"])
