@@ -12,8 +12,6 @@ from theory import run_of, tokens_per_cycle
 from vllm.chef.turns import Turn, Turns
 
 Row = dict[str, Any]
-# Sampling parameters, beside the temperature, of which turns have CUDA graphs.
-IN_GRAPHS = {"min_p", "top_k", "top_p"}
 
 
 def complete(document: dict[str, Any]) -> None:
@@ -84,12 +82,13 @@ def turns_of(engine: Mapping[str, Any]) -> Turns | None:
 def in_graphs(row: Row, run: Run, engine: Mapping[str, Any]) -> Row:
     """Milliseconds of a cycle that are spent in each turn's CUDA graphs, and the rest.
 
-    None on a CPU, and where requests ask for what turns have no graphs for; the rest also of vLLM's
-    own speculation, whose drafts are not timed, and where gammas change.
+    None on a CPU, and of turns whose requests ask for more than a temperature: they run in other
+    graphs, or without; the rest also of vLLM's own speculation, whose drafts are not timed, and
+    where gammas change.
     """
     found: Row = {"graph_ms": None, "overhead_ms": None, "overhead_share": None}
     times, size = engine.get("graph_ms"), row["batch_size"]
-    if times is None or (run.takes_turns and row["sampling"].keys() - IN_GRAPHS):
+    if times is None or (run.takes_turns and row["sampling"]):
         return found
     primary = at_least(times["primary"], size * (1 + run.window))
     found["graph_ms"] = {"primary": primary}

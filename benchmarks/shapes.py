@@ -4,6 +4,7 @@ The shapes are those of public checkpoints; their figures are from the checkpoin
 """
 
 import json
+import os
 from pathlib import Path
 
 LLAMA = {
@@ -48,5 +49,8 @@ def make_shape(name: str, root: Path) -> str:
     """The folder of a shape below `root`, made if need be."""
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**LLAMA, **SHAPES[name]}, indent=2))
+    # At once: engines that start together make and read the same.
+    part = folder / f"config.{os.getpid()}.part"
+    part.write_text(json.dumps({**LLAMA, **SHAPES[name]}, indent=2))
+    os.replace(part, folder / "config.json")
     return str(folder)

@@ -57,6 +57,8 @@ class Manager:
     requests fill a batch up depends on how many tokens each has."""
 
     num_replays: Counter[int] = Counter()
+    with_filters: set[bool] = set()
+    """Of what was replayed"""
     _candidates: dict[Any, Any] = {}
 
     def __init__(self, speculator: ChefSpeculator, length: int) -> None:
@@ -86,6 +88,8 @@ class Manager:
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> None:
         Manager.num_replays[desc.uniform_token_count] += 1
+        if desc.uniform_token_count > 1:
+            Manager.with_filters.add(self.function.__kwdefaults__["function"].args[-1])
         speculator, num_tokens = self.speculator, desc.num_tokens
         mappings = speculator.block_tables.slot_mappings[:, :num_tokens]
         self.function(
@@ -161,10 +165,10 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
         Manager.num_replays.clear()
         tokens, sampled, stats = run()
         replays = dict(Manager.num_replays)
-        for params, are_replayed in ((FILTERED, True), (PENALISED, False)):
-            Manager.num_replays.clear()
+        for params, with_filters in ((SAMPLED, {False}), (FILTERED, {True}), (PENALISED, set())):
+            Manager.with_filters.clear()
             generate(llm, PROMPTS, params)
-            assert any(length > 1 for length in Manager.num_replays) == are_replayed
+            assert Manager.with_filters == with_filters
     assert tokens == [out.token_ids for out in expected]
     # What is proposed is the same as well, and so what is accepted and, above temperature 0, what
     # is drawn; depths of `auto` are random.

@@ -38,6 +38,7 @@ FILTERS = [
     {key: value for key, value in parameters.items() if key != "repetition_penalty"}
     for parameters in PARAMETERS
 ]
+TEMPERATURES = [dict(temperature=t) for t in (1.0, 0.6, 1.5)]
 WEIGHTS = {2: [0.6, 0.4], 3: [0.5, 0.3, 0.2], "outside": [0.6, 0.4, 0]}
 # target, weights, turns, tokens carried from step to step
 CASES = {
@@ -143,19 +144,29 @@ def test_turns_sample_from_the_ensemble(case, models, references):
 
 @pytest.mark.gpu
 # Few rows are filtered by other kernels of vLLM's than many; a batch of three fills a graph up.
+# Without filters there are graphs of their own.
 @pytest.mark.parametrize(
-    ("case", "num_at_once"), [("raw-logits", 60), ("raw-logits", 3), ("probs-3", 60), ("sd", 60)]
+    ("case", "num_at_once", "asked"),
+    [
+        ("raw-logits", 60, FILTERS),
+        ("raw-logits", 3, FILTERS),
+        ("probs-3", 60, FILTERS),
+        ("sd", 60, FILTERS),
+        ("raw-logits", 60, TEMPERATURES),
+        ("probs-3", 60, TEMPERATURES),
+        ("outside", 3, TEMPERATURES),
+    ],
 )
 def test_turns_sample_in_half_precision_and_cuda_graphs(
-    case, num_at_once, models, references, monkeypatch
+    case, num_at_once, asked, models, references, monkeypatch
 ):
     """Scores are rounded, the rule is the same: too coarse to see with as many draws."""
     replays = counted_replays(monkeypatch)
     arguments = dict(dtype="bfloat16", enforce_eager=False)
     # At once what one step reads: the next one only decodes.
-    found = p_values(case, models, references, FILTERS, num_at_once, **arguments)
+    found = p_values(case, models, references, asked, num_at_once, **arguments)
     assert min(found) > P_VALUE
-    num_batches = NUM_DRAWS * len(FILTERS) / num_at_once
+    num_batches = NUM_DRAWS * len(asked) / num_at_once
     assert replays[True] >= num_batches, "turns run in CUDA graphs"
 
 

@@ -91,7 +91,9 @@ def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
                 assert of_turn.num_reqs >= num_reqs
                 assert of_turn.uniform_token_count == length + num_new
         num_lengths = 1 + turns.window if auto else 1
-        assert len(graphs.reading._capture_descs.get(FULL, [])) <= 1.5 * num_sizes * num_lengths
+        assert (
+            len(graphs.reading[True]._capture_descs.get(FULL, [])) <= 1.5 * num_sizes * num_lengths
+        )
     assert (found > 0) == bool(SIZES[sizes])
     assert vllm_config.compilation_config.cudagraph_capture_sizes is SIZES[sizes]
 

@@ -19,8 +19,8 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
-# num_reqs, num_tokens, attention metadata and slot mappings by layer
-Captured = Callable[[int, int, Any, Any], None]
+# A choice, num_reqs, num_tokens, attention metadata and slot mappings by layer
+Captured = Callable[[int, int, int, Any, Any], None]
 
 
 def with_room(vllm_config: VllmConfig, step_len: int, num_new: int) -> VllmConfig:
@@ -65,7 +65,8 @@ class TurnGraphs:
         step_len: tokens per request in the engine step when all requests decode, at most.
         num_new: tokens besides these that the member reads.
         num_passes: how many passes of one token may follow.
-        reads: what a turn does up to its first proposal.
+        reads: what a turn does up to its first proposal; takes first whether requests may have
+            filters. Those are a dozen kernels, which requests without any should not wait for.
         passes: the passes of one token; takes their number first.
     """
 
@@ -77,13 +78,17 @@ class TurnGraphs:
         num_new: int,
         num_passes: Collection[int],
         reads: Captured,
-        passes: Callable[..., None],
+        passes: Captured,
     ) -> None:
         mode = CUDAGraphMode.FULL_DECODE_ONLY
-        self.reading = SpeculatorCudaGraphManager(
-            with_room(vllm_config, step_len, num_new), device, mode, step_len + num_new
-        )
-        offer_every_length(self.reading)
+        config, length = with_room(vllm_config, step_len, num_new), step_len + num_new
+        self.reading = {
+            filters: SpeculatorCudaGraphManager(config, device, mode, length)
+            for filters in (False, True)
+        }
+        """By whether requests may have filters; otherwise alike"""
+        for manager in self.reading.values():
+            offer_every_length(manager)
         self.loops = {
             number: SpeculatorCudaGraphManager(vllm_config, device, mode, 1)
             for number in num_passes
@@ -93,7 +98,10 @@ class TurnGraphs:
 
     def capture(self, *args: Any) -> None:
         """As `SpeculatorCudaGraphManager.capture`, without its first argument."""
-        captures = [(self.reading, self.reads, "reading")]
+        captures = []
+        for filters, manager in self.reading.items():
+            name = "reading, with filters" if filters else "reading"
+            captures.append((manager, partial(self.reads, filters), name))
         for number, manager in self.loops.items():
             captures.append((manager, partial(self.passes, number), f"{number} tokens"))
         for manager, function, name in captures:
@@ -107,11 +115,12 @@ class TurnGraphs:
 
     def find(self, num_reqs: int, query_len: int) -> BatchExecutionDescriptor | None:
         """The graph in which a member reads so many tokens of each request, for `replay`."""
-        desc = self.reading.dispatch(num_reqs, num_reqs * query_len, query_len, num_active_loras=0)
+        either, num_tokens = self.reading[False], num_reqs * query_len
+        desc = either.dispatch(num_reqs, num_tokens, query_len, num_active_loras=0)
         return desc if desc.cg_mode == CUDAGraphMode.FULL else None
 
-    def replay(self, desc: BatchExecutionDescriptor) -> None:
-        self.reading.run_fullgraph(desc)
+    def replay(self, desc: BatchExecutionDescriptor, filters: bool) -> None:
+        self.reading[filters].run_fullgraph(desc)
 
     def replay_passes(self, number: int, num_reqs: int) -> bool:
         """All passes of one token; False where there is no graph of them, and nothing is done."""
@@ -126,5 +135,5 @@ class TurnGraphs:
 
     def max_reading_tokens(self) -> int:
         """Of the largest batch that has a graph; 0 where there is none."""
-        descs = self.reading._capture_descs.get(CUDAGraphMode.FULL, [])
+        descs = self.reading[False]._capture_descs.get(CUDAGraphMode.FULL, [])
         return max((desc.num_tokens for desc in descs), default=0)

@@ -84,7 +84,7 @@ class ChefRunner(MemberRunner):
             grammar_output is not None
             or prompt_logprobs.is_asked
             or not self._asks_for_filters_only(input_batch)
-            or not speculator.replay(hidden_states)
+            or not speculator.replay(hidden_states, self._asks_for_filters(input_batch))
         ):
             scores = self._first_turn(hidden_states, input_batch, grammar_output)
             logprobs = speculator.run(scores, self._forbidden(scores))
@@ -119,6 +119,15 @@ class ChefRunner(MemberRunner):
             or bias.use_logit_bias[slots].any()
             or penalties.use_penalty[slots].any()
             or bad_words.num_bad_words.np[slots].any()
+        )
+
+    def _asks_for_filters(self, batch: InputBatch) -> bool:
+        """Whether a request has min-p, top-k or top-p."""
+        slots, states = batch.idx_mapping_np[: batch.num_reqs], self.sampler.sampling_states
+        return bool(
+            (states.min_p.np[slots] != 0).any()
+            or (states.top_k.np[slots] != states.vocab_size).any()
+            or (states.top_p.np[slots] != 1).any()
         )
 
     @torch.inference_mode()

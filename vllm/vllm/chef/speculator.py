@@ -239,9 +239,11 @@ class ChefSpeculator(StandaloneARSpeculator):
     def replay(
         self,
         hidden_states: torch.Tensor,  # [num_tokens, ...] of the engine step
+        filters: bool,
     ) -> bool:
-        """The same, for requests that ask for no more than temperature, min-p, top-k and top-p;
-        False where there are no CUDA graphs of such a step, and nothing is done."""
+        """The same, for requests that ask for no more than temperature and, where `filters`, min-p,
+        top-k and top-p; False where there are no CUDA graphs of such a step, and nothing is done.
+        """
         num_reqs, query_len = self.cycle.num_reqs, self._uniform_query_len()
         if not self.graphs or query_len is None:
             return False
@@ -254,7 +256,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         rows = self.batch.logits_indices
         torch.index_select(hidden_states, 0, rows, out=self.step_hidden_states[: len(rows)])
         for turn, (graphs, desc) in enumerate(zip(self.graphs, descs, strict=True), start=1):
-            graphs.replay(desc)
+            graphs.replay(desc, filters)
             if turn < len(self.turns) - 1:
                 self._propose_more(turn)
         return True
@@ -273,6 +275,7 @@ class ChefSpeculator(StandaloneARSpeculator):
     def _captured_turn(
         self,
         turn: int,
+        filters: bool,
         num_reqs: int,
         num_tokens: int,
         attn_metadata: Any,
@@ -284,7 +287,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         num_rows = length - self.turns.num_new(turn)  # of the engine step, per request
         starts = self.arange_gpu[: num_reqs + 1] * num_rows
         logits = [logits[: num_reqs * num_rows] for logits in self.step_logits]
-        scores = StepScores(logits)
+        scores = StepScores(logits, filters=filters)
         if turn == 1:
             hidden_states = self.step_hidden_states[: num_reqs * num_rows]
             for made, kept in zip(

@@ -6,6 +6,7 @@ norm(max(0, r - q)) takes its place (Leviathan et al. 2023, arXiv 2211.17192, al
 """
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,8 @@ class StepScores(NamedTuple):
     """[num_rows, vocab_size] of a grammar, 0 or -inf, for all members"""
     batch: InputBatch | None = None
     """None: no request asks for more than temperature, min-p, top-k and top-p"""
+    filters: bool = True
+    """Whether one may ask for min-p, top-k or top-p, where there is no batch"""
 
 
 class Judged(NamedTuple):
@@ -125,15 +128,23 @@ class Verifier:
     ) -> torch.Tensor:  # [num_members, num_reqs, num_columns, vocab_size]
         """All members' raw logits, in the widest of their dtypes, since a proposal must be judged
         by the very scores that it was drawn from; anything where a member has not scored."""
-        members = []
+        sources = []
         for member in range(self.ensemble.num_members):
             turn = self.turn_of[member]
             if turn == 0:
                 of_turn, rows = scores.logits[self.turns[0].members.index(member)], judged.step_rows
             else:
                 of_turn, rows = self.state.kept_scores[turn - 1], judged.kept_rows
-            members.append(of_turn[rows])
-        return torch.stack(members)
+            sources.append((of_turn, rows.flatten()))
+        widest = reduce(torch.promote_types, (of_turn.dtype for of_turn, _ in sources))
+        shape = (len(sources), *judged.segment.shape, self.state.scores.shape[-1])
+        members = self.state.scores.new_empty(shape, dtype=widest)
+        for made, (of_turn, rows) in zip(members.flatten(1, 2), sources, strict=True):
+            if of_turn.dtype == widest:
+                torch.index_select(of_turn, 0, rows, out=made)
+            else:
+                made.copy_(of_turn[rows])
+        return members
 
     def _target(
         self,
@@ -148,34 +159,38 @@ class Verifier:
         sampling parameters, and where `reports` those that log-probabilities are reported of."""
         members = members.flatten(1, 2)
         if scores.batch is None:
-            process = self._filters(cycle.part(part), judged)
+            process = self._filters(cycle.part(part), judged, scores.filters)
         else:
             process = self._sampling_params(part, judged, scores, cycle)
         probs, raw = self.ensemble.combines_probs, None
         if self.ensemble.samples_members:
-            target = combine(self.function, torch.stack([process(m) for m in members]), probs)
+            target = combine(self.function, process(members), probs)
         else:
             raw = combine(self.function, members, probs)
-            target = process(raw)
+            (target,) = process(raw[None])
         if not reports:
             return target, None
         if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
             return target, target
         return target, combine(self.function, members, probs) if raw is None else raw
 
-    def _filters(self, cycle: Cycle, judged: Judged) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Sampling parameters of requests that have no others; nothing in it asks the host, so
-        that all of it can be in a CUDA graph. Rows of requests without one leave its kernel at
-        once."""
-        requests = self._layout(*judged.segment.shape).request
-        top_k, top_p = cycle.top_k[requests], cycle.top_p[requests]
+    def _filters(
+        self, cycle: Cycle, judged: Judged, filters: bool
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Temperature, and where `filters` min-p, top-k and top-p, of `[count, num_rows,
+        vocab_size]`. Nothing in it asks the host, so that all of it can be in a CUDA graph; a
+        request without one leaves that one's kernel at once."""
+        request = self._layout(*judged.segment.shape).request
 
         def process(logits: torch.Tensor) -> torch.Tensor:
             # Members' logits are needed as they are for the proposals; a combination is not.
-            logits = logits.to(torch.float32, copy=self.ensemble.samples_members)
-            apply_temperature(logits, requests, cycle.temperature)
-            apply_min_p(logits, requests, cycle.min_p)
-            return apply_top_k_top_p(logits, top_k, top_p)
+            processed = logits.to(torch.float32, copy=self.ensemble.samples_members)
+            rows, of_rows = processed.flatten(0, 1), request.expand(len(logits), -1).flatten()
+            apply_temperature(rows, of_rows, cycle.temperature)
+            if filters:
+                apply_min_p(rows, of_rows, cycle.min_p)
+                rows = apply_top_k_top_p(rows, cycle.top_k[of_rows], cycle.top_p[of_rows])
+            return rows.view(logits.shape)
 
         return process
 
@@ -208,7 +223,12 @@ class Verifier:
             self._layout(*judged.segment.shape).column,
             batch.seq_lens_cpu_upper_bound.numpy()[part] + num_columns,
         )
-        return lambda logits: self.sampler.apply_sampling_params(logits, *arguments)
+
+        def process(logits: torch.Tensor) -> torch.Tensor:
+            made = [self.sampler.apply_sampling_params(rows, *arguments) for rows in logits]
+            return made[0][None] if len(made) == 1 else torch.stack(made)
+
+        return process
 
     def _proposal(
         self,
