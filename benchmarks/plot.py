@@ -156,12 +156,14 @@ def by_batch_size(axes: Axes, document: dict[str, Any], colours: Sequence[str]) 
 def pictures(
     documents: Sequence[dict[str, Any]], runs: Sequence[str], batch_size: int | None
 ) -> Iterator[tuple[str, str, Any]]:
-    """(name, theme, figure); of several documents the results are put together."""
-    together = documents[0] | {
-        key: [entry for document in documents for entry in document[key]]
-        for key in ("configurations", "results")
-    }
-    together["results"] = of_one_kind([row for row in together["results"] if is_drawn(row, runs)])
+    """(name, theme, figure); of several documents the runs that were finished are put together."""
+    engines, rows = [], []
+    for document in documents:
+        done = [entry for entry in document["configurations"] if entry["status"] == "done"]
+        names = {entry["run"] for entry in done}
+        engines += done
+        rows += [row for row in document["results"] if row["run"] in names and is_drawn(row, runs)]
+    together = documents[0] | {"configurations": engines, "results": of_one_kind(rows)}
     if not together["results"]:
         raise SystemExit("nothing to draw: no row has speed_over_plain; run the plain ensembles")
     smallest = batch_size or min(row["batch_size"] for row in together["results"])
