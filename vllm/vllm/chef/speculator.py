@@ -305,7 +305,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             )
             self._open(cycle, scores)
         query_start = self.input_buffers.query_start_loc[: num_reqs + 1]
-        query_start.copy_(self.arange_gpu[: num_reqs + 1] * length)
+        torch.mul(self.arange_gpu[: num_reqs + 1], length, out=query_start)
         start, is_again = self._prepare_tokens(cycle, query_start, num_tokens)
         if attn_metadata is not None:
             mappings = self._slot_mappings(cycle, num_tokens)
