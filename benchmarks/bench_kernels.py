@@ -75,7 +75,9 @@ def operations(
     kinds = {"torch": eager, "triton": fused}
     if device.type == "cpu":
         del kinds["triton"]
-    calls = {kind: of_cycle(ops, gammas, num_reqs, device) for kind, ops in kinds.items()}
+    calls = {
+        kind: of_cycle(ops, gammas, num_reqs, vocab_size, device) for kind, ops in kinds.items()
+    }
     for name in calls["torch"]:
         yield name, {kind: found[name] for kind, found in calls.items()}
     num_columns = sum(gammas)
@@ -95,7 +97,7 @@ def operations(
 
 
 def of_cycle(
-    ops: ModuleType, gammas: Sequence[int], num_reqs: int, device: torch.device
+    ops: ModuleType, gammas: Sequence[int], num_reqs: int, vocab_size: int, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
     """Every operation on columns, on requests that all decode with a full window."""
     turns = chef_turns(gammas, list(range(len(gammas), 0, -1)), [True] * len(gammas))
@@ -124,11 +126,25 @@ def of_cycle(
     num_sampled = torch.full((num_reqs,), 2, dtype=torch.int32, device=device)
     ops.begin_cycle(state, cycle, starts, starts, seq_lens, ids)
     start = cycle.start.clone()
+    columns = torch.arange(num_reqs * num_columns, device=device).view(num_reqs, num_columns)
+    logits = torch.randn(len(columns.flatten()), vocab_size, dtype=torch.bfloat16, device=device)
+    proposers = [turns[turn].members[0] for turn in turns.in_window[:num_segments]]
+    segment = columns % num_columns % num_segments
     return {
         "load": lambda: ops.load(all_cycle, slots, states),
         "begin_cycle": lambda: ops.begin_cycle(state, cycle, starts, starts, seq_lens, ids),
         "candidates": lambda: ops.candidates(state, cycle, num_segments, num_columns),
+        "gather_scores": lambda: ops.gather_scores(
+            cycle,
+            [logits] * len(gammas),
+            [columns] * len(gammas),
+            segment,
+            proposers,
+            torch.float32,
+            scales=True,
+        ),
         "settle": lambda: ops.settle(state, cycle, sampled, num_sampled, num_segments, False),
+        "last_scored": lambda: ops.last_scored(cycle),
         "append": lambda: ops.append(state, cycle, last, turn_gammas, tokens),
         "prepare_tokens": lambda: ops.prepare_tokens(
             state, cycle, all_token_ids, query_start, ids, positions, seq_lens

@@ -43,7 +43,9 @@ class Recorder:
         return launch
 
 
-def triton_type(value: torch.Tensor | int) -> str:
+def triton_type(value: Any) -> Any:  # as JSON has it, with lists for tuples
+    if isinstance(value, tuple):
+        return [triton_type(part) for part in value]
     if isinstance(value, int):
         return "i32"
     names = {torch.bool: "i1", torch.int32: "i32", torch.int64: "i64", torch.float32: "fp32"}
@@ -80,14 +82,19 @@ def compile_launch(launch: dict[str, Any]) -> None:
 
     kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
-    constants = {places[name]: value for name, value in launch["constants"].items()}
-    signature = {name: launch["types"].get(name, "constexpr") for name in kernel.arg_names}
+    constants = {places[name]: as_tuple(value) for name, value in launch["constants"].items()}
+    types = {name: as_tuple(value) for name, value in launch["types"].items()}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     for capability in CAPABILITIES:
         triton.compile(
             ASTSource(kernel, signature, constants),
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": launch["num_warps"]},
         )
+
+
+def as_tuple(value: Any) -> Any:
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

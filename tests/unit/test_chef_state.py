@@ -208,9 +208,15 @@ def test_members_are_judged_by_the_scores_that_they_proposed_from():
         state=state,
         turns=TURNS,
         turn_of=TURNS.turn_of,
-        ensemble=SimpleNamespace(num_members=3),
+        ops=ops,
+        proposers=[0, 1, 2],
+        ensemble=SimpleNamespace(num_members=3, samples_members=True),
     )
-    members = Verifier._members(verifier, judged, StepScores([first]))
+    scores = StepScores([first], batch=object())  # asks for raw logits
+    members, proposal = Verifier._gather(verifier, make_cycle(state, 1), judged, scores, 3)
     assert members.shape == (3, 1, 2, VOCAB_SIZE)
     assert members[0, 0].equal(first)
     assert (members[1:] == 3).all()
+    assert proposal.dtype == torch.float32
+    assert proposal[0, 0].equal(first[0])  # of segment 0
+    assert (proposal[0, 1] == 3).all()

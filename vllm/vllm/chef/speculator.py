@@ -285,7 +285,6 @@ class ChefSpeculator(StandaloneARSpeculator):
         cycle = self.all_cycle.rows(num_reqs)
         length = num_tokens // num_reqs
         num_rows = length - self.turns.num_new(turn)  # of the engine step, per request
-        starts = self.arange_gpu[: num_reqs + 1] * num_rows
         logits = [logits[: num_reqs * num_rows] for logits in self.step_logits]
         scores = StepScores(logits, filters=filters)
         if turn == 1:
@@ -295,6 +294,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             ):
                 kept.copy_(made)
             engine_step = self.target_input_buffers
+            starts = self.arange_gpu[: num_reqs + 1] * num_rows
             self.ops.begin_cycle(
                 self.state,
                 cycle,
@@ -339,11 +339,11 @@ class ChefSpeculator(StandaloneARSpeculator):
         """The first turn: decide, and propose the token past the window, if all of it was read."""
         logprobs = self.verifier.decide(0, scores, cycle)
         if not self.turns.draws:
-            rows = cycle.first_row + torch.minimum(cycle.end, cycle.num_drafts)
+            rows, last = self.ops.last_scored(cycle)
             logits = scores.logits[0][rows]
             if scores.mask is not None:
                 logits = logits + scores.mask[rows]
-            tokens = self._draw(logits, cycle, cycle.last_position)
+            tokens = self._draw(logits, cycle, last)
             self.ops.append(self.state, cycle, 0, self.turn_gammas, tokens)
         return logprobs
 
@@ -367,8 +367,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         them where no token has been settled since."""
         # The columns that the member has to score, at most, back from the one past the end.
         count = self.turns.num_unscored(turn)
-        last = cycle.last_position
-        rows, kept = self.ops.place_scores(
+        rows, kept, last = self.ops.place_scores(
             self.state, cycle, turn, count, reading.query_start, reading.start
         )
         logits = self._logits(turn, reading.hidden_states[rows.flatten()])
@@ -385,6 +384,8 @@ class ChefSpeculator(StandaloneARSpeculator):
         """The turn's passes of one token."""
         cycle = self.cycle
         num_passes = self.turns.num_passes(self.gammas[turn])
+        if not num_passes:
+            return
         if self.graphs and self.graphs[turn - 1].replay_passes(num_passes, cycle.num_reqs):
             return
         self._fill_query_start(self.arange_gpu[: cycle.num_reqs + 1], cycle.num_reqs)

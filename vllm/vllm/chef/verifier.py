@@ -102,11 +102,14 @@ class Verifier:
         tokens, num_sampled, rows = [], [], []
         for part in self._chunks(cycle.num_reqs, num_columns):
             here = Judged(*(field[part] for field in judged))
-            members = self._members(here, scores)
-            # The first turn proposes after the grammar's mask, the others know of none.
-            masked = members if scores.mask is None else members + scores.mask[here.step_rows]
-            target, reported = self._target(part, masked, here, scores, cycle, bool(logprobs_dims))
-            proposal = self._proposal(members, masked, here, num_segments)
+            members, proposal = self._gather(cycle.part(part), here, scores, num_segments)
+            if scores.mask is not None:
+                # The first turn proposes after the grammar's mask, the others know of none.
+                mask = scores.mask[here.step_rows]
+                is_first = here.segment == self.turns.in_window.index(0)
+                proposal = torch.where(is_first[:, :, None], proposal + mask, proposal)
+                members = members + mask
+            target, reported = self._target(part, members, here, scores, cycle, bool(logprobs_dims))
             sampled, count = self._verify(part, target, proposal, here, cycle)
             tokens.append(sampled)
             num_sampled.append(count)
@@ -123,28 +126,32 @@ class Verifier:
             return None
         return self._logprobs(rows, num_columns, cycle, scores.batch, *logprobs_dims)
 
-    def _members(
-        self, judged: Judged, scores: StepScores
-    ) -> torch.Tensor:  # [num_members, num_reqs, num_columns, vocab_size]
-        """All members' raw logits, in the widest of their dtypes, since a proposal must be judged
-        by the very scores that it was drawn from; anything where a member has not scored."""
-        sources = []
+    def _gather(
+        self, cycle: Cycle, judged: Judged, scores: StepScores, num_segments: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All members' logits `[num_members, num_reqs, num_columns, vocab_size]`, of which those of
+        a member that has not scored may be anything, ready for `_filters` where there is no batch,
+        else raw; and the raw ones of the proposers, `[num_reqs, num_columns, vocab_size]`."""
+        sources, rows = [], []
         for member in range(self.ensemble.num_members):
             turn = self.turn_of[member]
             if turn == 0:
-                of_turn, rows = scores.logits[self.turns[0].members.index(member)], judged.step_rows
+                sources.append(scores.logits[self.turns[0].members.index(member)])
+                rows.append(judged.step_rows)
             else:
-                of_turn, rows = self.state.kept_scores[turn - 1], judged.kept_rows
-            sources.append((of_turn, rows.flatten()))
-        widest = reduce(torch.promote_types, (of_turn.dtype for of_turn, _ in sources))
-        shape = (len(sources), *judged.segment.shape, self.state.scores.shape[-1])
-        members = self.state.scores.new_empty(shape, dtype=widest)
-        for made, (of_turn, rows) in zip(members.flatten(1, 2), sources, strict=True):
-            if of_turn.dtype == widest:
-                torch.index_select(of_turn, 0, rows, out=made)
-            else:
-                made.copy_(of_turn[rows])
-        return members
+                sources.append(self.state.kept_scores[turn - 1])
+                rows.append(judged.kept_rows)
+        scales = scores.batch is None and self.ensemble.samples_members
+        dtype = reduce(torch.promote_types, (source.dtype for source in sources))
+        return self.ops.gather_scores(
+            cycle,
+            sources,
+            rows,
+            judged.segment,
+            self.proposers[:num_segments],
+            torch.float32 if scales else dtype,
+            scales,
+        )
 
     def _target(
         self,
@@ -177,17 +184,17 @@ class Verifier:
     def _filters(
         self, cycle: Cycle, judged: Judged, filters: bool
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Temperature, and where `filters` min-p, top-k and top-p, of `[count, num_rows,
-        vocab_size]`. Nothing in it asks the host, so that all of it can be in a CUDA graph; a
-        request without one leaves that one's kernel at once."""
+        """Temperature, unless members come with it, and where `filters` min-p, top-k and top-p, of
+        `[count, num_rows, vocab_size]` float32, in place. Nothing in it asks the host, so that all
+        of it can be in a CUDA graph; a request without one leaves that one's kernel at once."""
         request = self._layout(*judged.segment.shape).request
 
         def process(logits: torch.Tensor) -> torch.Tensor:
-            # Members' logits are needed as they are for the proposals; a combination is not.
-            processed = logits.to(torch.float32, copy=self.ensemble.samples_members)
-            rows, of_rows = processed.flatten(0, 1), request.expand(len(logits), -1).flatten()
-            apply_temperature(rows, of_rows, cycle.temperature)
+            rows = logits.flatten(0, 1)
+            if not self.ensemble.samples_members:
+                apply_temperature(rows, request, cycle.temperature)
             if filters:
+                of_rows = request.expand(len(logits), -1).flatten()
                 apply_min_p(rows, of_rows, cycle.min_p)
                 rows = apply_top_k_top_p(rows, cycle.top_k[of_rows], cycle.top_p[of_rows])
             return rows.view(logits.shape)
@@ -229,24 +236,6 @@ class Verifier:
             return made[0][None] if len(made) == 1 else torch.stack(made)
 
         return process
-
-    def _proposal(
-        self,
-        members: torch.Tensor,  # [num_members, num_reqs, num_columns, vocab_size], raw
-        masked: torch.Tensor,  # as members, after the grammar's mask
-        judged: Judged,
-        num_segments: int,
-    ) -> torch.Tensor:  # [num_reqs, num_columns, vocab_size]
-        """Logits of the member that proposed each column."""
-        proposers = self.proposers[:num_segments]
-        if self.turns.draws:
-            proposers = [member for member in proposers if self.turn_of[member] != 0]
-        logits = None
-        for at, member in enumerate(proposers):
-            rows = (masked if self.turn_of[member] == 0 else members)[member]
-            here = (judged.segment == at)[:, :, None]
-            logits = rows if logits is None else torch.where(here, rows, logits)
-        return logits
 
     def _verify(
         self,

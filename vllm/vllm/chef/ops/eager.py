@@ -1,7 +1,10 @@
 """What a cycle does with its columns, in torch: the reference for `fused.py`, and the CPU's own.
 
-All change `state` and `cycle` in place, and nothing waits for the host.
+All but `gather_scores` change `state` and `cycle` in place, and nothing waits for the host.
 """
+
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 
@@ -112,6 +115,35 @@ def candidates(
     return proposed, segment_of(columns, lengths), positions - 1, step_rows, kept_rows
 
 
+def gather_scores(
+    cycle: Cycle,
+    sources: Sequence[torch.Tensor],  # num_members x [any number of rows, vocab_size], raw logits
+    rows: Sequence[torch.Tensor],  # num_members x [num_reqs, num_columns], of the sources
+    segment: torch.Tensor,  # [num_reqs, num_columns]
+    proposers: Sequence[int],  # members, by segment
+    dtype: torch.dtype,
+    scales: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the members and the proposers say of each column.
+
+    Returns all members' logits `[num_members, num_reqs, num_columns, vocab_size]` as `dtype`,
+    divided by the temperature where `scales` (not by 0, which stands for greedy decoding); and the
+    raw ones of the member that proposed the column, `[num_reqs, num_columns, vocab_size]` in the
+    widest dtype of the sources, since a proposal must be judged by the very scores that it was
+    drawn from. At temperature 0 it is judged by its token alone: there these may be anything.
+    """
+    widest = reduce(torch.promote_types, (source.dtype for source in sources))
+    raw = [source[at].to(widest) for source, at in zip(sources, rows, strict=True)]
+    proposal = raw[proposers[0]]
+    for at, member in enumerate(proposers[1:], start=1):
+        proposal = torch.where((segment == at)[:, :, None], raw[member], proposal)
+    members = torch.stack(raw).to(dtype)
+    if scales:
+        temperature = cycle.temperature.masked_fill(cycle.temperature == 0, 1)
+        members /= temperature[:, None, None]
+    return members, proposal
+
+
 def settle(
     state: ProposalState,
     cycle: Cycle,
@@ -164,6 +196,13 @@ def append(
     cycle.tokens.scatter_(1, column[:, None], tokens[:, None])
     cycle.end += where
     (cycle.lengths if turn == 0 else cycle.new_lengths)[:, turn] += where
+
+
+def last_scored(cycle: Cycle) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the first turn proposes from: the row among the engine step's scores, and the position
+    of the last token, both `[num_reqs]`.  Where it did not read that token, the row is of one
+    before; nothing is proposed there."""
+    return cycle.first_row + torch.minimum(cycle.end, cycle.num_drafts), cycle.last_position
 
 
 def prepare_tokens(
@@ -225,12 +264,13 @@ def place_scores(
     count: int,
     query_start: torch.Tensor,  # [num_reqs + 1] of what the member reads
     start: torch.Tensor,  # [num_reqs] position of the first token it reads
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Where the last `count` columns, up to the one past the end, are read from and kept.
 
     Returns rows of the hidden states, which end with that of the last column, and rows of the
     scores that are kept of the turn, both `[num_reqs, count]`; what has been scored before, or is
-    of no column, goes to the row that nobody reads.
+    of no column, goes to the row that nobody reads.  Third the position of the last token,
+    `[num_reqs]`.
     """
     columns = cycle.end[:, None] - torch.arange(count - 1, -1, -1, device=cycle.end.device)
     positions = cycle.first[:, None] + columns
@@ -239,7 +279,7 @@ def place_scores(
     is_new = positions >= state.scored[cycle.slots, turn, None]
     keep = is_new & (columns >= 0) & cycle.active[:, None]
     _mark_scored(state, cycle, turn, positions, keep)
-    return rows, kept_row(state, cycle, positions, keep)
+    return rows, kept_row(state, cycle, positions, keep), cycle.last_position
 
 
 def place_score(

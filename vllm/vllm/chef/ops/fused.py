@@ -1,9 +1,12 @@
-"""What `eager.py` does, one Triton kernel per function and one program per request.
+"""What `eager.py` does, one Triton kernel per function.
 
-In torch each function is a dozen operations or more on a handful of numbers each, which together
-cost more than a small member's proposals.  Every function is as its namesake; the tests run both on
-the same cycles.
+In torch each function is a dozen operations or more, most on a handful of numbers each, which
+together cost more than a small member's proposals.  Every function is as its namesake; the tests
+run both on the same cycles.  But for `gather_scores`, a program is a request.
 """
+
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from vllm.triton_utils import tl, triton
@@ -13,6 +16,8 @@ from vllm.chef.stats import TurnStats
 
 # Tokens of a request that a program reads at a time.
 TOKEN_BLOCK = 256
+# Of the vocabulary, likewise.
+VOCAB_BLOCK = 4096
 
 
 @triton.jit
@@ -90,7 +95,7 @@ def _load_kernel(
     NO_TOP_K: tl.constexpr,
 ):
     row = tl.program_id(0)
-    tl.store(active_ptr + row, tl.full((), 0, tl.int1))
+    # A store holds up the loads after it, and each comes from far.
     if row >= num_reqs:
         none = tl.zeros((), tl.int64)
         tl.store(cycle_slots_ptr + row, tl.full((), -1, tl.int32))
@@ -108,13 +113,20 @@ def _load_kernel(
             tl.store(new_lengths_ptr + row * NUM_TURNS + turn, none)
     else:
         slot = tl.load(slots_ptr + row).to(tl.int64)
+        prefill_len = tl.load(prefill_len_ptr + slot).to(tl.int64)
+        temperature = tl.load(temperature_ptr + slot)
+        seed = tl.load(seeds_ptr + slot)
+        top_k = tl.load(top_k_ptr + slot)
+        top_p = tl.load(top_p_ptr + slot)
+        min_p = tl.load(min_p_ptr + slot)
         tl.store(cycle_slots_ptr + row, slot.to(tl.int32))
-        tl.store(cycle_prefill_len_ptr + row, tl.load(prefill_len_ptr + slot).to(tl.int64))
-        tl.store(cycle_temperature_ptr + row, tl.load(temperature_ptr + slot))
-        tl.store(cycle_seeds_ptr + row, tl.load(seeds_ptr + slot))
-        tl.store(cycle_top_k_ptr + row, tl.load(top_k_ptr + slot))
-        tl.store(cycle_top_p_ptr + row, tl.load(top_p_ptr + slot))
-        tl.store(cycle_min_p_ptr + row, tl.load(min_p_ptr + slot))
+        tl.store(cycle_prefill_len_ptr + row, prefill_len)
+        tl.store(cycle_temperature_ptr + row, temperature)
+        tl.store(cycle_seeds_ptr + row, seed)
+        tl.store(cycle_top_k_ptr + row, top_k)
+        tl.store(cycle_top_p_ptr + row, top_p)
+        tl.store(cycle_min_p_ptr + row, min_p)
+    tl.store(active_ptr + row, tl.full((), 0, tl.int1))
 
 
 def begin_cycle(
@@ -318,6 +330,73 @@ def _candidates_kernel(
     tl.store(made_ptr + 4 * made_stride, _kept_row(slot, position, RING_SIZE), mask=is_column)
 
 
+def gather_scores(
+    cycle: Cycle,
+    sources: Sequence[torch.Tensor],
+    rows: Sequence[torch.Tensor],
+    segment: torch.Tensor,
+    proposers: Sequence[int],
+    dtype: torch.dtype,
+    scales: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_columns, vocab_size = segment.shape[1], sources[0].shape[1]
+    widest = reduce(torch.promote_types, (source.dtype for source in sources))
+    members = sources[0].new_empty(len(sources), *segment.shape, vocab_size, dtype=dtype)
+    proposal = sources[0].new_empty(*segment.shape, vocab_size, dtype=widest)
+    _gather_scores_kernel[(segment.numel(), triton.cdiv(vocab_size, VOCAB_BLOCK))](
+        tuple(sources),
+        tuple(source.stride(0) for source in sources),
+        tuple(rows),
+        segment,
+        cycle.temperature,
+        members,
+        proposal,
+        vocab_size,
+        PROPOSERS=tuple(proposers),
+        NUM_COLUMNS=num_columns,
+        BLOCK=VOCAB_BLOCK,
+        SCALES=scales,
+        num_warps=8,
+    )
+    return members, proposal
+
+
+@triton.jit
+def _gather_scores_kernel(
+    sources,
+    source_strides,
+    rows,
+    segment_ptr,
+    temperature_ptr,
+    members_ptr,
+    proposal_ptr,
+    vocab_size,
+    PROPOSERS: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    # 64 bits: the logits of many rows and members are more than 2^31.
+    row = tl.program_id(0).to(tl.int64)
+    num_rows = tl.num_programs(0)
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_token = token < vocab_size
+    temperature = tl.load(temperature_ptr + row // NUM_COLUMNS)
+    segment = tl.load(segment_ptr + row)
+    proposer = tl.full((), PROPOSERS[0], tl.int64)
+    for at in tl.static_range(1, len(PROPOSERS)):
+        proposer = tl.where(segment == at, PROPOSERS[at], proposer)
+    for member in tl.static_range(len(sources)):
+        of_source = tl.load(rows[member] + row) * source_strides[member] + token
+        scores = tl.load(sources[member] + of_source, mask=is_token, other=0.0).to(tl.float32)
+        if (proposer == member) & (temperature != 0):
+            tl.store(proposal_ptr + row * vocab_size + token, scores, mask=is_token)
+        if SCALES:
+            scores /= tl.where(temperature == 0, 1.0, temperature)
+        of_member = (member * num_rows + row) * vocab_size + token
+        tl.store(members_ptr + of_member, scores, mask=is_token)
+
+
 def settle(
     state: ProposalState,
     cycle: Cycle,
@@ -472,6 +551,31 @@ def _append_kernel(
         tl.store(lengths_ptr + row * NUM_TURNS + TURN, length + 1)
 
 
+def last_scored(cycle: Cycle) -> tuple[torch.Tensor, torch.Tensor]:
+    made = cycle.end.new_empty(2, cycle.num_reqs)
+    _last_scored_kernel[(cycle.num_reqs,)](
+        cycle.first,
+        cycle.first_row,
+        cycle.end,
+        cycle.num_drafts,
+        made,
+        made.stride(0),
+        num_warps=1,
+    )
+    return made[0], made[1]
+
+
+@triton.jit(do_not_specialize=["made_stride"])
+def _last_scored_kernel(first_ptr, first_row_ptr, end_ptr, num_drafts_ptr, made_ptr, made_stride):
+    row = tl.program_id(0)
+    first = tl.load(first_ptr + row)
+    first_row = tl.load(first_row_ptr + row)
+    end = tl.load(end_ptr + row)
+    num_drafts = tl.load(num_drafts_ptr + row)
+    tl.store(made_ptr + row, first_row + tl.minimum(end, num_drafts))
+    tl.store(made_ptr + made_stride + row, first + end - 1)
+
+
 def prepare_tokens(
     state: ProposalState,
     cycle: Cycle,
@@ -620,8 +724,9 @@ def place_scores(
     count: int,
     query_start: torch.Tensor,
     start: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     made = cycle.tokens.new_empty(2, cycle.num_reqs, count)
+    last = torch.empty_like(cycle.end)
     _place_scores_kernel[(cycle.num_reqs,)](
         cycle.slots,
         state.scored,
@@ -632,6 +737,7 @@ def place_scores(
         start,
         made,
         made.stride(0),
+        last,
         len(state.lengths) - 1,
         TURN=turn,
         NUM_TURNS=len(state.turns),
@@ -640,7 +746,7 @@ def place_scores(
         RING_SIZE=state.ring_size,
         num_warps=1,
     )
-    return tuple(made)
+    return *made, last
 
 
 @triton.jit(do_not_specialize=["made_stride"])
@@ -654,6 +760,7 @@ def _place_scores_kernel(
     start_ptr,
     made_ptr,
     made_stride,
+    last_ptr,
     spare_slot,
     TURN: tl.constexpr,
     NUM_TURNS: tl.constexpr,
@@ -667,8 +774,10 @@ def _place_scores_kernel(
     scored = tl.load(scored_ptr)
     at = tl.arange(0, BLOCK).to(tl.int64)
     is_asked = at < COUNT
-    column = tl.load(end_ptr + row) - (COUNT - 1) + at
-    position = tl.load(first_ptr + row) + column
+    end = tl.load(end_ptr + row)
+    first = tl.load(first_ptr + row)
+    column = end - (COUNT - 1) + at
+    position = first + column
     first_row = tl.load(query_start_ptr + row).to(tl.int64)
     rows = tl.maximum(first_row + position - 1 - tl.load(start_ptr + row), first_row)
     keep = is_asked & (position >= scored) & (column >= 0) & tl.load(active_ptr + row)
@@ -676,8 +785,9 @@ def _place_scores_kernel(
     made_ptr += row * COUNT + at
     tl.store(made_ptr, rows, mask=is_asked)
     tl.store(made_ptr + made_stride, kept, mask=is_asked)
-    last = tl.max(tl.where(keep, position + 1, 0), axis=0)
-    tl.store(scored_ptr, tl.maximum(scored, last))
+    tl.store(last_ptr + row, first + end - 1)
+    scored_until = tl.max(tl.where(keep, position + 1, 0), axis=0)
+    tl.store(scored_ptr, tl.maximum(scored, scored_until))
 
 
 def place_score(
@@ -793,38 +903,42 @@ def _end_cycle_kernel(
     COLUMN_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    # All loads first: a store holds up those after it, and each comes from far.
     slot = _slot(slots_ptr, row, spare_slot)
     is_active = tl.load(active_ptr + row)
+    num_accepted = tl.load(num_accepted_ptr + row)
     num_decided = tl.load(num_decided_ptr + row)
+    replaced = tl.load(replaced_ptr + row)
     end = tl.load(end_ptr + row)
     turn = tl.arange(0, TURN_BLOCK)
     is_turn = turn < NUM_TURNS
     new_lengths = tl.load(new_lengths_ptr + row * NUM_TURNS + turn, mask=is_turn, other=0)
     new_lengths = tl.where(is_active, new_lengths, 0)
-    tl.store(state_lengths_ptr + slot * NUM_TURNS + turn, new_lengths, mask=is_turn)
+    calls = tl.load(calls_per_cycle_ptr + turn, mask=is_turn, other=0)
     column = tl.arange(0, COLUMN_BLOCK).to(tl.int64)
+    # Of each column as `Turns.in_window` has them: where its segment starts, and whose it is.
+    start = tl.zeros((), tl.int64)
+    cell = tl.full((COLUMN_BLOCK,), -1, tl.int64)
+    for at in tl.static_range(NUM_TURNS):
+        of_turn = (at + 1) % NUM_TURNS
+        length = tl.load(lengths_ptr + row * NUM_TURNS + of_turn)
+        is_here = (column >= start) & (column < start + length)
+        cell = tl.where(is_here, of_turn * STATS_WIDTH + column - start, cell)
+        start += length
     pending = tl.load(
         tokens_ptr + row * WIDTH + num_decided + column,
         mask=(column < WINDOW) & (num_decided + column < end),
         other=0,
     )
+    tl.store(state_lengths_ptr + slot * NUM_TURNS + turn, new_lengths, mask=is_turn)
     tl.store(window_ptr + row * WINDOW + column, pending, mask=column < WINDOW)
     if is_active:
-        num_accepted = tl.load(num_accepted_ptr + row)
-        num_judged = num_accepted + tl.where(tl.load(replaced_ptr + row), 1, 0)
+        num_judged = num_accepted + tl.where(replaced, 1, 0)
         one = tl.full((COLUMN_BLOCK,), 1, tl.int64)
-        start = tl.zeros((), tl.int64)
-        for at in tl.static_range(NUM_TURNS):
-            of_turn = (at + 1) % NUM_TURNS
-            length = tl.load(lengths_ptr + row * NUM_TURNS + of_turn)
-            is_here = (column >= start) & (column < start + length)
-            cell = of_turn * STATS_WIDTH + column - start
-            tl.atomic_add(judged_ptr + cell, one, mask=is_here & (column < num_judged))
-            tl.atomic_add(accepted_ptr + cell, one, mask=is_here & (column < num_accepted))
-            start += length
+        tl.atomic_add(judged_ptr + cell, one, mask=(cell >= 0) & (column < num_judged))
+        tl.atomic_add(accepted_ptr + cell, one, mask=(cell >= 0) & (column < num_accepted))
         tl.atomic_add(totals_ptr, tl.full((), 1, tl.int64))
         tl.atomic_add(totals_ptr + 1, num_decided)
-        calls = tl.load(calls_per_cycle_ptr + turn, mask=is_turn, other=0)
         tl.atomic_add(calls_ptr + turn, calls, mask=is_turn)
 
 
