@@ -85,11 +85,11 @@ class BenchWorker:
 
 
 def turn_times(graphs: Any, batch_size: int) -> dict[str, Any]:
-    """Of `TurnGraphs`, for requests without filters; of the graphs that hold several passes, those
-    with most."""
+    """Of `TurnGraphs`, for requests without filters and with most tokens in the engine step; of the
+    graphs that hold several passes, those with most."""
     number = max(graphs.loops, default=0)
     return {
-        "reading": times(graphs.reading[False], batch_size),
+        "reading": times(graphs.reading[max(graphs.lengths), False], batch_size),
         "passes": times(graphs.loops[number], batch_size) if number else {},
         "passes_per_replay": number,
     }

@@ -108,7 +108,7 @@ def in_graphs(row: Row, run: Run, engine: Mapping[str, Any]) -> Row:
 
 def in_turn(times: Mapping[str, Any], turn: int, turns: Turns, size: int) -> Row:
     """Of a turn after the first: the pass that reads, and all those of one token."""
-    reading = at_least(times["reading"], size * (1 + turns.window + turns.num_new(turn)))
+    reading = at_least(times["reading"], size * turns.num_read(turn, 1 + turns.window))
     num_passes, passes = turns.num_passes(turns[turn].gamma), 0.0
     if num_passes:
         one = at_least(times["passes"], size)

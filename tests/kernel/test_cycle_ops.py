@@ -90,7 +90,7 @@ class World:
         starts = [torch.cat([n.new_zeros(1), n.cumsum(0)]) for n in (query_lens, num_drafts + 1)]
         seq_lens = query_lens + self.numbers(0, MAX_MODEL_LEN - 20, (num_reqs,))
         self.num_tokens = int(starts[0][-1])
-        self.query_lens = query_lens
+        self.query_lens, self.is_decoding = query_lens, query_lens == num_drafts + 1
         input_ids = self.numbers(0, VOCAB_SIZE, (self.num_tokens,)).int()
         forbidden = self.numbers(-1, 3, (num_reqs,)) if with_forbidden else None
         self.ops.begin_cycle(
@@ -139,7 +139,10 @@ class World:
         self.ops.append(self.state, self.cycle, turn, self.gammas, tokens, has_decided)
 
     def read(self, turn: int) -> None:
-        query_lens = (self.query_lens + self.turns.num_new(turn)).clamp(max=MAX_MODEL_LEN)
+        # Some requests decode, and their members read no more than is new to them.
+        prompt = self.query_lens + self.turns.num_new(turn)
+        decoding = prompt.clamp(max=self.turns.num_unscored(turn))
+        query_lens = torch.where(self.is_decoding, decoding, prompt).clamp(max=MAX_MODEL_LEN)
         query_start = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)]).int()
         num_tokens = int(query_start[-1])
         written = [torch.zeros(num_tokens, dtype=d, device=DEVICE) for d in (torch.int32,) * 2]

@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 from vllm.chef.config import depth_schedule
 from vllm.chef.graphs import TurnGraphs, offer_every_length
 from vllm.chef.runner import ChefRunner
-from vllm.chef.turns import chef_turns
+from vllm.chef.turns import chef_turns, sd_turns
 from vllm.ensemble_decode.runner import MemberRunner
 
 FULL = CUDAGraphMode.FULL
@@ -56,10 +56,13 @@ def config(sizes: list[int], max_num_seqs: int, window: int, schedule: list | No
     )
 
 
-# Where sizes are far apart, lengths other than the deepest do not meet.
-@pytest.mark.parametrize(
-    ("sizes", "auto"), [*((sizes, False) for sizes in SIZES), ("default", True), ("none", True)]
-)
+def turn_graphs(vllm_config, turns, turn, depths) -> TurnGraphs:
+    lengths = {1 + depth: turns.num_read(turn, 1 + depth) for depth in depths}
+    return TurnGraphs(vllm_config, None, lengths, {3}, None, None)
+
+
+@pytest.mark.parametrize("auto", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("max_num_seqs", [64, 256])
 @pytest.mark.parametrize("gammas", [(1, 1), (1, 5), (1, 1, 5)])
 def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
@@ -71,29 +74,29 @@ def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
     mode, step_len = CUDAGraphMode.FULL_DECODE_ONLY, 1 + turns.window
     step = SpeculatorCudaGraphManager(vllm_config, None, mode, step_len)
     offer_every_length(step)
-    num_sizes, found = len(SIZES[sizes]), 0
+    depths, found = range(turns.window + 1) if auto else [turns.window], 0
     for turn in range(1, len(turns)):
-        num_new = turns.num_new(turn)
-        graphs = TurnGraphs(vllm_config, None, step_len, num_new, {3}, None, None)
-        for num_reqs, depth in product(
-            range(1, max_num_seqs + 1), range(turns.window + 1) if auto else [turns.window]
-        ):
+        graphs = turn_graphs(vllm_config, turns, turn, depths)
+        for num_reqs, depth in product(range(1, max_num_seqs + 1), depths):
             length = 1 + depth
             desc = step.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
             # But for those at the end, which rounding up takes past the largest size.
-            fits = num_reqs * step_len <= max(SIZES[sizes], default=0) - 16
+            fits = num_reqs * length <= max(SIZES[sizes], default=0) - 16
             assert desc.cg_mode == FULL or not fits or sizes == "few", (num_reqs, length)
-            if desc.cg_mode == FULL and fits:
+            replay = graphs.find(num_reqs, length, filters=True)
+            if desc.cg_mode == FULL:
                 found += 1
                 assert desc.uniform_token_count == length and desc.num_reqs >= num_reqs
-                of_turn = graphs.find(num_reqs, length + num_new)
-                assert of_turn is not None, (num_reqs, length)
+                assert replay is not None, (num_reqs, length)
+            if replay is not None:
+                (of_turn,) = replay.args
+                assert replay.func == graphs.reading[length, True].run_fullgraph
                 assert of_turn.num_reqs >= num_reqs
-                assert of_turn.uniform_token_count == length + num_new
-        num_lengths = 1 + turns.window if auto else 1
-        assert (
-            len(graphs.reading[True]._capture_descs.get(FULL, [])) <= 1.5 * num_sizes * num_lengths
-        )
+                assert of_turn.uniform_token_count == turns.num_read(turn, length)
+                assert of_turn.num_reqs * length <= graphs.max_step_tokens()
+        for manager in graphs.reading.values():
+            assert len(manager._capture_descs.get(FULL, [])) <= len(SIZES[sizes])
+        assert graphs.find(1, turns.window + 2, filters=False) is None
     assert (found > 0) == bool(SIZES[sizes])
     assert vllm_config.compilation_config.cudagraph_capture_sizes is SIZES[sizes]
 
@@ -101,10 +104,25 @@ def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
 def test_no_graph_is_larger_than_a_step_may_be():
     turns = chef_turns((1, 5), (2, 1), (True, True))
     vllm_config = config(SIZES["default"], 128, turns.window, None)
-    for most, largest in ((8192, 581), (512, 497)):
+    for most, num_reqs in ((8192, 83), (64, 32)):
         vllm_config.scheduler_config.max_num_batched_tokens = most
-        graphs = TurnGraphs(vllm_config, None, 6, turns.num_new(1), {4}, None, None)
-        assert graphs.max_reading_tokens() == largest
+        graphs = turn_graphs(vllm_config, turns, 1, [turns.window])
+        assert graphs.find(num_reqs, 6, filters=False)
+        assert graphs.max_step_tokens() == 6 * num_reqs
+
+
+def test_a_member_reads_what_it_has_not_scored():
+    for gammas, lengths in {
+        (1, 1): [[1, 2], [2, 2]],
+        (1, 5): [[1, 2], [2, 2], [6, 2]],
+        (1, 1, 1): [[1, 2, 3], [2, 3, 3], [3, 3, 3]],
+        (1, 1, 5): [[1, 2, 3], [2, 3, 3], [7, 7, 3]],
+    }.items():
+        turns = chef_turns(gammas, range(len(gammas), 0, -1), (True,) * len(gammas))
+        for step_len, *read in lengths:
+            found = [turns.num_read(turn, step_len) for turn in range(1, len(turns))]
+            assert found == read, (gammas, step_len)
+    assert [sd_turns(3, 5).num_read(1, step_len) for step_len in (1, 6)] == [1, 1]
 
 
 def test_the_engine_step_finds_graphs_of_every_length(monkeypatch):

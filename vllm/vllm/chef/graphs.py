@@ -5,7 +5,7 @@ a step is a launch or two per turn.  That takes an attention backend which can r
 in a graph; with any other, turns run without graphs.  Built on vLLM's manager of a speculator's.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from functools import partial
 from math import ceil
@@ -23,21 +23,20 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 Captured = Callable[[int, int, int, Any, Any], None]
 
 
-def with_room(vllm_config: VllmConfig, step_len: int, num_new: int) -> VllmConfig:
-    """The same, with graphs that are larger by `num_new` tokens per request than the largest for
-    `step_len` tokens: vLLM's sizes are in tokens, and every batch whose full windows have a graph
-    in the engine step shall have one in the turns."""
+def for_the_same_batches(vllm_config: VllmConfig, step_len: int, length: int) -> VllmConfig:
+    """The same, with graphs for `length` tokens of as many requests as vLLM has graphs for of
+    `step_len`: its sizes are in tokens, which it rounds up."""
     config = copy(vllm_config)
+    # Of dynamic speculation it would make graphs of other lengths too.
+    config.speculative_config = None
     config.compilation_config = compilation = copy(vllm_config.compilation_config)
     largest = compilation.max_cudagraph_capture_size or 0
-    sizes = compilation.cudagraph_capture_sizes or []
-    nums_reqs = {ceil(size / step_len) for size in sizes}
-    larger = {n * (step_len + num_new) for n in nums_reqs if n * step_len <= largest}
+    nums_reqs = {ceil(size / step_len) for size in compilation.cudagraph_capture_sizes or []}
+    sizes = {n * length for n in nums_reqs if n * step_len <= largest}
     # No step is larger, and vLLM's slot mappings have no more room.
     most = vllm_config.scheduler_config.max_num_batched_tokens
-    larger = {size for size in larger if largest < size <= most}
-    compilation.cudagraph_capture_sizes = sorted({*sizes, *larger})
-    compilation.max_cudagraph_capture_size = max({largest, *larger})
+    compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= most)
+    compilation.max_cudagraph_capture_size = max(compilation.cudagraph_capture_sizes, default=0)
     return config
 
 
@@ -62,11 +61,12 @@ class TurnGraphs:
     """The graphs of one turn after the first.
 
     Args:
-        step_len: tokens per request in the engine step when all requests decode, at most.
-        num_new: tokens besides these that the member reads.
+        lengths: by tokens per request in the engine step, where all requests decode, those that
+            the member reads.
         num_passes: how many passes of one token may follow.
-        reads: what a turn does up to its first proposal; takes first whether requests may have
-            filters. Those are a dozen kernels, which requests without any should not wait for.
+        reads: what a turn does up to its first proposal; takes first the tokens per request in the
+            engine step, then whether requests may have filters. Those are a dozen kernels, which
+            requests without any should not wait for.
         passes: the passes of one token; takes their number first.
     """
 
@@ -74,21 +74,21 @@ class TurnGraphs:
         self,
         vllm_config: VllmConfig,
         device: torch.device,
-        step_len: int,
-        num_new: int,
+        lengths: Mapping[int, int],
         num_passes: Collection[int],
         reads: Captured,
         passes: Captured,
     ) -> None:
         mode = CUDAGraphMode.FULL_DECODE_ONLY
-        config, length = with_room(vllm_config, step_len, num_new), step_len + num_new
+        self.lengths = lengths
         self.reading = {
-            filters: SpeculatorCudaGraphManager(config, device, mode, length)
+            (step_len, filters): SpeculatorCudaGraphManager(
+                for_the_same_batches(vllm_config, step_len, length), device, mode, length
+            )
+            for step_len, length in lengths.items()
             for filters in (False, True)
         }
-        """By whether requests may have filters; otherwise alike"""
-        for manager in self.reading.values():
-            offer_every_length(manager)
+        """By tokens per request in the engine step, and whether requests may have filters"""
         self.loops = {
             number: SpeculatorCudaGraphManager(vllm_config, device, mode, 1)
             for number in num_passes
@@ -99,9 +99,9 @@ class TurnGraphs:
     def capture(self, *args: Any) -> None:
         """As `SpeculatorCudaGraphManager.capture`, without its first argument."""
         captures = []
-        for filters, manager in self.reading.items():
-            name = "reading, with filters" if filters else "reading"
-            captures.append((manager, partial(self.reads, filters), name))
+        for (step_len, filters), manager in self.reading.items():
+            name = f"reading after {step_len}" + (", with filters" if filters else "")
+            captures.append((manager, partial(self.reads, step_len, filters), name))
         for number, manager in self.loops.items():
             captures.append((manager, partial(self.passes, number), f"{number} tokens"))
         for manager, function, name in captures:
@@ -113,14 +113,16 @@ class TurnGraphs:
                 description = f"Capturing a turn, {name}"
                 manager.capture(captured, *args, progress_bar_desc=description)
 
-    def find(self, num_reqs: int, query_len: int) -> BatchExecutionDescriptor | None:
-        """The graph in which a member reads so many tokens of each request, for `replay`."""
-        either, num_tokens = self.reading[False], num_reqs * query_len
-        desc = either.dispatch(num_reqs, num_tokens, query_len, num_active_loras=0)
-        return desc if desc.cg_mode == CUDAGraphMode.FULL else None
-
-    def replay(self, desc: BatchExecutionDescriptor, filters: bool) -> None:
-        self.reading[filters].run_fullgraph(desc)
+    def find(self, num_reqs: int, step_len: int, filters: bool) -> Callable[[], Any] | None:
+        """What replays the graph in which the member reads, after an engine step of so many tokens
+        per request; None where there is none."""
+        manager, length = self.reading.get((step_len, filters)), self.lengths.get(step_len, 0)
+        if manager is None:
+            return None
+        desc = manager.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
+        if desc.cg_mode != CUDAGraphMode.FULL:
+            return None
+        return partial(manager.run_fullgraph, desc)
 
     def replay_passes(self, number: int, num_reqs: int) -> bool:
         """All passes of one token; False where there is no graph of them, and nothing is done."""
@@ -133,7 +135,11 @@ class TurnGraphs:
         manager.run_fullgraph(desc)
         return True
 
-    def max_reading_tokens(self) -> int:
-        """Of the largest batch that has a graph; 0 where there is none."""
-        descs = self.reading[False]._capture_descs.get(CUDAGraphMode.FULL, [])
-        return max((desc.num_tokens for desc in descs), default=0)
+    def max_step_tokens(self) -> int:
+        """In the engine step of the largest batch that has a graph; 0 where there is none."""
+        nums_tokens = [
+            desc.num_reqs * step_len
+            for (step_len, _), manager in self.reading.items()
+            for desc in manager._capture_descs.get(CUDAGraphMode.FULL, [])
+        ]
+        return max(nums_tokens, default=0)

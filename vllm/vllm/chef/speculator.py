@@ -75,7 +75,9 @@ class ChefSpeculator(StandaloneARSpeculator):
         """[num_turns - 1], or none"""
         speculative = vllm_config.speculative_config
         depths = range(turns.window + 1) if speculative.uses_dynamic_speculative_decoding() else []
-        possible = {turns.gammas(depth) for depth in [*depths, turns.window]}
+        self.depths = {*depths, turns.window}
+        """Tokens that a step may leave in a window, if it has room"""
+        possible = {turns.gammas(depth) for depth in self.depths}
         self.gammas_on_device = {
             gammas: torch.tensor(gammas, dtype=torch.int64, device=device) for gammas in possible
         }
@@ -122,8 +124,10 @@ class ChefSpeculator(StandaloneARSpeculator):
             graphs = TurnGraphs(
                 self.vllm_config,
                 self.device,
-                1 + self.turns.window,
-                self.turns.num_new(turn),
+                {
+                    1 + depth: min(self.turns.num_read(turn, 1 + depth), self.max_model_len)
+                    for depth in self.depths
+                },
                 {self.turns.num_passes(gammas[turn]) for gammas in self.gammas_on_device},
                 partial(self._captured_turn, turn),
                 partial(self._captured_passes, turn),
@@ -132,7 +136,8 @@ class ChefSpeculator(StandaloneARSpeculator):
 
     def _can_capture(self) -> bool:
         """Whether all that turns do can be in graphs; if not, a line in the log says why."""
-        query_len = 1 + self.turns.window + self.num_extra_query_per_req
+        step_len, further = 1 + self.turns.window, range(1, len(self.turns))
+        query_len = max(self.turns.num_read(turn, step_len) for turn in further)
         thresholds = [
             group.get_metadata_builder().reorder_batch_threshold
             for groups in self.attn_groups
@@ -156,7 +161,7 @@ class ChefSpeculator(StandaloneARSpeculator):
     def capture(self) -> None:
         if not self.graphs:
             return
-        num_rows = max(graphs.max_reading_tokens() for graphs in self.graphs)
+        num_rows = max(graphs.max_step_tokens() for graphs in self.graphs)
         self.step_hidden_states = torch.zeros(
             num_rows,
             sum(self.first.hidden_sizes),
@@ -244,24 +249,21 @@ class ChefSpeculator(StandaloneARSpeculator):
         """The same, for requests that ask for no more than temperature and, where `filters`, min-p,
         top-k and top-p; False where there are no CUDA graphs of such a step, and nothing is done.
         """
-        num_reqs, query_len = self.cycle.num_reqs, self._uniform_query_len()
-        if not self.graphs or query_len is None:
+        step_len = self._uniform_step_len()
+        if not self.graphs or step_len is None:
             return False
-        descs = [
-            graphs.find(num_reqs, query_len + self.turns.num_new(turn))
-            for turn, graphs in enumerate(self.graphs, start=1)
-        ]
-        if None in descs:
+        replays = [graphs.find(self.cycle.num_reqs, step_len, filters) for graphs in self.graphs]
+        if None in replays:
             return False
         rows = self.batch.logits_indices
         torch.index_select(hidden_states, 0, rows, out=self.step_hidden_states[: len(rows)])
-        for turn, (graphs, desc) in enumerate(zip(self.graphs, descs, strict=True), start=1):
-            graphs.replay(desc, filters)
+        for turn, replay in enumerate(replays, start=1):
+            replay()
             if turn < len(self.turns) - 1:
                 self._propose_more(turn)
         return True
 
-    def _uniform_query_len(self) -> int | None:
+    def _uniform_step_len(self) -> int | None:
         """Tokens of every request in the engine step, where all are drafts but the first."""
         batch, num_reqs = self.batch, self.cycle.num_reqs
         query_start = batch.query_start_loc_np[: num_reqs + 1]
@@ -270,11 +272,12 @@ class ChefSpeculator(StandaloneARSpeculator):
             return None
         if not (batch.cu_num_logits_np[: num_reqs + 1] == query_start).all():
             return None
-        return length if length + self.num_extra_query_per_req <= self.max_model_len else None
+        return length
 
     def _captured_turn(
         self,
         turn: int,
+        step_len: int,  # tokens of each request in the engine step, all with a row of logits
         filters: bool,
         num_reqs: int,
         num_tokens: int,
@@ -283,18 +286,16 @@ class ChefSpeculator(StandaloneARSpeculator):
     ) -> None:
         """A turn of `replay`, to be captured: nothing in it waits for the host."""
         cycle = self.all_cycle.rows(num_reqs)
-        length = num_tokens // num_reqs
-        num_rows = length - self.turns.num_new(turn)  # of the engine step, per request
-        logits = [logits[: num_reqs * num_rows] for logits in self.step_logits]
+        logits = [logits[: num_reqs * step_len] for logits in self.step_logits]
         scores = StepScores(logits, filters=filters)
         if turn == 1:
-            hidden_states = self.step_hidden_states[: num_reqs * num_rows]
+            hidden_states = self.step_hidden_states[: num_reqs * step_len]
             for made, kept in zip(
                 self.first.compute_member_logits(hidden_states), logits, strict=True
             ):
                 kept.copy_(made)
             engine_step = self.target_input_buffers
-            starts = self.arange_gpu[: num_reqs + 1] * num_rows
+            starts = self.arange_gpu[: num_reqs + 1] * step_len
             self.ops.begin_cycle(
                 self.state,
                 cycle,
@@ -305,7 +306,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             )
             self._open(cycle, scores)
         query_start = self.input_buffers.query_start_loc[: num_reqs + 1]
-        torch.mul(self.arange_gpu[: num_reqs + 1], length, out=query_start)
+        torch.mul(self.arange_gpu[: num_reqs + 1], num_tokens // num_reqs, out=query_start)
         start, is_again = self._prepare_tokens(cycle, query_start, num_tokens)
         if attn_metadata is not None:
             mappings = self._slot_mappings(cycle, num_tokens)
@@ -349,14 +350,18 @@ class ChefSpeculator(StandaloneARSpeculator):
 
     def _read(self, turn: int, cycle: Cycle) -> Reading:
         """Run the turn's member over all that is new to it."""
-        extra = self.turns.num_new(turn)
-        query_start_np = self._query_start_np(extra)
-        num_tokens = int(query_start_np[-1])
-        query_lens = self.batch.query_start_loc[: cycle.num_reqs + 1].long().diff() + extra
-        query_lens = query_lens.clamp(max=self.max_model_len)
-        query_start = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)])
-        start, is_again = self._prepare_tokens(cycle, query_start, num_tokens)
+        batch, rows = self.batch, slice(cycle.num_reqs + 1)
+        query_start = self._reading_start(
+            turn, batch.query_start_loc[rows], batch.cu_num_logits[rows]
+        )
+        query_start_np = self._reading_start(
+            turn,
+            torch.from_numpy(batch.query_start_loc_np[rows]),
+            torch.from_numpy(batch.cu_num_logits_np[rows]),
+        ).numpy()
+        start, is_again = self._prepare_tokens(cycle, query_start, int(query_start_np[-1]))
         self._fill_query_start(query_start, cycle.num_reqs)
+        extra = self.turns.num_new(turn)
         hidden_states = self._run(turn, cycle, query_start_np, extra, is_again)
         return Reading(query_start, start, hidden_states)
 
@@ -460,7 +465,8 @@ class ChefSpeculator(StandaloneARSpeculator):
         return self.ops.outputs(self.cycle, self.turns.window + 1)
 
     def hidden_states(self) -> list[torch.Tensor]:  # num_turns - 1 x [num_tokens, hidden_size]
-        """What the members have just computed in `run`, at the tokens of the engine step."""
+        """What the members have just computed in `run`, at the tokens of the engine step; anything
+        where a request decodes."""
         batch, num_reqs = self.batch, self.cycle.num_reqs
         query_lens = batch.query_start_loc[: num_reqs + 1].long().diff()
         num_tokens = int(batch.query_start_loc_np[num_reqs])
@@ -471,7 +477,8 @@ class ChefSpeculator(StandaloneARSpeculator):
             shift = shift + reading.query_start[:-1] - batch.query_start_loc[:num_reqs]
             shift = torch.repeat_interleave(shift, query_lens, output_size=num_tokens)
             at = torch.arange(num_tokens, device=self.device) + shift
-            found.append(reading.hidden_states[at])
+            # What is read of a request that decodes may begin later and end before.
+            found.append(reading.hidden_states[at.clamp(0, len(reading.hidden_states) - 1)])
         return found
 
     def logits_functions(self) -> list[tuple[tuple[int, ...], Any]]:
@@ -509,12 +516,19 @@ class ChefSpeculator(StandaloneARSpeculator):
             use_fp64=self.verifier.sampler.use_fp64_gumbel,
         )
 
-    def _query_start_np(self, extra: int) -> np.ndarray:  # [num_reqs + 1]
-        num_reqs = self.cycle.num_reqs
-        query_lens = np.diff(self.batch.query_start_loc_np[: num_reqs + 1]) + extra
-        query_start = np.zeros(num_reqs + 1, dtype=np.int32)
-        np.cumsum(np.minimum(query_lens, self.max_model_len), out=query_start[1:])
-        return query_start
+    def _reading_start(
+        self,
+        turn: int,
+        query_start: torch.Tensor,  # [num_reqs + 1] of the engine step
+        row_start: torch.Tensor,  # [num_reqs + 1] of its rows of logits
+    ) -> torch.Tensor:  # [num_reqs + 1] int32
+        """query_start_loc of what a turn reads, where there is no graph of it."""
+        step_lens, num_rows = query_start.diff(), row_start.diff()
+        prompt = step_lens + self.turns.num_new(turn)
+        decoding = prompt.clamp(max=self.turns.num_unscored(turn))
+        query_lens = torch.where(step_lens == num_rows, decoding, prompt)
+        ends = query_lens.clamp(max=self.max_model_len).cumsum(0)
+        return torch.cat([ends.new_zeros(1), ends]).int()
 
     def _run(
         self,

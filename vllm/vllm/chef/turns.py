@@ -76,6 +76,11 @@ class Turns:
         others = (t.gamma for at, t in enumerate(self.turns) if at != turn)
         return 1 + sum(others)
 
+    def num_read(self, turn: int, step_len: int) -> int:
+        """Tokens that a turn's member reads in its first pass, of a request that decodes, with
+        `step_len` tokens in the engine step: no more than it has not scored what comes after."""
+        return min(step_len + self.num_new(turn), self.num_unscored(turn))
+
     def num_passes(self, gamma: int) -> int:
         """Passes of one token after the first of a turn that proposes `gamma`: one less, since the
         first gives the first proposal; where tokens are drawn, the drawn one goes through before.

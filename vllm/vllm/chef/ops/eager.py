@@ -214,15 +214,16 @@ def prepare_tokens(
     positions: torch.Tensor,  # [num_tokens], written
     seq_lens: torch.Tensor,  # [num_reqs], written
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs of the pass in which a member reads: the tokens of the engine step, and behind them
-    what has been decided and proposed since; past the end tokens that are overwritten later.
+    """Inputs of the pass in which a member reads: a request's last tokens, with what has been
+    decided and proposed in this cycle; where it has fewer, tokens that are overwritten later.
 
     Returns the position of each request's first token `[num_reqs]`, and of each token whether it
-    comes before those of the engine step `[num_tokens]`: so they do at the end of a context.
+    comes before those of the engine step `[num_tokens]`.
     """
     num_tokens = len(input_ids)
     query_lens = query_start.long().diff()
-    start = torch.minimum(cycle.start, state.max_model_len - query_lens).clamp(min=0)
+    end = (cycle.first + cycle.end).clamp(max=state.max_model_len)
+    start = (end - query_lens).clamp(min=0)
     request = torch.repeat_interleave(
         torch.arange(cycle.num_reqs, device=start.device), query_lens, output_size=num_tokens
     )

@@ -635,7 +635,7 @@ def _prepare_tokens_kernel(
     end = tl.load(end_ptr + row)
     query_start = tl.load(query_start_ptr + row).to(tl.int64)
     query_len = tl.load(query_start_ptr + row + 1).to(tl.int64) - query_start
-    start = tl.maximum(tl.minimum(cycle_start, max_model_len - query_len), 0)
+    start = tl.maximum(tl.minimum(first + end, max_model_len) - query_len, 0)
     tl.store(start_ptr + row, start)
     tl.store(seq_lens_ptr + row, start + query_len)
     num_known = tl.where(slot >= 0, query_len, 0)  # of a request there is
