@@ -112,7 +112,7 @@ def of_cycle(
     cycle = ops.load(all_cycle, slots, states)
     starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * (window + 1)
     seq_lens = torch.full((num_reqs,), 500, dtype=torch.int32, device=device)
-    num_tokens = num_reqs * (window + 1 + turns.num_new(last))
+    num_tokens = num_reqs * turns.num_read(last, window + 1)
     query_start = torch.arange(num_reqs + 1, dtype=torch.int32, device=device)
     query_start *= num_tokens // num_reqs
     ids = torch.ones(num_tokens, dtype=torch.int32, device=device)

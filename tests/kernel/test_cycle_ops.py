@@ -41,9 +41,8 @@ class World:
     def __init__(self, turns: Turns, ops: ModuleType, seed: int) -> None:
         self.turns, self.ops = turns, ops
         self.random = torch.Generator().manual_seed(seed)
-        self.state = ProposalState(
-            turns, MAX_NUM_REQS, MAX_MODEL_LEN, VOCAB_SIZE, torch.float32, DEVICE
-        )
+        dtype = (torch.float32, torch.bfloat16)[seed % 2]
+        self.state = ProposalState(turns, MAX_NUM_REQS, MAX_MODEL_LEN, VOCAB_SIZE, dtype, DEVICE)
         self.stats = TurnStats(turns, DEVICE)
         self.all_cycle = make_cycle(self.state, MAX_NUM_REQS)
         self.made: list[torch.Tensor] = []
@@ -114,7 +113,7 @@ class World:
         self.ops.settle(self.state, self.cycle, sampled, num_sampled, num_segments, draws)
 
     def gather(self, num_segments: int, scales: bool) -> list[torch.Tensor]:
-        """As the verifier asks for it, of members whose logits differ in type."""
+        """As the verifier asks for it, of members whose logits may differ in type."""
         _, segment, _, step_rows, kept_rows = self.made[:5]
         num_rows, proposers = int(step_rows.max()) + 1, []
         for turn in self.turns.in_window[:num_segments]:
@@ -122,12 +121,14 @@ class World:
         sources, rows = [], []
         for member, turn in sorted(self.turns.turn_of.items()):
             kept = self.state.kept_scores[turn - 1] if turn else None
-            step = torch.randn(num_rows, VOCAB_SIZE, generator=self.random).to(DEVICE)
-            sources.append(step.bfloat16() if kept is None else kept)
+            # Of a vocabulary that was padded, as vLLM has it.
+            step = torch.randn(num_rows, VOCAB_SIZE + 14, generator=self.random).bfloat16()
+            sources.append(step.to(DEVICE)[:, :VOCAB_SIZE] if kept is None else kept)
             rows.append(step_rows if kept is None else kept_rows)
             assert member == len(sources) - 1
+        dtype = torch.float32 if scales else self.state.scores.dtype
         members, proposal = self.ops.gather_scores(
-            self.cycle, sources, rows, segment, proposers, torch.float32, scales
+            self.cycle, sources, rows, segment, proposers, dtype, scales
         )
         judged_by_token = self.cycle.temperature == 0
         return [members, proposal.masked_fill(judged_by_token[:, None, None], 0)]
@@ -186,7 +187,9 @@ def steps(turns: Turns) -> list[tuple[str, Callable[[World], None]]]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", TURNS)
-def test_kernels_do_what_torch_does(case, seed):
+def test_kernels_do_what_torch_does(case, seed, monkeypatch):
+    # A vocabulary of several blocks.
+    monkeypatch.setattr(fused, "VOCAB_BLOCK", 16)
     turns = TURNS[case]
     worlds = [World(turns, ops, seed) for ops in (eager, fused)]
     for number in range(3):

@@ -350,8 +350,8 @@ def test_ratios_are_of_the_same_batch_size():
 
 
 def test_what_is_not_in_graphs_is_overhead():
-    # The window is one token: the first turn has 2 a request, the reading of the other 3.
-    turn = {"reading": {"4": 2.0, "8": 9.0}, "passes": {}, "passes_per_replay": 1}
+    # The window is one token: the first turn has 2 a request, and so has the reading of the other.
+    turn = {"reading": {"1": 9.0, "2": 2.0, "4": 9.0}, "passes": {}, "passes_per_replay": 1}
     graphs = {"primary": {"1": 1.0, "2": 3.0, "4": 5.0}, "turns": [turn]}
     rows = [row("a+b", 6.0), turns_row(3.6), turns_row(9.0, size=4)]
     complete({"results": rows, "configurations": [ENTRY | {"graph_ms": graphs}]})
@@ -361,7 +361,7 @@ def test_what_is_not_in_graphs_is_overhead():
     assert rows[1]["theory"]["cycle_ms_from"] == "graphs"
     assert rows[1]["theory"]["speed_over_plain"] == pytest.approx(2 / 1.2 * 6 / 5)
     assert rows[2]["overhead_ms"] is None, "no graph is that large"
-    passes = {"reading": {"14": 1.0}, "passes": {"2": 0.4}, "passes_per_replay": 1}
+    passes = {"reading": {"1": 9.0, "4": 1.0}, "passes": {"2": 0.4}, "passes_per_replay": 1}
     for per_replay, spent in ((1, 1.6), (4, 0.4)):
         entry = {"run": "a+b@1,5", "turns": {"turns": [[[0], 1], [[1], 5]], "scores": [True, True]}}
         times = {"primary": {"6": 2.0}, "turns": [passes | {"passes_per_replay": per_replay}]}
@@ -372,7 +372,7 @@ def test_what_is_not_in_graphs_is_overhead():
 
 
 def test_requests_of_one_kind_are_compared():
-    graphs = {"primary": {"2": 3.0}, "turns": [{"reading": {"3": 2.0}, "passes": {}}]}
+    graphs = {"primary": {"2": 3.0}, "turns": [{"reading": {"2": 2.0}, "passes": {}}]}
     kinds = [{}, {"top_p": 0.9}, {"presence_penalty": 0.5}]
     plain = [row("a+b", ms, sampling=kind) for ms, kind in zip((6.0, 7.0, 8.0), kinds, strict=True)]
     turns = [turns_row(4.0) | {"sampling": kind} for kind in kinds]
@@ -400,7 +400,8 @@ def test_graphs_are_timed_for_the_batch_that_runs_in_them(monkeypatch):
     assert bench_worker.times(manager, 3) == {8: 4.0, 12: 4.0}
     assert bench_worker.times(manager, 5) == {16: 8.0}
     assert bench_worker.times(manager, 9) == {}
-    graphs = SimpleNamespace(reading={False: manager, True: None}, loops={})
+    reading = {(2, False): None, (3, False): manager, (3, True): None}
+    graphs = SimpleNamespace(lengths={3: 2, 2: 2}, reading=reading, loops={})
     expected = {"reading": {16: 8.0}, "passes": {}, "passes_per_replay": 0}
     assert bench_worker.turn_times(graphs, 5) == expected
 
@@ -408,12 +409,12 @@ def test_graphs_are_timed_for_the_batch_that_runs_in_them(monkeypatch):
 def test_nothing_is_proposed_while_graphs_are_timed(monkeypatch):
     gammas, seen = torch.tensor([1, 1, 5]), []
     manager = SimpleNamespace(graphs={desc(1, 9): None})
-    turns = [SimpleNamespace(reading={False: manager, True: None}, loops={4: manager})] * 2
+    turn = SimpleNamespace(lengths={6: 2}, reading={(6, False): manager}, loops={4: manager})
     worker = bench_worker.BenchWorker()
     worker.model_runner = SimpleNamespace(
         cudagraph_manager=manager,
         turns=(),
-        speculator=SimpleNamespace(turn_gammas=gammas, graphs=turns),
+        speculator=SimpleNamespace(turn_gammas=gammas, graphs=[turn] * 2),
     )
     monkeypatch.setattr(bench_worker, "graph_ms", lambda _: seen.append(gammas.tolist()) or 1.0)
     found = worker.bench_graph_times(1)

@@ -220,3 +220,14 @@ def test_members_are_judged_by_the_scores_that_they_proposed_from():
     assert proposal.dtype == torch.float32
     assert proposal[0, 0].equal(first[0])  # of segment 0
     assert (proposal[0, 1] == 3).all()
+    # Where nobody asks for more than a temperature, ready for the filters.
+    cycle = make_cycle(state, 1)
+    cycle.temperature.fill_(0.7)
+    scores = StepScores([first.bfloat16()])
+    for samples_members, expected in ((True, torch.tensor(3.0) / 0.7), (False, 3.0)):
+        verifier.ensemble.samples_members = samples_members
+        members, proposal = Verifier._gather(verifier, cycle, judged, scores, 3)
+        assert members.dtype == (torch.float32 if samples_members else torch.bfloat16)
+        assert (members[1:] == expected).all()
+        assert proposal.dtype == torch.bfloat16
+        assert (proposal[0, 1] == 3).all()
