@@ -72,7 +72,8 @@ class Turns:
 
     def num_unscored(self, turn: int) -> int:
         """Positions that the turn's members have not scored when it is called, at most: what the
-        other turns proposed, and the one past the end."""
+        other turns proposed, and the one past the end. Where tokens are drawn, all turns score
+        (`config.py` sees to that), and so none comes after the draw."""
         others = (t.gamma for at, t in enumerate(self.turns) if at != turn)
         return 1 + sum(others)
 
