@@ -204,11 +204,12 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
 def test_rows_of_a_step_before_are_not_read(models, monkeypatch):
     """The graph of a later turn holds more rows than that in which the cycle begins."""
     settings = dict(extra_model=models[1:], ensemble_fn="mean", ensemble_target="logits")
-    prompts = [[1 + i, 2, 3, *range(5, 22)] for i in range(7)]
-    params = [greedy(1 if i == 6 else NUM_TOKENS) for i in range(7)]
+    prompts = [[1 + i, 2, 3, *range(5, 22)] for i in range(5)]
+    params = [greedy(1 if i == 4 else NUM_TOKENS) for i in range(5)]
     with engine(models[0], settings) as llm:
         expected = generate(llm, prompts, params)
-    with engine(models[0], settings, dict(gamma=[1, 1, 1]), 2) as llm:
+    # The second turn reads 7 tokens of each request, of which a graph holds 4; the third 3, of 6.
+    with engine(models[0], settings, dict(gamma=[1, 1, 5]), 6) as llm:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
         generate(llm, prompts[:1], greedy(2))
         use_graphs(runner.speculator, monkeypatch)
@@ -268,6 +269,13 @@ def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeyp
             monkeypatch.setattr(group.get_metadata_builder(), "reorder_batch_threshold", threshold)
             assert speculator._can_capture() == can
         monkeypatch.setattr(group.get_metadata_builder(), "reorder_batch_threshold", None)
+        # Of a request there is no more to read than its context.
+        with monkeypatch.context() as patch:
+            patch.setattr(vllm.chef.speculator, "TurnGraphs", lambda *args: args[2])
+            for max_model_len, length in ((96, 2), (1, 1)):
+                patch.setattr(speculator, "max_model_len", max_model_len)
+                speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
+                assert speculator.graphs == [{5: length}]
         own = make_function("operator:itemgetter", 2, {})
         with monkeypatch.context() as patch:
             patch.setattr(runner.verifier, "function", own)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vllm.chef.ops import eager as ops
-from vllm.chef.speculator import ChefSpeculator
+from vllm.chef.speculator import ChefSpeculator, Reading
 from vllm.chef.state import ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns, chef_turns, sd_turns
@@ -240,3 +240,19 @@ def test_with_one_token_less_they_would_not_have(case):
     with pytest.raises(AssertionError, match="has not read"):
         for _ in range(NUM_STEPS):
             world.step()
+
+
+def test_hidden_states_of_prompts_are_found_beside_requests_that_decode():
+    """The first reads three tokens of its prompt, and one before; the second had a window of five,
+    of which little is left to read."""
+    step_start = torch.tensor([0, 3, 9])
+    of_turn = Reading(torch.tensor([0, 4, 6]), torch.tensor([9, 31]), torch.arange(6)[:, None])
+    speculator = SimpleNamespace(
+        device=DEVICE,
+        batch=SimpleNamespace(query_start_loc=step_start, query_start_loc_np=step_start.numpy()),
+        cycle=SimpleNamespace(num_reqs=2, start=torch.tensor([10, 30])),
+        readings=[of_turn],
+    )
+    (found,) = ChefSpeculator.hidden_states(speculator)
+    assert found.shape == (9, 1)
+    assert found[:3, 0].tolist() == [1, 2, 3]

@@ -116,9 +116,9 @@ class TurnGraphs:
     def find(self, num_reqs: int, step_len: int, filters: bool) -> Callable[[], Any] | None:
         """What replays the graph in which the member reads, after an engine step of so many tokens
         per request; None where there is none."""
-        manager, length = self.reading.get((step_len, filters)), self.lengths.get(step_len, 0)
-        if manager is None:
+        if step_len not in self.lengths:
             return None
+        manager, length = self.reading[step_len, filters], self.lengths[step_len]
         desc = manager.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
         if desc.cg_mode != CUDAGraphMode.FULL:
             return None

@@ -21,8 +21,8 @@ def load(
 ) -> Cycle:
     """The rows of a step's requests, of all that a cycle has; the others are of no request.
 
-    Those are emptied, since the graph of a later turn may hold more of them than the graph that
-    begins the cycle.
+    Those are emptied, since a later graph of the cycle may hold more of them than the one that
+    begins it.
     """
     rows = cycle.rows(len(slots))
     cycle.slots.fill_(-1)
