@@ -3,6 +3,7 @@
 Knows vLLM's and the ensemble's checks, and which key of ours a refusal is about.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from harness.methods import METHODS, MethodSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConfig":
@@ -99,14 +102,39 @@ def _check_turns(config: "VllmConfig", spec: MethodSpec) -> None:
 
 
 def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
-    """With another tokenizer a draft's proposals mean something else, and none is accepted."""
-    from vllm.ensemble_decode.members import check_vocabularies
+    """What vLLM would not notice: proposals that are never accepted, and errors in mid-run."""
+    from vllm.ensemble_decode.members import check_draft_context, check_vocabularies
 
     speculative = config.speculative_config
-    if speculative is not None and speculative.method == "draft_model":
-        is_key = "draft_model" in spec.parameters
-        key = "method.draft_model" if is_key else "method.llm.speculative_config.model"
-        check_vocabularies([config.model_config, speculative.draft_model_config], key)
+    if speculative is None or speculative.method != "draft_model":
+        return
+    is_key = "draft_model" in spec.parameters
+    key = "method.draft_model" if is_key else "method.llm.speculative_config.model"
+    # With another tokenizer proposals mean something else.
+    check_vocabularies([config.model_config, speculative.draft_model_config], key)
+    check_draft_context(config)
+    if not is_ensemble(config):
+        _check_stock_draft(config, key)
+
+
+def _check_stock_draft(config: "VllmConfig", key: str) -> None:
+    """What vLLM's own speculation cannot do; beside an ensemble, drafts are loaded otherwise."""
+    from vllm import ModelRegistry
+
+    draft = config.speculative_config.draft_model_config
+    if draft.is_moe and not config.model_config.is_moe:
+        raise ConfigError(
+            f"{key}: '{draft.model}' has experts, which vLLM's speculation does not prepare for a "
+            "model without; choose a draft model without experts"
+        )
+    model_cls, _ = ModelRegistry.resolve_model_cls(draft.architectures, draft)
+    _, *parameters = inspect.signature(model_cls.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind in _BY_NAME]
+    if set(needed) - {"input_ids", "positions"}:
+        raise ConfigError(
+            f"{key}: vLLM's speculation cannot call '{model_cls.__name__}', which has no default "
+            f"for {needed[-1]}; choose a draft model of another architecture"
+        )
 
 
 def _named(error: Exception, spec: MethodSpec) -> str:

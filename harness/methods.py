@@ -5,6 +5,7 @@ Plain data in, plain data out; starts no engine and loads nothing but model conf
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from vllm.chef.turns import Turns
     from vllm.ensemble_decode import EnsembleConfig
+
+logger = logging.getLogger(__name__)
 
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
 CHEF_WORKER = "vllm.chef.worker.ChefWorker"
@@ -89,12 +92,12 @@ def _sd(method: Mapping[str, Any]) -> MethodSpec:
         "model": draft_model,
         "num_speculative_tokens": gamma,
     }
-    return _spec(
-        method,
-        (model,),
-        {"speculative_config": speculative_config},
-        {"draft_model": draft_model, "gamma": gamma},
-    )
+    named = [("method.model", model), ("method.draft_model", draft_model)]
+    engine_args = {
+        "speculative_config": speculative_config,
+        **_context(method, named, (model, draft_model)),
+    }
+    return _spec(method, (model,), engine_args, {"draft_model": draft_model, "gamma": gamma})
 
 
 def _plain(method: Mapping[str, Any]) -> MethodSpec:
@@ -119,13 +122,15 @@ def _plain(method: Mapping[str, Any]) -> MethodSpec:
         }
     members = _resolve_members(named)
     ensemble, recorded = _ensemble(method, members)
+    models = members
+    if "draft_model" in parameters:
+        named, models = [*named, ("method.draft_model", draft_model)], (*members, draft_model)
     engine_args = {
         "worker_cls": ENSEMBLE_WORKER,
         "additional_config": {"ensemble": ensemble.to_dict()},
         **proposer,
+        **_context(method, named, models),
     }
-    if method["llm"].get("max_model_len") is None:
-        engine_args["max_model_len"] = _longest_context(_model_configs(method, named, members))
     return _spec(method, members, engine_args, {**recorded, **parameters})
 
 
@@ -240,6 +245,27 @@ def _model_configs(
         with _errors_of_keys(f"{key}: '{member}': "):
             configs.append(ModelConfig(model=member, trust_remote_code=trust))
     return configs
+
+
+def _context(
+    method: Mapping[str, Any], named: list[tuple[str, Any]], models: tuple[str, ...]
+) -> dict[str, int]:
+    """As an engine argument the longest context that all models have, unless the user set one.
+
+    A draft model counts as well: it would read past its last position.
+    """
+    if method["llm"].get("max_model_len") is not None:
+        return {}
+    configs = _model_configs(method, named, models)
+    longest = _longest_context(configs)
+    if named[-1][0] == "method.draft_model" and longest < _longest_context(configs[:-1]):
+        logger.warning(
+            "the context is %d tokens, that of the draft model '%s'; method.llm.max_model_len sets "
+            "it, and a draft model of a longer context allows more",
+            longest,
+            models[-1],
+        )
+    return {"max_model_len": longest}
 
 
 def _longest_context(configs: list["ModelConfig"]) -> int:

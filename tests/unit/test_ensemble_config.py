@@ -7,7 +7,8 @@ from tiny_models import llama_config, save_model
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm.ensemble_decode import EnsembleConfig
-from vllm.ensemble_decode.members import check_ensemble, member_config
+from vllm.ensemble_decode.member_config import loading_config
+from vllm.ensemble_decode.members import check_ensemble
 
 
 def test_round_trip_through_json():
@@ -83,7 +84,9 @@ def test_a_model_and_its_second_self_are_compiled_apart(tmp_path):
     config = arguments.create_engine_config()
     _, members = check_ensemble(config)
     hashes = {config.compute_hash()}
-    hashes |= {member_config(config, members, index).compute_hash() for index in (1, 2)}
+    hashes |= {
+        loading_config(config, members[index], {"member": index}).compute_hash() for index in (1, 2)
+    }
     assert len(hashes) == 3
 
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from families import FAMILIES, inspect_here
 from tiny_models import llama_config, save_byte_tokenizer
+from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext
 
@@ -30,6 +32,14 @@ def root(tmp_path_factory) -> Path:
     ):
         llama_config(vocab_size, layers).save_pretrained(root / name)
         save_byte_tokenizer(str(root / name))
+    others = {
+        "brief": llama_config(VOCAB_SIZE, max_position_embeddings=64),
+        "experts": FAMILIES["mixtral"].config(vocab_size=VOCAB_SIZE),
+    }
+    for name, model_config in others.items():
+        model_config.save_pretrained(root / name)
+        save_byte_tokenizer(str(root / name))
+    inspect_here("MixtralForCausalLM")
     return root
 
 
@@ -121,3 +131,30 @@ def test_refusals_name_the_key(name, method, message):
     with pytest.raises(ConfigError, match=message) as caught:
         config(name, **method)
     assert "\n" not in str(caught.value)
+
+
+def test_a_draft_model_of_a_shorter_context_is_refused():
+    message = r"^method\.llm\.max_model_len: 128 is beyond the draft model '.*brief', .* is 64; set"
+    with pytest.raises(ConfigError, match=message):
+        config("sd", draft_model="brief", gamma=2, llm={"max_model_len": 128})
+    assert config("sd", draft_model="brief", gamma=2).model_config.max_model_len == 64
+
+
+def test_stock_speculation_refuses_a_draft_model_that_it_cannot_prepare():
+    message = r"^method\.draft_model: '.*experts' has experts, .*; choose a draft model without"
+    with pytest.raises(ConfigError, match=message):
+        config("sd", draft_model="experts", gamma=2)
+
+
+class NeedsMore:
+    def forward(self, input_ids, positions, intermediate_tensors, inputs_embeds=None):
+        raise NotImplementedError
+
+
+def test_stock_speculation_refuses_a_draft_model_that_it_cannot_call(monkeypatch):
+    monkeypatch.setattr(ModelRegistry, "resolve_model_cls", lambda *args: (NeedsMore, "NeedsMore"))
+    message = r"^method\.draft_model: .*'NeedsMore', which has no default for intermediate_tensors;"
+    with pytest.raises(ConfigError, match=message):
+        config("sd", draft_model="small", gamma=2)
+    # Beside an ensemble a draft model is called as any model.
+    config("cd", amateur_model="other", draft_model="small", gamma=2)

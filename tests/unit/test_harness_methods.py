@@ -71,6 +71,7 @@ def test_sd(root):
             "model": draft,
             "num_speculative_tokens": 3,
         },
+        "max_model_len": 64,  # the draft model's
     }
     assert result.parameters == {"draft_model": draft, "gamma": 3}
 
@@ -219,6 +220,18 @@ def test_context_is_that_of_the_smallest_member_unless_given():
     assert short.engine_args["max_model_len"] == 64
     given = spec("ensemble", "method.extra_model=[other,small]", "method.llm.max_model_len=32")
     assert given.engine_args["max_model_len"] == 32
+
+
+@pytest.mark.parametrize("name", ["sd", "ensemble"])
+def test_context_is_that_of_a_shorter_draft_model_and_a_line_says_so(name, caplog):
+    others = [] if name == "sd" else ["method.extra_model=other"]
+    short = spec(name, *others, "method.draft_model=small")
+    assert short.engine_args["max_model_len"] == 64
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "harness.methods"]
+    assert line.startswith("the context is 64 tokens, that of the draft model '")
+    caplog.clear()
+    spec(name, *others, "method.draft_model=other")
+    assert not [record for record in caplog.records if record.name == "harness.methods"]
 
 
 def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from vllm.config import ModelConfig, VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -12,7 +13,9 @@ from vllm.chef.graphs import offer_every_length
 from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.stats import TurnStats
+from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores, Verifier
+from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.members import load_member
 from vllm.ensemble_decode.model import MemberGroup
 from vllm.ensemble_decode.runner import MemberRunner
@@ -29,9 +32,21 @@ class ChefRunner(MemberRunner):
     model: MemberGroup
     num_tokens_to_propose: int  # of the step at hand
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.ensemble_config, self.member_configs, self.turns = check_chef(self.vllm_config)
+    @classmethod
+    def check(cls, vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfig], Turns]:
+        return check_chef(vllm_config)
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        ensemble_config: EnsembleConfig,
+        member_configs: list[ModelConfig],
+        turns: Turns,
+    ) -> None:
+        super().__init__(vllm_config, device)
+        self.ensemble_config, self.member_configs = ensemble_config, member_configs
+        self.turns = turns
         self.speculator = ChefSpeculator(
             self.vllm_config,
             self.device,

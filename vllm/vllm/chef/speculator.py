@@ -92,7 +92,9 @@ class ChefSpeculator(StandaloneARSpeculator):
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> nn.Module:
         models = [
-            load_member(self.vllm_config, self.member_configs, turn.members[0])
+            MemberGroup(
+                members=[load_member(self.vllm_config, self.member_configs, turn.members[0])]
+            )
             for turn in self.turns.turns[1:]
         ]
         self.state = ProposalState(

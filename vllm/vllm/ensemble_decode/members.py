@@ -4,14 +4,18 @@ The first member is the engine's own model; the others are loaded beside it, und
 their own, so that their attention layers take part in vLLM's KV cache like the first's.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader import get_model
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.member_config import loading_config, use_own_metadata
 from vllm.ensemble_decode.ops import combine
 
 # Speculative methods of Model Runner V2 that need nothing of the target but its logits.
@@ -35,6 +39,9 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
         _check_supported(member)
     check_vocabularies(members)
     _check_max_model_len(members)
+    check_draft_context(vllm_config)
+    check_attention(vllm_config, members)
+    _check_experts(vllm_config, members)
     _check_function(ensemble, members[0].get_vocab_size())
     return ensemble, members
 
@@ -48,25 +55,33 @@ def load_member(vllm_config: VllmConfig, members: list[ModelConfig], index: int)
     """Load one member of `members` (from `check_ensemble`)."""
     if index == 0:
         return get_model(vllm_config=vllm_config)
-    config = member_config(vllm_config, members, index)
-    # The tag keeps the member's compiled graphs apart, the prefix its attention layers.
-    name = f"member_{index}"
-    with set_model_tag(name):
-        return get_model(vllm_config=config, model_config=members[index], prefix=name)
-
-
-def member_config(vllm_config: VllmConfig, members: list[ModelConfig], index: int) -> VllmConfig:
-    """The engine's configuration as the member `index > 0` is loaded with.
-
-    It says which member it is, or vLLM's compile cache could not tell a model from its second self
-    in one ensemble: what is compiled holds the names of the attention layers.
-    """
-    return replace(
-        vllm_config,
-        model_config=members[index],
-        quant_config=None,
-        additional_config={**vllm_config.additional_config, "member": index},
+    return load_beside(
+        vllm_config, members[index], f"member_{index}", {"member": index}, members[:index]
     )
+
+
+def load_beside(
+    vllm_config: VllmConfig,
+    model_config: ModelConfig,
+    name: str,
+    additional: dict[str, Any],
+    others: Sequence[ModelConfig],
+) -> nn.Module:
+    """Load a model beside the engine's own.
+
+    Args:
+        name: keeps the model's compiled graphs apart, and is the prefix of its attention layers.
+        additional: as `loading_config` has it.
+        others: the models of the same engine that come before it.
+    """
+    config = loading_config(vllm_config, model_config, additional)
+    layers = vllm_config.compilation_config.static_forward_context
+    known = set(layers)
+    with set_model_tag(name):
+        model = get_model(vllm_config=config, model_config=model_config, prefix=name)
+    own = [layer for layer_name, layer in layers.items() if layer_name not in known]
+    use_own_metadata(own, model_config, others)
+    return model
 
 
 def _member_model_config(vllm_config: VllmConfig, path: str) -> ModelConfig:
@@ -185,6 +200,71 @@ def _check_max_model_len(members: list[ModelConfig]) -> None:
         )
     for member in members[1:]:
         member.max_model_len = max_model_len
+
+
+def check_draft_context(vllm_config: VllmConfig) -> None:
+    """Refuse a draft model whose context is shorter than the engine's: vLLM would read past it.
+
+    Raises:
+        ValueError: one line that names the key and the remedy.
+    """
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    max_model_len = vllm_config.model_config.max_model_len
+    if draft is not None and draft.max_model_len < max_model_len:
+        raise ValueError(
+            f"method.llm.max_model_len: {max_model_len} is beyond the draft model '{draft.model}', "
+            f"whose longest context is {draft.max_model_len}; set it to that or less"
+        )
+
+
+def check_attention(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> None:
+    """Refuse members whose attention vLLM's KV cache cannot hold in one engine.
+
+    Raises:
+        ValueError: one line that names the key and the remedy.
+    """
+    windows = {window for member in members if (window := _window(member)) is not None}
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and len(windows) > 1:
+        raise ValueError(
+            "method.llm.disable_hybrid_kv_cache_manager: without that manager all layers need one "
+            f"attention window, and the members have {sorted(windows)}; leave it out"
+        )
+    block_size = vllm_config.cache_config.block_size
+    largest = max(_entry_size(vllm_config, member) for member in members)
+    for member in members:
+        chunk_size, entry_size = member.attention_chunk_size, _entry_size(vllm_config, member)
+        # vLLM gives layers with smaller entries larger blocks, so that all blocks take the same.
+        ratio = largest // entry_size if largest % entry_size == 0 else 1
+        if chunk_size is not None and chunk_size % (block_size * ratio) != 0:
+            raise ValueError(
+                f"method.llm.block_size: '{member.model}' attends in chunks of {chunk_size} "
+                f"tokens, which blocks of {block_size * ratio} tokens do not divide; set it to a "
+                f"divisor of {chunk_size // ratio}"
+            )
+
+
+def _window(member: ModelConfig) -> int | None:
+    """Of the layers that do not attend to all that came before."""
+    if member.attention_chunk_size is not None:
+        return member.attention_chunk_size
+    return None if member.disable_sliding_window else member.get_sliding_window()
+
+
+def _entry_size(vllm_config: VllmConfig, member: ModelConfig) -> int:
+    """Numbers that a layer's KV cache holds per token."""
+    keys_and_values = 1 if member.use_mla else 2
+    num_kv_heads = member.get_num_kv_heads(vllm_config.parallel_config)
+    return keys_and_values * num_kv_heads * member.get_head_size()
+
+
+def _check_experts(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> None:
+    """vLLM looks for experts in the first member alone where ranks share them."""
+    experts = [member.model for member in members[1:] if member.is_moe]
+    if experts and not members[0].is_moe and vllm_config.parallel_config.data_parallel_size > 1:
+        raise ValueError(
+            f"method.llm.data_parallel_size: '{experts[0]}' has experts and the first member has "
+            "none, so that vLLM would not keep its ranks in step; set it to 1"
+        )
 
 
 def _check_function(ensemble: EnsembleConfig, vocab_size: int) -> None:

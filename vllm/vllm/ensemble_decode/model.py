@@ -50,11 +50,11 @@ class MemberGroup(nn.Module):
         if not self.hidden_sizes:
             return self._first_forward(input_ids, positions)
         if self.num_members == 1:
-            return self.members[0](input_ids=input_ids, positions=positions)
+            return run_member(self.members[0], input_ids, positions)
         hidden_states = None
         start = 0
         for member, size in zip(self.members, self.hidden_sizes, strict=True):
-            output = member(input_ids=input_ids, positions=positions)
+            output = run_member(member, input_ids, positions)
             if hidden_states is None:
                 hidden_states = output.new_empty(output.shape[0], sum(self.hidden_sizes))
             # Copied before the next member runs: in piecewise CUDA graphs the members share one
@@ -65,7 +65,7 @@ class MemberGroup(nn.Module):
 
     def _first_forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         # vLLM's memory profiling, or the first step where there is none: never a CUDA graph.
-        outputs = [m(input_ids=input_ids, positions=positions) for m in self.members]
+        outputs = [run_member(member, input_ids, positions) for member in self.members]
         self.hidden_sizes = [output.shape[-1] for output in outputs]
         return torch.cat(outputs, dim=-1)
 
@@ -132,6 +132,17 @@ class EnsembleModel(MemberGroup):
         from vllm.ensemble_decode.sampler import EnsembleModelState
 
         return EnsembleModelState
+
+
+def run_member(
+    member: nn.Module,
+    input_ids: torch.Tensor,  # [num_tokens]
+    positions: torch.Tensor,  # [num_tokens]
+) -> torch.Tensor:  # [num_tokens, hidden_size]
+    """Call a member with all that vLLM passes to a model; some models have no defaults."""
+    return member(
+        input_ids=input_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None
+    )
 
 
 def split_members(

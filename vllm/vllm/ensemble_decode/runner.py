@@ -2,13 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.config import ModelConfig
+import torch
+from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import DeviceMemoryProfiler
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.members import check_ensemble, load_members
 from vllm.ensemble_decode.model import EnsembleModel, MemberGroup
+from vllm.ensemble_decode.outside import OutsideSpeculator
 from vllm.ensemble_decode.sampler import (
     EnsemblePromptLogprobsWorker,
     EnsembleStructuredOutputsWorker,
@@ -25,6 +28,15 @@ class MemberRunner(ModelRunner):
 
     ensemble_config: EnsembleConfig
     member_configs: list[ModelConfig]
+
+    @classmethod
+    def check(cls, vllm_config: VllmConfig) -> tuple[Any, ...]:
+        """What the runner is made with besides the configuration, checked before weights load:
+        the ensemble, its members' configs, and what a subclass adds.
+
+        Raises ValueError with one line that names the key and the remedy.
+        """
+        return check_ensemble(vllm_config)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         if load_dummy_weights:
@@ -50,9 +62,17 @@ class EnsembleRunner(MemberRunner):
 
     model: EnsembleModel
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.ensemble_config, self.member_configs = check_ensemble(self.vllm_config)
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        ensemble_config: EnsembleConfig,
+        member_configs: list[ModelConfig],
+    ) -> None:
+        super().__init__(vllm_config, device)
+        self.ensemble_config, self.member_configs = ensemble_config, member_configs
+        if isinstance(self.speculator, StandaloneARSpeculator):
+            self.speculator = OutsideSpeculator(vllm_config, device, member_configs)
 
     def make_model(self) -> EnsembleModel:
         config = self.ensemble_config

@@ -1,0 +1,115 @@
+"""Members of different families: none changes what another computes.
+
+vLLM keeps one configuration per engine and takes parts of it from the engine's own model: sliding
+windows, head counts, whether there are experts.  Here every family stands first once, with all the
+others beside it, and the mean of the logits must be the mean of what transformers computes for each
+alone.  Pairs that differ in one setting run by turns as well, in both orders.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from engines import engine, generate, greedy
+from families import FAMILIES, logits_of, save_family
+from tiny_models import VOCAB_SIZE
+
+# The second is longer than all windows, and so is the third with what follows it.
+PROMPTS = [[5, 6, 7], [(7 * i + 3) % VOCAB_SIZE for i in range(40)], [9] * 15]
+FORCED, NUM_TOKENS = 5, 4
+# The best logits of members differ by more than 1.
+TOLERANCE = 5e-3
+# Settings that vLLM keeps once per engine, one family for each.
+KINDS = ["llama", "llama_wide", "mistral_16", "gemma2", "gpt_oss", "mixtral", "bloom"]
+# In a pair a chunk meets blocks that fit it; with all others blocks get larger.
+ALL = [name for name in FAMILIES if name != "llama4"]
+PAIRS = [
+    ("llama", "mistral_16"),
+    ("mistral_16", "mistral_32"),
+    ("mistral", "mistral_16"),
+    ("llama", "llama_wide"),
+    ("llama", "mixtral"),
+    ("mistral_32", "gpt_oss"),
+    ("gemma2", "qwen3_moe"),
+    ("opt", "olmo3"),
+]
+
+Tables = dict[str, list[torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: save_family(root, name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def tables(models: dict[str, str]) -> Tables:
+    """By family and prompt, the logits of the prompt and what follows it."""
+    texts = [prompt + [FORCED] * NUM_TOKENS for prompt in PROMPTS]
+    return {name: logits_of(path, texts) for name, path in models.items()}
+
+
+def run(models: dict[str, str], names: Sequence[str], *args: Any, **arguments: Any) -> list[Any]:
+    """The outputs of an engine whose members are `names`, all tokens forced."""
+    ensemble = dict(
+        extra_model=[models[name] for name in names[1:]],
+        ensemble_fn="mean",
+        ensemble_target="raw-logits",
+    )
+    defaults = dict(
+        max_logprobs=VOCAB_SIZE,
+        logprobs_mode="raw_logits",
+        kv_cache_memory_bytes=(32 + 8 * len(names)) << 20,
+    )
+    params = greedy(NUM_TOKENS, logprobs=VOCAB_SIZE, allowed_token_ids=[FORCED])
+    with engine(models[names[0]], ensemble, *args, **{**defaults, **arguments}) as llm:
+        return generate(llm, PROMPTS, params)
+
+
+def assert_mean_of(tables: Tables, names: Sequence[str], outputs: list[Any]) -> None:
+    for at, (prompt, output) in enumerate(zip(PROMPTS, outputs, strict=True)):
+        assert list(output.token_ids) == [FORCED] * NUM_TOKENS
+        rows = torch.tensor(
+            [[row[token].logprob for token in range(VOCAB_SIZE)] for row in output.logprobs]
+        )
+        last = len(prompt) - 1
+        expected = sum(tables[name][at][last : last + NUM_TOKENS] for name in names) / len(names)
+        # One member off by the tolerance moves the mean by a share of it.
+        torch.testing.assert_close(rows, expected, rtol=0, atol=TOLERANCE / len(names))
+
+
+@pytest.mark.parametrize(
+    "first", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+)
+def test_every_family_computes_the_same_beside_all_others(first, models, tables):
+    names = [first, *(name for name in ALL if name != first)]
+    assert_mean_of(tables, names, run(models, names))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_pairs_compute_the_same_plain_and_by_turns(pair, swapped, models, tables):
+    names = list(reversed(pair)) if swapped else list(pair)
+    assert_mean_of(tables, names, run(models, names))
+    chef = dict(gamma=[1, 2], turn_order=[0, 1])
+    assert_mean_of(tables, names, run(models, names, chef, 2))
+
+
+@pytest.mark.parametrize("draft", ["mistral_16", "mixtral", "llama_wide", "phi"])
+def test_a_proposer_outside_keeps_its_own_settings(draft, models):
+    """An ensemble in which one member decides alone accepts all that the same model proposes."""
+    ensemble = dict(
+        extra_model=[models[draft]],
+        ensemble_fn="weighted",
+        weights=[0.0, 1.0],
+        ensemble_target="raw-logits",
+    )
+    speculative = {"method": "draft_model", "model": models[draft], "num_speculative_tokens": 3}
+    with engine(models["llama"], ensemble, speculative_config=speculative) as llm:
+        generate(llm, PROMPTS, greedy(24))
+        metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+    drafted = metrics["vllm:spec_decode_num_draft_tokens"]
+    # What is proposed past a request's last token is not accepted.
+    assert metrics["vllm:spec_decode_num_accepted_tokens"] > 0.9 * drafted > 0

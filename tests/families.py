@@ -1,0 +1,203 @@
+"""Tiny random models of the architectures that vLLM serves for text, one per family.
+
+What members are made of in `e2e/test_families.py`.  Knows transformers and vLLM's registry; starts
+no engine.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_models import MAX_LEN, VOCAB_SIZE
+
+# Of every family whose config has these names.
+SIZES = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=MAX_LEN,
+    tie_word_embeddings=False,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+GPT2_SIZES = dict(
+    vocab_size=VOCAB_SIZE,
+    n_embd=64,
+    n_layer=2,
+    n_head=2,
+    n_positions=MAX_LEN,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
+LOCAL_EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+ROUTED_EXPERTS = dict(
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+    topk_group=1,
+)
+INTERLEAVED = dict(sliding_window=16, num_hidden_layers=4)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a tiny model of a family is configured.
+
+    Args:
+        config_class: of transformers.
+        options: beside `sizes`.
+        sizes: by default `SIZES`.
+    """
+
+    config_class: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=lambda: SIZES)
+
+    def config(self, **options: Any) -> transformers.PretrainedConfig:
+        config_class = getattr(transformers, self.config_class)
+        return config_class(**{**self.sizes, **self.options, **options})
+
+
+def _family(config_class: str, **options: Any) -> Family:
+    return Family(config_class, options)
+
+
+FAMILIES = {
+    "llama": _family("LlamaConfig"),
+    "llama_wide": _family(
+        "LlamaConfig", hidden_size=128, num_attention_heads=4, num_key_value_heads=2
+    ),
+    "apertus": _family("ApertusConfig"),
+    "arcee": _family("ArceeConfig"),
+    "bloom": Family("BloomConfig", dict(hidden_size=64), GPT2_SIZES),
+    "cohere": _family("CohereConfig", logit_scale=0.5, tie_word_embeddings=True),
+    "ernie4_5": _family("Ernie4_5Config", head_dim=32),
+    "exaone4": _family("Exaone4Config", sliding_window_pattern=4, **INTERLEAVED),
+    "falcon": _family(
+        "FalconConfig", multi_query=True, new_decoder_architecture=False, parallel_attn=True
+    ),
+    "gemma2": _family(
+        "Gemma2Config",
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=16,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+        tie_word_embeddings=True,
+    ),
+    "gemma3": _family(
+        "Gemma3TextConfig",
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window_pattern=2,
+        tie_word_embeddings=True,
+        **INTERLEAVED,
+    ),
+    "glm4": _family("Glm4Config", head_dim=32),
+    "glm4_moe": _family("Glm4MoeConfig", head_dim=32, n_group=1, **ROUTED_EXPERTS),
+    "gpt2": Family("GPT2Config", {}, GPT2_SIZES),
+    "gpt_oss": _family("GptOssConfig", head_dim=32, sliding_window=16, **LOCAL_EXPERTS),
+    "gptj": Family("GPTJConfig", dict(rotary_dim=16), GPT2_SIZES),
+    "granite": _family(
+        "GraniteConfig",
+        logits_scaling=2.0,
+        residual_multiplier=0.5,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+    ),
+    "granitemoe": _family("GraniteMoeConfig", **LOCAL_EXPERTS),
+    "hunyuan": _family("HunYuanDenseV1Config", head_dim=32),
+    # A chunk must be a multiple of a block, and blocks have 128 tokens on a CPU.
+    "llama4": _family(
+        "Llama4TextConfig",
+        head_dim=32,
+        num_hidden_layers=4,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        intermediate_size_mlp=96,
+        attention_chunk_size=128,
+    ),
+    "mistral": _family("MistralConfig", head_dim=32, sliding_window=None),
+    "mistral_16": _family("MistralConfig", head_dim=32, sliding_window=16),
+    "mistral_32": _family("MistralConfig", num_key_value_heads=2, sliding_window=32),
+    "mixtral": _family("MixtralConfig", **LOCAL_EXPERTS),
+    "nemotron": _family("NemotronConfig", head_dim=32),
+    "olmo": _family("OlmoConfig"),
+    "olmo2": _family("Olmo2Config"),
+    "olmo3": _family("Olmo3Config", **INTERLEAVED),
+    "olmoe": _family("OlmoeConfig", **EXPERTS),
+    "opt": _family("OPTConfig", word_embed_proj_dim=32, ffn_dim=64, do_layer_norm_before=False),
+    "phi": _family("PhiConfig", num_key_value_heads=2),
+    "phi3": _family("Phi3Config", original_max_position_embeddings=MAX_LEN),
+    "qwen2": _family("Qwen2Config"),
+    "qwen2_moe": _family(
+        "Qwen2MoeConfig", moe_intermediate_size=32, shared_expert_intermediate_size=32, **EXPERTS
+    ),
+    "qwen3": _family("Qwen3Config", head_dim=32),
+    "qwen3_moe": _family("Qwen3MoeConfig", head_dim=32, moe_intermediate_size=32, **EXPERTS),
+    "seed_oss": _family("SeedOssConfig", head_dim=32),
+    "smollm3": _family("SmolLM3Config"),
+    "stablelm": _family("StableLmConfig"),
+    "starcoder2": _family("Starcoder2Config", sliding_window=None),
+}
+
+
+def save_family(root: Path, name: str) -> str:
+    """A random float32 model of a family below `root`; its seed is its place in the table.
+
+    Its class is inspected in this process. vLLM would start another process for that, which
+    imports for 20 seconds.
+    """
+    torch.manual_seed(list(FAMILIES).index(name))
+    model = reference_class().from_config(FAMILIES[name].config(), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.18)
+    path = root / name
+    model.save_pretrained(path)
+    inspect_here(json.loads((path / "config.json").read_text())["architectures"][0])
+    return str(path)
+
+
+def reference_class() -> type:
+    return transformers.AutoModelForCausalLM
+
+
+@torch.inference_mode()
+def logits_of(
+    path: str,
+    texts: Sequence[Sequence[int]],
+) -> list[torch.Tensor]:  # num_texts x [length, vocab_size]
+    """What transformers computes for whole texts.
+
+    To be called before the first engine: for families that vLLM runs on transformers' own code it
+    changes the classes of this process.
+    """
+    # "eager", since the faster ways leave out Gemma 2's soft caps and gpt-oss's sinks.
+    model = reference_class().from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+    return [model.eval()(torch.tensor([list(text)])).logits[0] for text in texts]
+
+
+@cache
+def inspect_here(architecture: str) -> None:
+    """Tell vLLM what an architecture's class can do, without another process."""
+    from vllm import ModelRegistry
+
+    registered = ModelRegistry.models.get(architecture)
+    if registered is not None:
+        ModelRegistry.register_model(architecture, registered.load_model_cls())

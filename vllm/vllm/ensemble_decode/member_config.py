@@ -1,0 +1,148 @@
+"""The engine's configuration as one member must see it.
+
+vLLM keeps one configuration per engine and fills parts of it from the engine's own model: the
+sliding window of `cache_config`, the dtype of the KV cache, the model that attention backends ask
+for heads and head sizes.  Here every member gets these values from its own checkpoint.
+Knows vLLM's configuration; loads nothing.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+from torch import nn
+from vllm.config import CacheConfig, ModelConfig, VllmConfig, replace
+from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
+
+# Keys of a model's config that no attention backend reads. Models that differ in these alone can
+# share attention metadata, which is then built once a step for all of them.
+_NOT_OF_ATTENTION = {
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "intermediate_size",
+    "name_or_path",
+    "num_hidden_layers",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "vocab_size",
+}
+
+
+def loading_config(
+    vllm_config: VllmConfig, member: ModelConfig, additional: dict[str, Any]
+) -> VllmConfig:
+    """The configuration that a member other than the engine's own model is loaded with.
+
+    Args:
+        additional: entries of `additional_config`. They tell vLLM's compile cache one member from
+            another, since compiled code holds the names of the attention layers.
+    """
+    return replace(
+        vllm_config,
+        model_config=member,
+        quant_config=None,
+        # vLLM adjusts these to the model that a configuration is for, so each member has copies.
+        cache_config=_cache_config(vllm_config, member),
+        parallel_config=copy(vllm_config.parallel_config),
+        attention_config=copy(vllm_config.attention_config),
+        additional_config={**vllm_config.additional_config, **additional},
+    )
+
+
+def sliding_window(member: ModelConfig) -> int | None:
+    """The window of a model all of whose layers have one: what vLLM keeps in `cache_config`.
+
+    Models that mix windows tell each layer its own.
+    """
+    layer_types = getattr(member.hf_text_config, "layer_types", None)
+    if layer_types is None or all(kind == "sliding_attention" for kind in layer_types):
+        return member.get_sliding_window()
+    return None
+
+
+def cache_dtype(vllm_config: VllmConfig, member: ModelConfig) -> str:
+    """The dtype of a member's KV cache: the user's, or else the one its own checkpoint names."""
+    given = vllm_config.cache_config.cache_dtype
+    # vLLM writes what the first member's checkpoint names over the user's "auto".
+    of_the_first = resolve_kv_cache_dtype_string("auto", vllm_config.model_config)
+    return resolve_kv_cache_dtype_string("auto" if given == of_the_first else given, member)
+
+
+def use_own_metadata(
+    layers: Sequence[nn.Module],
+    member: ModelConfig,
+    others: Sequence[ModelConfig],
+) -> None:
+    """Let attention metadata of a member's `layers` be built from that member's configuration.
+
+    vLLM builds metadata for groups of layers with one backend, from the engine's configuration. A
+    member therefore has backends of its own, unless its attention is that of one of `others`, the
+    members before it.
+    """
+    settings = [attention_settings(other) for other in [*others, member]]
+    place = settings.index(settings[-1])
+    if place == 0:
+        return
+    for layer in layers:
+        backend = getattr(layer, "attn_backend", None)
+        if backend is not None:
+            layer.attn_backend = _backend_of(backend, member, place)
+
+
+def attention_settings(member: ModelConfig) -> dict[str, Any]:
+    """What attention metadata may depend on, of a model's config."""
+    config = member.hf_text_config.to_dict()
+    settings = {key: value for key, value in config.items() if key not in _NOT_OF_ATTENTION}
+    return {**settings, "dtype": member.dtype, "quantization": member.quantization}
+
+
+def _cache_config(vllm_config: VllmConfig, member: ModelConfig) -> CacheConfig:
+    config = copy(vllm_config.cache_config)
+    config.sliding_window = sliding_window(member)
+    config.is_attention_free = member.is_attention_free
+    config.cache_dtype = cache_dtype(vllm_config, member)
+    return config
+
+
+def _backend_of(
+    backend: type[AttentionBackend], member: ModelConfig, place: int
+) -> type[AttentionBackend]:
+    """`backend` with a builder that reads `member`; one name per place, as vLLM groups by name."""
+    builder = backend.get_builder_cls()
+
+    def as_member(vllm_config: VllmConfig) -> VllmConfig:
+        config = copy(vllm_config)
+        config.model_config = member
+        config.cache_config = _cache_config(vllm_config, member)
+        return config
+
+    class MemberBuilder(builder):
+        def __init__(
+            self,
+            kv_cache_spec: Any,
+            layer_names: Any,
+            vllm_config: VllmConfig,
+            *args: Any,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, as_member(vllm_config), *args, **kwargs)
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> Any:
+            return super().get_cudagraph_support(as_member(vllm_config), kv_cache_spec)
+
+        @classmethod
+        def get_varlen_cudagraph_max_query_len(
+            cls, vllm_config: VllmConfig, kv_cache_spec: Any
+        ) -> int | None:
+            return super().get_varlen_cudagraph_max_query_len(as_member(vllm_config), kv_cache_spec)
+
+    return subclass_attention_backend(f"Member{place}", backend, MemberBuilder)

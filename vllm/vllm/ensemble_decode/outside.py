@@ -1,0 +1,30 @@
+"""A draft model outside of an ensemble: it proposes, and has no say in the output."""
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+
+from vllm.ensemble_decode.members import load_beside
+from vllm.ensemble_decode.model import MemberGroup
+
+NAME = "draft_model"
+
+
+class OutsideSpeculator(StandaloneARSpeculator):
+    """vLLM's speculator, with the draft model loaded as a member is: with its own configuration."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, members: list[ModelConfig]
+    ) -> None:
+        super().__init__(vllm_config, device)
+        self.members = members
+
+    def load_draft_model(
+        self, target_model: nn.Module, target_attn_layer_names: set[str]
+    ) -> nn.Module:
+        draft = load_beside(
+            self.vllm_config, self.draft_model_config, NAME, {"member": NAME}, self.members
+        )
+        # The group calls it as vLLM calls its models; the speculator passes fewer arguments.
+        return MemberGroup(members=[draft])
