@@ -103,7 +103,8 @@ def _check_turns(config: "VllmConfig", spec: MethodSpec) -> None:
 
 def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
     """What vLLM would not notice: proposals that are never accepted, and errors in mid-run."""
-    from vllm.ensemble_decode.members import check_draft_context, check_vocabularies
+    from vllm.ensemble_decode.members import check_draft_context
+    from vllm.ensemble_decode.vocabulary import check_tokenizers
 
     speculative = config.speculative_config
     if speculative is None or speculative.method != "draft_model":
@@ -111,7 +112,7 @@ def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
     is_key = "draft_model" in spec.parameters
     key = "method.draft_model" if is_key else "method.llm.speculative_config.model"
     # With another tokenizer proposals mean something else.
-    check_vocabularies([config.model_config, speculative.draft_model_config], key)
+    check_tokenizers([config.model_config, speculative.draft_model_config], key)
     check_draft_context(config)
     if not is_ensemble(config):
         _check_stock_draft(config, key)

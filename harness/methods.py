@@ -150,13 +150,17 @@ def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
         ensemble, parameters = _ensemble(method, members)
         configs = _model_configs(method, named, members)
         turns = _make_turns(chef, configs, ensemble)
+        # vLLM takes a draft model of the target's number of rows only; it loads neither.
+        carrier = turns[-1].members[0]
+        if configs[carrier].get_vocab_size() != configs[0].get_vocab_size():
+            carrier = 0
         engine_args = {
             "worker_cls": CHEF_WORKER,
             "additional_config": {"ensemble": ensemble.to_dict(), CONFIG_KEY: chef.to_dict()},
             # How vLLM carries the tokens that are pending from step to step.
             "speculative_config": {
                 "method": "draft_model",
-                "model": members[turns[-1].members[0]],
+                "model": members[carrier],
                 "num_speculative_tokens": turns.window,
             },
         }

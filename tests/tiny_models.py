@@ -107,15 +107,20 @@ def save_noisy_copy(path: Path, source: str, seed: int, noise: float = 0.02) -> 
     return str(path)
 
 
-def save_byte_tokenizer(path: str, extra: Sequence[str] = ()) -> int:
-    """A byte-level tokenizer beside a model; returns its number of tokens."""
+def save_byte_tokenizer(path: str, extra: Sequence[str] = (), added: Sequence[str] = ()) -> int:
+    """A byte-level tokenizer beside a model; returns its number of tokens.
+
+    `extra` tokens are the model's own, `added` ones are special, as a fine-tune brings them.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<eos>", *alphabet, *extra]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(path)
-    return len(tokens)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.add_tokens(list(added), special_tokens=True)
+    fast.save_pretrained(path)
+    return len(fast)
 
 
 def load_reference(path: str) -> torch.nn.Module:

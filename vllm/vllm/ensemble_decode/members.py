@@ -12,17 +12,15 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader import get_model
-from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.functions import Contrastive
 from vllm.ensemble_decode.member_config import loading_config, use_own_metadata
 from vllm.ensemble_decode.ops import combine
+from vllm.ensemble_decode.vocabulary import check_tokenizers, fitted, member_vocabularies
 
 # Speculative methods of Model Runner V2 that need nothing of the target but its logits.
 LOGITS_ONLY_SPECULATION = ("draft_model", "ngram")
-
-# Text on which tokenizers with equal vocabularies, but other merges or normalisation, differ.
-_PROBE = "def f(x):\n    return x + 1\n\nThe naïve café costs €1,234.50  — «ok»? 你好 🙂\t\r\n"
 
 
 def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfig]]:
@@ -37,7 +35,10 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     members += [_member_model_config(vllm_config, path) for path in ensemble.extra_model]
     for member in members:
         _check_supported(member)
-    check_vocabularies(members)
+    check_tokenizers(members)
+    # What the first member lacks cannot be emitted in a contrast, whatever the others say.
+    is_contrast = isinstance(ensemble.make_function(), Contrastive)
+    member_vocabularies(members, union_needed=not is_contrast)
     _check_max_model_len(members)
     check_draft_context(vllm_config)
     check_attention(vllm_config, members)
@@ -52,12 +53,15 @@ def load_members(vllm_config: VllmConfig, members: list[ModelConfig]) -> list[nn
 
 
 def load_member(vllm_config: VllmConfig, members: list[ModelConfig], index: int) -> nn.Module:
-    """Load one member of `members` (from `check_ensemble`)."""
+    """Load one member of `members` (from `check_ensemble`), with the ensemble's vocabulary."""
     if index == 0:
-        return get_model(vllm_config=vllm_config)
-    return load_beside(
-        vllm_config, members[index], f"member_{index}", {"member": index}, members[:index]
-    )
+        model = get_model(vllm_config=vllm_config)
+    else:
+        model = load_beside(
+            vllm_config, members[index], f"member_{index}", {"member": index}, members[:index]
+        )
+    vocabulary = member_vocabularies(members, union_needed=False)[index]
+    return fitted(model, vocabulary, vllm_config.device_config.device)
 
 
 def load_beside(
@@ -159,35 +163,6 @@ def _check_supported(member: ModelConfig) -> None:
                 f"method.model/extra_model: '{member.model}' cannot be a member ({kind}); "
                 "members must be decoder-only text models with attention"
             )
-
-
-def check_vocabularies(members: list[ModelConfig], key: str = "method.model/extra_model") -> None:
-    """Refuse models whose vocabularies differ in size or whose tokenizers disagree.
-
-    Raises ValueError with one line that begins with `key`.
-    """
-    first = members[0]
-    for member in members[1:]:
-        if member.get_vocab_size() != first.get_vocab_size():
-            raise ValueError(
-                f"{key}: vocabularies differ in size: '{first.model}' has "
-                f"{first.get_vocab_size()} tokens, '{member.model}' {member.get_vocab_size()}; "
-                "choose members of one family"
-            )
-    if first.skip_tokenizer_init:
-        return
-    reference = _tokenizer_fingerprint(first)
-    for member in members[1:]:
-        if _tokenizer_fingerprint(member) != reference:
-            raise ValueError(
-                f"{key}: the tokenizers of '{first.model}' and "
-                f"'{member.model}' disagree; members must share one tokenizer"
-            )
-
-
-def _tokenizer_fingerprint(member: ModelConfig) -> tuple[dict[str, int], list[int]]:
-    tokenizer = cached_tokenizer_from_config(member)
-    return tokenizer.get_vocab(), tokenizer.encode(_PROBE, add_special_tokens=False)
 
 
 def _check_max_model_len(members: list[ModelConfig]) -> None:

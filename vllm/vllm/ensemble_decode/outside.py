@@ -7,6 +7,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm.ensemble_decode.members import load_beside
 from vllm.ensemble_decode.model import MemberGroup
+from vllm.ensemble_decode.vocabulary import fitted, member_vocabularies
 
 NAME = "draft_model"
 
@@ -26,5 +27,7 @@ class OutsideSpeculator(StandaloneARSpeculator):
         draft = load_beside(
             self.vllm_config, self.draft_model_config, NAME, {"member": NAME}, self.members
         )
+        models = [self.members[0], self.draft_model_config]
+        vocabulary = member_vocabularies(models, union_needed=False)[1]
         # The group calls it as vLLM calls its models; the speculator passes fewer arguments.
-        return MemberGroup(members=[draft])
+        return MemberGroup(members=[fitted(draft, vocabulary, self.device)])

@@ -1,0 +1,223 @@
+"""Which tokens the members have: one vocabulary for all, though not all have all of it.
+
+Checkpoints that share a tokenizer may be padded to different numbers of rows, and a fine-tune may
+have added tokens.  The ensemble's tokens are those that any member's tokenizer has.  A token that a
+member lacks has no probability under that member, and a row without a token has none at all.
+Knows tokenizers and configs; loads no weights.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, zip_longest
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig
+from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
+
+logger = init_logger(__name__)
+
+KEY = "method.model/extra_model"
+# Text on which tokenizers with equal vocabularies, but other merges or normalisation, differ.
+_PROBE = "def f(x):\n    return x + 1\n\nThe naïve café costs €1,234.50  — «ok»? 你好 🙂\t\r\n"
+
+
+@dataclass(frozen=True)
+class MemberVocabulary:
+    """What a member has of the ensemble's `vocab_size` rows of logits.
+
+    Args:
+        vocab_size: rows of the ensemble, which are those of the first member.
+        num_rows: rows that the member has.
+        lacking: tokens below `vocab_size` that get no probability from this member: those that it
+            lacks, and those that no member has. In order.
+        read_as: the token that the member reads where the text has one that it lacks.
+    """
+
+    vocab_size: int
+    num_rows: int
+    lacking: tuple[int, ...]
+    read_as: int
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.lacking and self.num_rows == self.vocab_size
+
+
+def check_tokenizers(members: Sequence[ModelConfig], key: str = KEY) -> None:
+    """Refuse models whose tokenizers mean different things by one token.
+
+    Tokens that only one of them has must be added or special ones, as a fine-tune brings.
+
+    Raises:
+        ValueError: one line that begins with `key` and names the first token that differs.
+    """
+    first, *others = members
+    if first.skip_tokenizer_init:
+        return
+    tokenizer = cached_tokenizer_from_config(first)
+    for member in others:
+        difference = _difference(tokenizer, cached_tokenizer_from_config(member))
+        if difference is not None:
+            raise ValueError(
+                f"{key}: the tokenizers of '{first.model}' and '{member.model}' disagree: "
+                f"{difference}; members must share one tokenizer"
+            )
+
+
+def member_vocabularies(
+    members: Sequence[ModelConfig], union_needed: bool = True
+) -> list[MemberVocabulary]:
+    """What each of `members` has of the first member's rows.
+
+    Without tokenizers, rows that not all members have are taken for padding.
+
+    Args:
+        union_needed: whether a token that the first member lacks may be emitted at all.
+
+    Raises:
+        ValueError: one line that names the key and the remedy, for a token that the first member
+            has no row for, where `union_needed`.
+    """
+    first = members[0]
+    vocab_size = first.get_vocab_size()
+    nums_rows = [member.get_vocab_size() for member in members]
+    if first.skip_tokenizer_init:
+        has = [set(range(min(nums_rows)))] * len(members)
+        reads = [0] * len(members)
+    else:
+        has = [
+            {token for token in _ids(member) if token < num_rows}
+            for member, num_rows in zip(members, nums_rows, strict=True)
+        ]
+        reads = [_read_as(member) for member in members]
+    for member, tokens in zip(members, has, strict=True):
+        _check_beyond(first, member, tokens, union_needed)
+    everything = range(vocab_size)
+    return [
+        MemberVocabulary(
+            vocab_size,
+            num_rows,
+            tuple(token for token in everything if token not in tokens),
+            read_as,
+        )
+        for num_rows, tokens, read_as in zip(nums_rows, has, reads, strict=True)
+    ]
+
+
+class FittedMember(nn.Module):
+    """A member that reads and scores the ensemble's tokens, though it has not all of them."""
+
+    def __init__(
+        self, model: nn.Module, vocabulary: MemberVocabulary, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.vocabulary = vocabulary
+        self.ranges = _ranges(t for t in vocabulary.lacking if t < vocabulary.num_rows)
+        """Columns of the member's own logits that are removed, from and to"""
+        tokens = torch.arange(vocabulary.vocab_size, dtype=torch.int32, device=device)
+        for start, end in _ranges(vocabulary.lacking):
+            tokens[start:end] = vocabulary.read_as
+        self.register_buffer("reads", tokens, persistent=False)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_input_ids(self.reads[input_ids])
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [num_tokens]
+        positions: torch.Tensor,  # [num_tokens]
+        intermediate_tensors: None = None,
+        inputs_embeds: None = None,
+    ) -> torch.Tensor:  # [num_tokens, hidden_size]
+        return self.model(
+            input_ids=self.reads[input_ids],
+            positions=positions,
+            intermediate_tensors=None,
+            inputs_embeds=None,
+        )
+
+    def compute_logits(
+        self,
+        hidden_states: torch.Tensor,  # [num_rows, hidden_size]
+    ) -> torch.Tensor:  # [num_rows, vocab_size], -inf where the member has no token
+        logits = self.model.compute_logits(hidden_states)
+        for start, end in self.ranges:
+            logits[:, start:end] = float("-inf")
+        missing = self.vocabulary.vocab_size - logits.shape[-1]
+        if missing > 0:
+            return nn.functional.pad(logits, (0, missing), value=float("-inf"))
+        return logits[:, : self.vocabulary.vocab_size]
+
+
+def fitted(model: nn.Module, vocabulary: MemberVocabulary, device: torch.device) -> nn.Module:
+    """The model itself where it has all of the ensemble's tokens."""
+    return model if vocabulary.is_whole else FittedMember(model, vocabulary, device)
+
+
+def _ids(member: ModelConfig) -> set[int]:
+    return set(cached_tokenizer_from_config(member).get_vocab().values())
+
+
+def _read_as(member: ModelConfig) -> int:
+    """The unknown token, else the end token."""
+    tokenizer = cached_tokenizer_from_config(member)
+    known = [getattr(tokenizer, name, None) for name in ("unk_token_id", "eos_token_id")]
+    return next((token for token in known if token is not None), 0)
+
+
+def _check_beyond(
+    first: ModelConfig, member: ModelConfig, tokens: set[int], union_needed: bool
+) -> None:
+    vocab_size = first.get_vocab_size()
+    beyond = max(tokens, default=-1)
+    if beyond < vocab_size:
+        return
+    if union_needed:
+        raise ValueError(
+            f"{KEY}: '{member.model}' has token {beyond}, beyond the {vocab_size} rows of "
+            f"'{first.model}', which are the ensemble's; begin with the member of most rows"
+        )
+    logger.warning_once(
+        "Tokens from %d on of '%s' are never emitted: '%s', which every token needs, lacks them.",
+        vocab_size,
+        member.model,
+        first.model,
+    )
+
+
+def _difference(first: object, other: object) -> str | None:
+    """The first token that two tokenizers disagree on, in words; None where they agree."""
+    vocabs = [tokenizer.get_vocab() for tokenizer in (first, other)]
+    tokens = [{token_id: token for token, token_id in vocab.items()} for vocab in vocabs]
+    added = {*first.get_added_vocab(), *other.get_added_vocab()}
+    for token_id in sorted({*tokens[0], *tokens[1]}):
+        one, two = (of_one.get(token_id) for of_one in tokens)
+        if one is not None and two is not None:
+            if one != two:
+                return f"{token_id} is {one!r} in one and {two!r} in the other"
+            continue
+        token, lacking = (one, vocabs[1]) if two is None else (two, vocabs[0])
+        if token in lacking:
+            return f"{token!r} is {token_id} in one and {lacking[token]} in the other"
+        if token not in added:
+            return f"{token!r} ({token_id}) is in one only"
+    one, two = (tokenizer.encode(_PROBE, add_special_tokens=False) for tokenizer in (first, other))
+    if one == two:
+        return None
+    pairs = list(zip_longest(one, two))
+    at = next(i for i, (a, b) in enumerate(pairs) if a != b)
+    shown = [of_one.get(token_id) for of_one, token_id in zip(tokens, pairs[at], strict=True)]
+    return f"where one reads {shown[0]!r} in a text the other reads {shown[1]!r}"
+
+
+def _ranges(tokens: Iterable[int]) -> list[tuple[int, int]]:
+    """Runs of following numbers, from and to."""
+    ordered = list(tokens)
+    if not ordered:
+        return []
+    starts = [ordered[0], *(b for a, b in pairwise(ordered) if b != a + 1)]
+    ends = [*(a + 1 for a, b in pairwise(ordered) if b != a + 1), ordered[-1] + 1]
+    return list(zip(starts, ends, strict=True))
