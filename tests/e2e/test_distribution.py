@@ -18,7 +18,9 @@ from typing import NamedTuple
 
 import pytest
 
-DISTRIBUTION = Path(__file__).resolve().parents[2] / "vllm"
+from repository import ROOT
+
+DISTRIBUTION = ROOT / "vllm"
 OUR_PACKAGES = ("chef", "cpu_kernels", "ensemble_decode")
 
 # Prints what a process finds and what a process finds that it spawned, as vLLM does its workers.
