@@ -11,11 +11,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.command import ROOT, call
+from harness.command import call
 from harness.errors import ConfigError, one_line
 from harness.run import run
-from harness.sweep import ListJobs, list_jobs, search_path
+from harness.sweep import ListJobs, list_jobs
 from harness.sweep import run_job as run_sweep_job
+from repository import ROOT, search_path
 
 FOLDER = "save_path"
 

@@ -10,9 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.command import ROOT, call
+from harness.command import call
 from harness.errors import ConfigError
 from harness.lm_eval_run import run
+from repository import ROOT
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="lm_eval")

@@ -27,11 +27,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-from report import complete
-from runs import GRAMMAR, PRESETS, Plan, Run, Target
-from shapes import SHAPES
+if __name__ == "__main__" and not __package__:
+    # Started by its path: Python looks for modules beside this file, and they are one folder up.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-HERE = Path(__file__).parent
+from benchmarks.plans import GRAMMAR, PRESETS, Plan, Run, Target
+from benchmarks.ratios import complete
+from benchmarks.shapes import SHAPES
+from repository import ROOT, search_path
+
+ENGINE = [sys.executable, "-m", "benchmarks.bench_engine"]
 DEFAULT_RUNS = ["llama-7b", "llama-7b+llama-7b"]
 # What does not change what is measured; all other settings must be the same in a resumed run.
 OF_THE_CALL = {
@@ -88,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--enforce-eager", action="store_true")
     add("--kv-cache-gib", type=float, help="default: what no preemption needs")
     add("--engine-args", type=json_object, default={}, metavar="JSON", help="of vLLM's EngineArgs")
-    add("--models", type=Path, default=HERE.parent / "models", help="folder of real members")
+    add("--models", type=Path, default=ROOT / "models", help="folder of real members")
     add("--prompts", type=Path, help="JSON lines with `prompt`; default: HumanEval's")
     add("--trace", type=Path, metavar="FOLDER", help="write a Chrome trace of each run as well")
     add("--out", type=Path)
@@ -240,11 +245,14 @@ class EngineProcess:
         request, self.path = folder / "request.json", folder / "lines.jsonl"
         request.write_text(json.dumps({"plan": asdict(plan), "args": vars(args)}, default=str))
         self.path.touch()
-        command = [sys.executable, str(HERE / "bench_engine.py"), str(request), str(self.path)]
         # vLLM writes to the standard output, where the document goes. A session of its own, so that
         # vLLM's further processes end with it.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True
+            [*ENGINE, str(request), str(self.path)],
+            env={**os.environ, "PYTHONPATH": search_path()},
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr,
+            start_new_session=True,
         )
 
     def __enter__(self) -> Self:

@@ -20,9 +20,8 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any
 
-from runs import Plan, Run
-from shapes import SHAPES, make_shape
-
+from benchmarks.plans import Plan, Run
+from benchmarks.shapes import SHAPES, make_shape
 from triton_cpu_interpreter import is_cpu_build
 
 CHEF_WORKER = "vllm.chef.worker.ChefWorker"
@@ -299,7 +298,7 @@ def engine_arguments(plan: Plan, args: Namespace, root: Path) -> dict[str, Any]:
         "gpu_memory_utilization": 0.9 / args.engines_at_once,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
-        "worker_extension_cls": "bench_worker.BenchWorker",
+        "worker_extension_cls": "benchmarks.bench_worker.BenchWorker",
     }
     every_model = [folders[name] for name in run.models]  # a model twice counts twice
     arguments["kv_cache_memory_bytes"] = kv_cache_bytes(
@@ -415,10 +414,10 @@ def configure_process() -> None:
 
 
 def main() -> None:
-    """`bench_engine.py REQUEST LINES`: measure what REQUEST (JSON) asks for, a line of JSON each.
+    """`python -m benchmarks.bench_engine REQUEST LINES`: measure what REQUEST (JSON) asks for.
 
-    Lines are written as soon as they are known, so that a killed process leaves what it had.  After
-    `engine` it waits for a line on its standard input.
+    LINES gets a line of JSON for each result as soon as it is known.  So a killed process leaves
+    what it had.  After `engine` this process waits for a line on its standard input.
     """
     request, lines = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     paths = {

@@ -9,6 +9,7 @@ Each in a light and a dark variant.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from report import expected_tokens, turns_of
-from runs import Run
+
+if __name__ == "__main__" and not __package__:
+    # Started by its path: Python looks for modules beside this file, and they are one folder up.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.plans import Run
+from benchmarks.ratios import expected_tokens, turns_of
 
 Row = dict[str, Any]
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from math import prod
 
-from simulate_turns import simulate
-
+from benchmarks.simulate_turns import simulate
 from vllm.chef.turns import Turn
 
 # For turns without a formula: enough for three digits.

@@ -3,7 +3,9 @@
 Each raises ConfigError, with one line that begins with the key.
 """
 
+import os
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
@@ -32,6 +34,16 @@ def check_flags(plain: Mapping[str, Any], keys: Iterable[str]) -> None:
 def check_path(plain: Mapping[str, Any], key: str) -> None:
     if not isinstance(plain[key], str) or not plain[key]:
         raise ConfigError(f"{key}: {plain[key]!r} must be a path")
+
+
+def check_writable(folder: Path) -> None:
+    """The run's own folder: it is there, or can be made, and can be written."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"save_path: '{folder}' cannot be made, '{nearest}' is no folder that can be written; "
+            "choose another"
+        )
 
 
 def value_of(plain: Mapping[str, Any], key: str) -> Any:

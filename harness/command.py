@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 # Errors of the configuration are shown by `call` in one line; Hydra's own handler, which cuts the
 # traceback of all others, is left out of the way.
@@ -15,8 +14,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.errors import one_line
-
-ROOT = Path(__file__).resolve().parent.parent
+from repository import ROOT
 
 
 def call(job: Callable[[], None], interrupted: str) -> None:

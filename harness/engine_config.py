@@ -62,7 +62,7 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
     """Raise ConfigError for sampling parameters that an engine of `config` would refuse."""
     from vllm import SamplingParams
 
-    # See vllm.chef.frontend: with an ensemble nothing is refused because of speculation.
+    # See vllm.ensemble_decode.frontend: with an ensemble nothing is refused because of speculation.
     speculative_config = None if is_ensemble(config) else config.speculative_config
 
     def check(params: Mapping[str, Any]) -> None:

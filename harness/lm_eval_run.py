@@ -8,14 +8,13 @@ import dataclasses
 import difflib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness.checks import check_flags, check_groups, check_known, check_path
+from harness.checks import check_flags, check_groups, check_known, check_path, check_writable
 from harness.engine import Engine, configure_process
 from harness.engine_config import check_sampling_params
 from harness.errors import ConfigError, one_line
@@ -76,7 +75,7 @@ def run(config: DictConfig, directory: str) -> dict[str, Any]:
         results = _evaluate(model, manager, tasks, plain)
         summary = _summarize(plain, session.spec, model, results)
         _write(folder, results, summary)
-    print(_report(results, summary), flush=True)
+    print(_closing_lines(results, summary), flush=True)
     return summary
 
 
@@ -131,12 +130,7 @@ def _check_folder(folder: Path) -> None:
     for name in FILES:
         if (folder / name).exists():
             raise ConfigError(f"save_path: '{folder}' already holds {name}; choose another folder")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"save_path: '{folder}' cannot be made, '{nearest}' is no folder that can be written; "
-            "choose another"
-        )
+    check_writable(folder)
 
 
 def _check_requests(
@@ -343,7 +337,7 @@ def _write(folder: Path, results: dict[str, Any], summary: dict[str, Any]) -> No
         (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def _report(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def _closing_lines(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     from lm_eval.utils import make_table
 
     tables = [make_table(results)]

@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 
 from harness.errors import ConfigError
-
-REPO_ROOT = Path(__file__).parent.parent
+from repository import ROOT
 
 
 def model_root() -> Path:
@@ -17,7 +16,7 @@ def model_root() -> Path:
 
     A relative path counts from the repository's root, wherever a command is called.
     """
-    return REPO_ROOT / Path(os.environ.get("MODEL_PATH") or "models").expanduser()
+    return ROOT / Path(os.environ.get("MODEL_PATH") or "models").expanduser()
 
 
 def resolve_model(name: object, key: str) -> str:

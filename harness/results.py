@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from harness.checks import check_writable
 from harness.errors import ConfigError, one_line
 from harness.proposals import Counts
 
-# What may differ between the parts of a run: neither changes what is computed.
-FREE_KEYS = ("save_path", "verbose")
+# Keys that change nothing that is computed: the parts of a run may differ in them.
+KEYS_WITHOUT_EFFECT = ("save_path", "verbose")
 
 
 class Progress(NamedTuple):
@@ -51,12 +52,7 @@ class RunDirectory:
         self._check_config()
         self._check_free()
         self._num_bytes = self._size()
-        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"save_path: '{self.path}' cannot be made, '{nearest}' is no folder that can be "
-                "written; choose another"
-            )
+        check_writable(self.path)
 
     def open(self) -> None:
         """Make the directory; leave out a line that a killed run left unfinished."""
@@ -179,19 +175,20 @@ class RunDirectory:
 
 
 def _differences(there: Any, here: Any) -> list[str]:
-    there, here = _flat(there), _flat(here)
+    there, here = flatten(there), flatten(here)
     return [
         f"{key} ({there.get(key, 'not set')} there, {here.get(key, 'not set')} here)"
         for key in dict.fromkeys([*there, *here])
-        if there.get(key) != here.get(key) and key not in FREE_KEYS
+        if there.get(key) != here.get(key) and key not in KEYS_WITHOUT_EFFECT
     ]
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted key; an empty group is a value."""
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         is_group = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
     return flat
 
 

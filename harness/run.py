@@ -53,7 +53,7 @@ def run(config: DictConfig, directory: str) -> dict[str, Any]:
         summary = job.complete()
     else:
         logger.info("%s is complete: nothing is left to do", run_directory.path)
-    print(_report(summary), flush=True)
+    print(_closing_lines(summary), flush=True)
     return summary
 
 
@@ -303,7 +303,7 @@ def device_name() -> str:
     return current_platform.get_device_name()
 
 
-def _report(summary: Mapping[str, Any]) -> str:
+def _closing_lines(summary: Mapping[str, Any]) -> str:
     score = summary["score"]
     return table(
         {

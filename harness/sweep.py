@@ -25,11 +25,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from harness.errors import ConfigError
-from harness.results import FREE_KEYS
+from harness.results import KEYS_WITHOUT_EFFECT
+from repository import ROOT, search_path
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
 LOG, JOB, FAILURE, SUMMARY = "log.txt", "job.json", "failure.json", "summary.json"
 POLL_S = 0.5
 
@@ -66,7 +66,7 @@ def run_job(config: DictConfig, sweep_dir: str | Path, overrides: Sequence[str])
 
 def job_name(plain: Mapping[str, Any]) -> str:
     """Data set, method, and eight digits that stand for the whole configuration."""
-    counted = {key: value for key, value in plain.items() if key not in FREE_KEYS}
+    counted = {key: value for key, value in plain.items() if key not in KEYS_WITHOUT_EFFECT}
     digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
     name = f"{plain['dataset']['name']}-{plain['method']['name']}-{digest[:8]}"
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
@@ -132,11 +132,6 @@ def _run_process(plain: Mapping[str, Any], directory: Path, devices: "_Devices")
             # So that the GPUs stay locked if this process is killed and the job is not.
             pass_fds=[file.fileno() for file in devices.locks],
         ).returncode
-
-
-def search_path() -> str:
-    """PYTHONPATH for processes that are started in any folder."""
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def _last_words(log: Path, status: int) -> str:

@@ -15,13 +15,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from harness.errors import ConfigError, one_line
+from harness.results import KEYS_WITHOUT_EFFECT, flatten
 from tasks import TASKS
 
 # Any of them makes a directory a run; a job that ended early has the last ones only.
 RUN_FILES = ("config.yaml", "samples.jsonl", "summary.json", "failure.json", "job.json")
 # Configuration keys in which a run may differ from its plain ensemble: who proposes, the memory
 # that is set aside, how scores are made, and what is not the method's at all.
-FREE_KEYS = {
+UNMATCHED_KEYS = {
+    *KEYS_WITHOUT_EFFECT,
     "method.name",
     "method.draft_model",
     "method.gamma",
@@ -31,10 +33,8 @@ FREE_KEYS = {
     "method.llm.gpu_memory_utilization",
     "method.llm.kv_cache_memory_bytes",
     "seed",
-    "save_path",
-    "verbose",
 }
-FREE_GROUPS = ("evaluate.",)
+UNMATCHED_GROUPS = ("evaluate.", "method.llm.speculative_config.")
 # Of the summary, where both runs have one: speeds of other machines or builds say nothing.
 SAME_IN_SUMMARY = ("device", "versions")
 
@@ -77,7 +77,7 @@ class Run:
     @cached_property
     def flat(self) -> dict[str, Any]:
         """The configuration by dotted key, without what is null or belongs to another task."""
-        flat = flatten(self.config)
+        flat = set_values(self.config)
         task = flat.get("dataset.name")
         # What a user's own class calls itself only the class knows, and it may have inherited that.
         if task not in TASKS:
@@ -120,14 +120,9 @@ class Run:
         return self.flat.get("method.generate.temperature", 1)
 
 
-def flatten(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in group.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def set_values(group: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted key, without what is null."""
+    return {key: value for key, value in flatten(group).items() if value not in (None, {})}
 
 
 def find_runs(directory: Path) -> list[Run]:
@@ -211,8 +206,7 @@ def matching_key(run: Run) -> dict[str, Any]:
     key = {
         name: value
         for name, value in run.flat.items()
-        if name not in FREE_KEYS
-        and not name.startswith((*FREE_GROUPS, "method.llm.speculative_config."))
+        if name not in UNMATCHED_KEYS and not name.startswith(UNMATCHED_GROUPS)
     }
     # One other model may be written as a name or as a list.
     key.pop("method.extra_model", None)
@@ -286,7 +280,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # of YAML or of OmegaConf, which share no base
         raise ConfigError(f"'{path}' cannot be read: {one_line(error)}") from error
-    flat = flatten(config) if isinstance(config, dict) else {}
+    flat = set_values(config) if isinstance(config, dict) else {}
     # Without these it is no configuration of ours.
     is_ours = {"method.name", "method.model", "dataset.name"} <= flat.keys()
     return config if is_ours else {}

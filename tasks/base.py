@@ -122,6 +122,14 @@ def check_at_least(key: str, value: object, least: int) -> None:
         raise ValueError(f"{key}: {value!r} must be an integer of at least {least}")
 
 
+def check_num_fewshot(task: str, num_fewshot: int, num_rows: int, place: str) -> None:
+    """Raise a ValueError if `place` has fewer rows than the task wants worked examples."""
+    if num_rows < num_fewshot:
+        raise ValueError(
+            f"task.{task}.num_fewshot: {num_fewshot} are more than the {num_rows} rows of {place}"
+        )
+
+
 def select(
     examples: Sequence[Example],
     size: str | int,

@@ -12,7 +12,14 @@ from typing import Any, ClassVar
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from tasks.base import Example, Task, chat_messages, check_at_least, truncate_at_stop
+from tasks.base import (
+    Example,
+    Task,
+    chat_messages,
+    check_at_least,
+    check_num_fewshot,
+    truncate_at_stop,
+)
 from tasks.loading import DatasetSource, load_rows
 from tasks.prompts.cnndm import ARTICLE, CHAT, INSTRUCTION
 
@@ -78,11 +85,7 @@ class CnnDailyMail(Task):
         if not self.use_fewshot:
             return []
         rows = load_rows(SOURCE, "validation", self.path, limit=self.num_fewshot, worked=True)
-        if len(rows) < self.num_fewshot:
-            raise ValueError(
-                f"task.cnndm.num_fewshot: {self.num_fewshot} are more than the {len(rows)} rows of "
-                "the split validation"
-            )
+        check_num_fewshot("cnndm", self.num_fewshot, len(rows), "the split validation")
         return rows
 
     def _prompt(self, row: Mapping[str, Any], worked: list[Mapping[str, Any]]) -> str:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, NamedTuple
 
-from tasks.base import Example, Task, chat_messages, check_at_least, truncate_at_stop
+from tasks.base import (
+    Example,
+    Task,
+    chat_messages,
+    check_at_least,
+    check_num_fewshot,
+    truncate_at_stop,
+)
 from tasks.loading import DatasetSource, load_rows
 from tasks.prompts.gsm8k import CHAT, INSTRUCTION, PROBLEM, SOLUTION
 
@@ -70,11 +77,7 @@ class Gsm8k(Task):
         if not self.use_fewshot:
             return []
         rows = load_rows(SOURCE, "train", self.path, limit=self.num_fewshot, worked=True)
-        if len(rows) < self.num_fewshot:
-            raise ValueError(
-                f"task.gsm8k.num_fewshot: {self.num_fewshot} are more than the {len(rows)} rows of "
-                "the split train"
-            )
+        check_num_fewshot("gsm8k", self.num_fewshot, len(rows), "the split train")
         return [(row["question"].strip(), _worked_solution(row["answer"])) for row in rows]
 
     def _prompt(self, question: str, worked: list[tuple[str, str]]) -> str:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-REPO_ROOT = Path(__file__).parent.parent
+from repository import ROOT
 
 _SUFFIXES = (".jsonl", ".parquet")
 _HUB_TIMEOUT_S = 10.0
@@ -109,7 +109,7 @@ def _below_root(source: DatasetSource, split: str) -> list[Path]:
 def _data_root() -> Path | None:
     """DATASET_PATH (environment or `.env`); a relative path counts from the repository's root."""
     root = os.environ.get("DATASET_PATH")
-    return REPO_ROOT / Path(root).expanduser() if root else None
+    return ROOT / Path(root).expanduser() if root else None
 
 
 def _in_folder(source: DatasetSource, split: str, folder: Path) -> list[Path]:

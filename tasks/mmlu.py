@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tasks.base import Example, Task, chat_messages, check_at_least, truncate_at_stop
+from tasks.base import (
+    Example,
+    Task,
+    chat_messages,
+    check_at_least,
+    check_num_fewshot,
+    truncate_at_stop,
+)
 from tasks.loading import DatasetSource, MissingSplit, load_rows
 from tasks.prompts.mmlu import CHAT, INSTRUCTION, PLAIN
 
@@ -133,11 +140,8 @@ class Mmlu(Task):
         if not self.use_fewshot:
             return []
         rows = worked.get(row["subject"], [])
-        if len(rows) < self.num_fewshot:
-            raise ValueError(
-                f"task.mmlu.num_fewshot: {self.num_fewshot} are more than the {len(rows)} rows of "
-                f"subject {row['subject']} in the split dev"
-            )
+        place = f"subject {row['subject']} in the split dev"
+        check_num_fewshot("mmlu", self.num_fewshot, len(rows), place)
         # One question of the hub's validation stands in dev too, where it would show its answer.
         return [other for other in rows if not _same_question(other, row)][: self.num_fewshot]
 

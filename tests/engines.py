@@ -26,8 +26,8 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
 
 from vllm.chef.config import AUTO, SCHEDULER
-from vllm.chef.frontend import allow_all_sampling_params
 from vllm.chef.speculator import ChefSpeculator
+from vllm.ensemble_decode.frontend import allow_all_sampling_params
 
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
 CHEF_WORKER = "vllm.chef.worker.ChefWorker"

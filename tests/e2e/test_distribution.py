@@ -18,8 +18,10 @@ from typing import NamedTuple
 
 import pytest
 
-DISTRIBUTION = Path(__file__).resolve().parents[2] / "vllm"
-OUR_PACKAGES = ("chef", "ensemble_decode")
+from repository import ROOT
+
+DISTRIBUTION = ROOT / "vllm"
+OUR_PACKAGES = ("chef", "cpu_kernels", "ensemble_decode")
 
 # Prints what a process finds and what a process finds that it spawned, as vLLM does its workers.
 PROBE = """
@@ -139,7 +141,7 @@ def test_every_module_is_installed(installation):
     if installation.editable:
         pytest.skip("maps folders, copies nothing")
     sources = installation.root / "vllm"
-    for package in ("vllm/chef", "vllm/ensemble_decode", "triton_cpu_interpreter"):
+    for package in (*(f"vllm/{name}" for name in OUR_PACKAGES), "triton_cpu_interpreter"):
         modules = {str(file.relative_to(sources)) for file in (sources / package).rglob("*.py")}
         assert modules, package
         missing = [name for name in modules if not (installation.site_packages / name).exists()]

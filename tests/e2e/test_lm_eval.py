@@ -31,8 +31,8 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from harness.lm_eval_model import SpeculativeEnsembleLM
 from harness.session import Session
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 EOS, VOCAB_SIZE, CONTEXT = 0, 257, 192
 TOLERANCE = 1e-4
 NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"

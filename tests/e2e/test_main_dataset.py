@@ -23,8 +23,8 @@ from tiny_models import llama_config, save_byte_tokenizer, save_model, save_nois
 from transformers import LlavaConfig, PretrainedConfig, T5Config
 
 import main_dataset
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 257
 # Room for the longest of the first five prompts, in bytes, and few tokens more.
 CONTEXT = 520

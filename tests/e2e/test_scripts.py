@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from repository import ROOT
 from scripts import prepare_models
 
-ROOT = Path(__file__).resolve().parents[2]
 TORCH_CPU = "torch==2.13.0+cpu"
 KNOBS = ("HAS_GPU", "PIP_KNOWS_NO_TORCH", "CHECK_FAILS", "TORCH_CPU_INDEX")
 

@@ -1,5 +1,6 @@
 """The ensemble's arithmetic over the vocabulary: Triton kernels against their namesake in torch."""
 
+import numpy as np
 import pytest
 import torch
 from compile_for_cuda import compile_launches, recorded
@@ -24,6 +25,13 @@ FUNCTIONS = {
     "contrastive-3": ("contrastive", 3, {"alpha": 1.0}),
     "target alone": ("contrastive", 2, {"alpha": 0.0}),
 }
+
+
+@pytest.fixture(autouse=True)
+def silent_arithmetic():
+    """As on a GPU: log(0) and 0 * -inf are values.  NumPy, which the interpreter uses, warns."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        yield
 
 
 def logits(num_members: int, vocab_size: int, removed: bool, dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -9,14 +10,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-import bench_decode
-import bench_kernels
-import bench_worker
-import plot
 import pytest
 import torch
-from bench_decode import Document, parse_args, plans_of
-from bench_engine import (
+
+from benchmarks import bench_decode, bench_kernels, bench_worker, plot
+from benchmarks.bench_decode import Document, parse_args, plans_of
+from benchmarks.bench_engine import (
     Sample,
     decode,
     draft_counts,
@@ -26,12 +25,11 @@ from bench_engine import (
     merged,
     summary,
 )
-from report import complete
-from runs import PRESETS, Plan, Run, Target
-from shapes import SHAPES
-from simulate_turns import simulate
-from theory import one_token_each, run_of, tokens_per_cycle, two_members
-
+from benchmarks.plans import PRESETS, Plan, Run, Target
+from benchmarks.ratios import complete
+from benchmarks.shapes import SHAPES
+from benchmarks.simulate_turns import simulate
+from benchmarks.theory import one_token_each, run_of, tokens_per_cycle, two_members
 from vllm.chef.turns import Turn
 
 SETTINGS = dict(
@@ -540,7 +538,7 @@ def test_a_process_that_dies_leaves_its_rows(monkeypatch, tmp_path):
         '    file.write(\'{"row": {"run": "a"}}\\n\')\n'
         "os.kill(os.getpid(), 9)\n"
     )
-    monkeypatch.setattr(bench_decode, "HERE", tmp_path)
+    monkeypatch.setattr(bench_decode, "ENGINE", [sys.executable, tmp_path / "bench_engine.py"])
     args = parse_args(PLANS.split())
     assert lines_of(args, tmp_path) == [
         {"row": {"run": "a"}},
@@ -567,7 +565,7 @@ def test_bad_options_are_refused(option, capsys):
 
 def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
     (tmp_path / "bench_engine.py").write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(bench_decode, "HERE", tmp_path)
+    monkeypatch.setattr(bench_decode, "ENGINE", [sys.executable, tmp_path / "bench_engine.py"])
     args = parse_args([*PLANS.split(), "--engine-timeout", "0.5"])
     assert lines_of(args, tmp_path) == [{"error": "took more than 0.5 s"}]
 
@@ -598,7 +596,7 @@ def test_one_engine_measures_after_all_have_started(monkeypatch, capfd, tmp_path
         "time.sleep(0.3)\n"
         "say('done', graph_ms=None)\n"
     )
-    monkeypatch.setattr(bench_decode, "HERE", tmp_path)
+    monkeypatch.setattr(bench_decode, "ENGINE", [sys.executable, tmp_path / "bench_engine.py"])
     runs = ["llama-tiny", "llama-7b", "llama-68m", "llama-tiny+llama-tiny"]
     line = f"--runs {' '.join(runs)} --engines-at-once 3"
     document = run_main(monkeypatch, capfd, line)

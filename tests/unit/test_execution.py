@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from repository import ROOT
 from tasks import execution
 from tasks.execution import PROTECTIONS, run_program
-
-ROOT = Path(__file__).parents[2]
 
 linux_only = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"),

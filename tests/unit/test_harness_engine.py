@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +14,8 @@ from harness import proposals
 from harness.engine import Engine, Request
 from harness.errors import ConfigError
 from harness.prompts import make_requests
+from repository import ROOT
 from tasks import Example, Task
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 TURN_STATS = {
     "num_cycles": 4,

@@ -11,8 +11,9 @@ from tiny_models import llama_config
 from harness import methods
 from harness.errors import ConfigError
 from harness.methods import CHEF_WORKER, ENSEMBLE_WORKER, METHODS, make_spec
+from repository import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module")

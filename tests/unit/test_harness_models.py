@@ -132,9 +132,9 @@ def test_text_member_is_what_its_name_means(tmp_path, root, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (None, models.REPO_ROOT / "models"),
-        ("", models.REPO_ROOT / "models"),
-        ("./elsewhere", models.REPO_ROOT / "elsewhere"),
+        (None, models.ROOT / "models"),
+        ("", models.ROOT / "models"),
+        ("./elsewhere", models.ROOT / "elsewhere"),
         ("/absolute", Path("/absolute")),
     ],
 )
@@ -143,4 +143,4 @@ def test_model_path_is_relative_to_the_repository(monkeypatch, value, expected):
     if value is not None:
         monkeypatch.setenv("MODEL_PATH", value)
     assert models.model_root() == expected
-    assert (models.REPO_ROOT / "main_dataset.py").is_file()
+    assert (models.ROOT / "main_dataset.py").is_file()

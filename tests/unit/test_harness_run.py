@@ -19,9 +19,10 @@ import main_dataset
 from harness.engine import Completion
 from harness.errors import ConfigError
 from harness.run import run
+from repository import ROOT
 from tasks import Example, Task
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ import harness.lm_eval_run
 from harness.errors import ConfigError
 from harness.lm_eval_run import run
 from harness.methods import MethodSpec
+from repository import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 BUILT_IN = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
 DOCS = [{"q": "ab", "options": ["c", "d"], "gold": 0}, {"q": "b", "options": ["x", "y"], "gold": 1}]
 COMMON = """

@@ -155,7 +155,7 @@ def test_the_path_has_priority_over_the_root(tmp_path, monkeypatch, no_hub):
 
 
 def test_a_relative_root_counts_from_the_repository(tmp_path, monkeypatch, no_hub):
-    monkeypatch.setattr(loading, "REPO_ROOT", tmp_path)
+    monkeypatch.setattr(loading, "ROOT", tmp_path)
     monkeypatch.setenv("DATASET_PATH", "data")
     write_jsonl(tmp_path / "data" / "sums_test.jsonl", ROWS)
     assert load_rows(SOURCE, "test") == ROWS

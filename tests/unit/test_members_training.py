@@ -16,7 +16,8 @@ from tiny_models import llama_config, load_reference, save_byte_tokenizer, save_
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+from repository import ROOT
+
 PROBLEM = read_problems()["HumanEval/2"]
 SETTINGS = dict(steps=4, batch_size=4, micro_batch=2, context=32, learning_rate=1e-3)
 FLAGS = [

@@ -14,8 +14,9 @@ from reports.command import main
 from reports.paired import plain_config
 from reports.records import make_records, short_names
 from reports.runs import Run, differing_keys, find_runs, iterate_samples, plain_runs, read_run
+from repository import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def runs_of(tmp_path, **configs) -> dict:

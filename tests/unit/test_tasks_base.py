@@ -5,12 +5,12 @@ import random
 import re
 from collections import Counter
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from scipy.stats import chisquare
 
+from repository import ROOT
 from tasks import TASKS, Example, Task, load_task, select, task_name
 from tasks.base import chat_messages, check_at_least, truncate_at_stop
 
@@ -224,7 +224,7 @@ def data(tmp_path, monkeypatch):
 
 
 def test_the_configuration_lists_the_options_of_every_task_with_their_defaults():
-    config = OmegaConf.load(Path(__file__).parents[2] / "configs" / "default.yaml")
+    config = OmegaConf.load(ROOT / "configs" / "default.yaml")
     groups = OmegaConf.to_container(config.task)
     assert sorted(groups) == sorted(TASKS)
     common = {field.name for field in fields(Task)}
@@ -291,7 +291,7 @@ def test_examples_and_tasks_are_frozen():
 
 
 def test_the_task_in_the_documentation_runs(tmp_path, monkeypatch):
-    page = Path(__file__).parents[2] / "docs" / "tasks.md"
+    page = ROOT / "docs" / "tasks.md"
     code = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[1]
     (tmp_path / "documented_task.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

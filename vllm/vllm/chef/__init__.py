@@ -7,6 +7,6 @@ def register() -> None:
     On CPU it puts torch implementations in the place of the Triton kernels whose cost grows
     with the vocabulary.  On CUDA it does nothing.
     """
-    from vllm.ensemble_decode.cpu import register_cpu_kernels
+    from vllm.cpu_kernels import register_cpu_kernels
 
     register_cpu_kernels()

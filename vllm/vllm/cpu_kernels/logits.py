@@ -7,7 +7,7 @@ tensors. `_` stands before an argument that only a GPU needs.
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.rows import bits_of, float_row, put_back
+from vllm.cpu_kernels.rows import bits_of, float_row, put_back
 
 
 def penalties_kernel(

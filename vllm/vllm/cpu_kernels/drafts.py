@@ -8,8 +8,8 @@ so the number of requests is taken from a tensor that has it.
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.rows import takes_launch_options
-from vllm.ensemble_decode.cpu.steps import segments, unroll
+from vllm.cpu_kernels.rows import takes_launch_options
+from vllm.cpu_kernels.steps import segments, unroll
 
 
 def prepare_prefill_inputs_kernel(

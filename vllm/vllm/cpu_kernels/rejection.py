@@ -8,9 +8,9 @@ these statistics is in `acceptance.py`.
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.noise import gumbel_noise, in_blocks
-from vllm.ensemble_decode.cpu.rows import float_row
-from vllm.ensemble_decode.cpu.sampling import write_block_argmax
+from vllm.cpu_kernels.noise import gumbel_noise, in_blocks
+from vllm.cpu_kernels.rows import float_row
+from vllm.cpu_kernels.sampling import write_block_argmax
 
 
 def compute_local_logits_stats_kernel(

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.rows import takes_launch_options
+from vllm.cpu_kernels.rows import takes_launch_options
 
 
 def segments(

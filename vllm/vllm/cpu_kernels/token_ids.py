@@ -7,7 +7,7 @@ tensors. `_` stands before an argument that only a GPU needs.
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.steps import segments, unroll
+from vllm.cpu_kernels.steps import segments, unroll
 
 
 def fill_logprob_token_ids_kernel(

@@ -7,8 +7,8 @@ tensors. `_` stands before an argument that only a GPU needs.
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.noise import DRAFT_NOISE_SALT, block_argmax, gumbel_noise
-from vllm.ensemble_decode.cpu.rows import (
+from vllm.cpu_kernels.noise import DRAFT_NOISE_SALT, block_argmax, gumbel_noise
+from vllm.cpu_kernels.rows import (
     copy_row,
     float_row,
     per_token,

@@ -6,9 +6,8 @@ Knows results as plain data; measures nothing.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runs import Run
-from theory import run_of, tokens_per_cycle
-
+from benchmarks.plans import Run
+from benchmarks.theory import run_of, tokens_per_cycle
 from vllm.chef.turns import Turn, Turns
 
 Row = dict[str, Any]

@@ -1,15 +1,12 @@
-"""Model Runner V2 without a GPU: the Triton kernels of its steps in torch and NumPy.
+"""Which kernel of vLLM each CPU kernel replaces, and the replacement itself.
 
-Triton's interpreter runs kernels without a GPU (see `triton_cpu_interpreter`), but takes up to a
-second for one that goes over the vocabulary, a millisecond for each request in any other, and
-cannot run some at all. The kernels of our steps are replaced here, through vLLM's own registry for
-platforms that bring their own.
+Uses vLLM's own registry, which is made for platforms that bring their own kernels.
 """
 
 import warnings
 from collections.abc import Callable
 
-from vllm.ensemble_decode.cpu import (
+from vllm.cpu_kernels import (
     acceptance,
     drafts,
     logits,
@@ -76,8 +73,8 @@ _REPLACED_KERNELS: dict[str, tuple[Callable[..., None], ...]] = {
 _registered = False
 
 
-def cpu_kernels() -> dict[str, Callable[..., None]]:
-    """The implementations by the full name of the kernel that each replaces."""
+def kernels_by_name() -> dict[str, Callable[..., None]]:
+    """The CPU kernels, each under the full name of the kernel that it replaces."""
     return {
         f"{module}._{kernel.__name__}": kernel
         for module, kernels in _REPLACED_KERNELS.items()
@@ -86,9 +83,9 @@ def cpu_kernels() -> dict[str, Callable[..., None]]:
 
 
 def register_cpu_kernels() -> None:
-    """Replace the kernels in this process. Does nothing on a GPU, nor when called again.
+    """Replace the kernels in this process. Does nothing on a GPU, and nothing when called again.
 
-    To be called after `import vllm`, before or after the engine's own modules are imported: the
+    Call it after `import vllm`, before or after the engine's own modules are imported: the
     registry also reaches kernels that other modules have imported by name.
     """
     global _registered
@@ -102,5 +99,5 @@ def register_cpu_kernels() -> None:
     with warnings.catch_warnings():
         # The registry looks at every object of every module, deprecated ones of torch included.
         warnings.simplefilter("ignore", FutureWarning)
-        register_kernels(cpu_kernels())
+        register_kernels(kernels_by_name())
     _registered = True

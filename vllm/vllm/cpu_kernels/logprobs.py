@@ -7,7 +7,7 @@ tensors. `_` stands before an argument that only a GPU needs.
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.rows import float_row
+from vllm.cpu_kernels.rows import float_row
 
 
 def topk_log_softmax_kernel(

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vllm.ensemble_decode.cpu.rows import takes_launch_options
-from vllm.ensemble_decode.cpu.steps import segments
+from vllm.cpu_kernels.rows import takes_launch_options
+from vllm.cpu_kernels.steps import segments
 
 _NUM_PHILOX_ROUNDS = 10
 # Takes 31 random bits to [0, 1], and is the least uniform that the kernel gives out.
