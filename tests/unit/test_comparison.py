@@ -1,6 +1,7 @@
 """The two runs of a comparison: what is run, and how it ends. The runs are stand-ins."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from run_directories import make_config, make_run
 
+import main_compare
 from harness import comparison
 from harness.errors import ConfigError
 
@@ -79,6 +82,50 @@ def test_code_is_executed_where_it_is_confined_or_asked_for(
 def test_bad_arguments_are_refused(argument, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         comparison.make_jobs([argument])
+
+
+# The command
+
+
+def call_main(monkeypatch, run, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["main_compare.py", *arguments])
+    monkeypatch.setattr(comparison, "run", run)
+    main_compare.compare()
+
+
+@pytest.mark.parametrize("device", ["cpu", "a GPU"])
+def test_command_ends_with_the_table(monkeypatch, tmp_path, capsys, device):
+    def run(job: comparison.Job) -> int:
+        make_run(job.folder, make_config(job.folder.name), summary={"device": device})
+        return 0
+
+    call_main(monkeypatch, run, "method=cd", f"save_path={tmp_path}")
+    out = capsys.readouterr().out
+    assert out.startswith("[1 of 2] method=cd\n[2 of 2] method=cd_chef\n")
+    assert "\nsame completions  2 of 2\n" in out and f" {tmp_path}/cd_chef\n" in out
+    assert (main_compare.CPU_NOTE in out) == (device == "cpu")
+
+
+def test_command_that_is_stopped_says_how_it_is_continued(monkeypatch, tmp_path, capsys):
+    jobs = []
+
+    def run(job: comparison.Job) -> int:
+        jobs.append(job)
+        return 130 if len(jobs) == 2 else 0
+
+    arguments = ["method=cd", "dataset.indices=[1, 2]"]
+    with pytest.raises(SystemExit) as caught:
+        call_main(monkeypatch, run, *arguments)
+    assert caught.value.code == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    script, *words = shlex.split(line.partition("continues it: python ")[2])
+    assert script == "main_compare.py" and words[:-1] == arguments
+    assert comparison.make_jobs(words)[1].folder == jobs[1].folder
+
+
+def test_bad_arguments_end_the_command_with_one_line(monkeypatch):
+    with pytest.raises(SystemExit, match="^error: method: 'sd' cannot be compared by turns"):
+        call_main(monkeypatch, None, "method=sd")
 
 
 # The processes
