@@ -11,8 +11,11 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +42,8 @@ LAYERS = "layers.safetensors"
 # The sums of a folder of weights, as sha256sum writes them. A model made of the weights has a copy,
 # which tells whether they are still the same.
 SUMS = "SHA256SUMS"
+
+TICK_S = 1.0
 
 
 def model_root() -> Path:
@@ -179,17 +184,43 @@ def is_outdated(folder: Path, weights: Path) -> bool:
     return made_of.exists() and made_of.read_bytes() != (weights / SUMS).read_bytes()
 
 
+@contextmanager
+def counting_seconds(text: str) -> Iterator[None]:
+    """Shows `text`: on a terminal with the seconds that have passed, in a log once."""
+    if not sys.stdout.isatty():
+        print(text, flush=True)
+        yield
+        return
+    # A line that is wider than the terminal would not be overwritten.
+    text = text[-(shutil.get_terminal_size().columns - len(" 9999 s")) :]
+    start, is_over = time.perf_counter(), threading.Event()
+
+    def count() -> None:
+        while not is_over.wait(TICK_S):
+            print(f"\r{text} {time.perf_counter() - start:.0f} s", end="", flush=True)
+
+    print(text, end="", flush=True)
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        print(flush=True)
+
+
 def prepare(folder: Path, write: Callable[[Path], None], force: bool) -> None:
     """Calls write on a temporary folder and renames it, so `folder` is never half-written."""
     if folder.exists() and not force:
         print(f"[models] {folder} is there")
         return
-    print(f"[models] writing {folder} ...", flush=True)
     start = time.perf_counter()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        write(temporary)
+        with counting_seconds(f"[models] writing {folder} ..."):
+            write(temporary)
         if force:
             shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)

@@ -27,6 +27,14 @@ logger = logging.getLogger(__name__)
 
 # What the child can be kept from, besides running too long; it reports which of these it achieved.
 PROTECTIONS = ("files", "memory", "network", "processes")
+# A use of each, and the error that stands for the protection.
+_USES = {
+    "files": ("open('file', 'w')", "PermissionError"),
+    "memory": ("bytearray(1 << 30)", "MemoryError"),
+    "network": ("import socket; socket.socket()", "PermissionError"),
+    "processes": ("import os; os.fork() or os._exit(0)", "PermissionError"),
+}
+_USES_MEMORY_MB = 512
 
 _PROGRAM_FILE = "program.py"
 _STARTUP_LOG = "startup.log"
@@ -79,6 +87,24 @@ def run_program(
             finally:
                 _kill_group(child)
     return _judge(verdict, token, child.returncode)
+
+
+def find_missing_protections() -> list[str]:
+    """Those of PROTECTIONS that programs here do not have, found by trying what each prevents.
+
+    All of them where the confined interpreter does not start.
+    """
+    try:
+        results = {name: run_program(_use(name), 20.0, _USES_MEMORY_MB) for name in PROTECTIONS}
+    except (OSError, RuntimeError):
+        return list(PROTECTIONS)
+    return [name for name, result in results.items() if not result.passed]
+
+
+def _use(protection: str) -> str:
+    """A program that passes if its use of what `protection` prevents is refused."""
+    use, refusal = _USES[protection]
+    return f"try:\n    {use}\nexcept {refusal}:\n    pass\nelse:\n    raise AssertionError"
 
 
 @functools.cache

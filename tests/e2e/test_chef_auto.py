@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from engines import engine, generate, greedy
+from quick import quick
 from tiny_models import llama_config, save_model, save_noisy_copy
 
 import vllm.chef.scheduler
@@ -11,6 +12,10 @@ from vllm.chef.depth import MIN_HOLD_STEPS, PROBE_STEPS
 
 PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]
 NUM_TOKENS = 60
+POLICIES = [
+    dict(gamma="auto", max_gamma=[1, 3]),
+    dict(policy="sd", gamma="auto", max_gamma=3),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +47,7 @@ def ensemble(models: dict[str, str], other: str) -> dict:
     return dict(extra_model=[models[other]], ensemble_fn="mean", ensemble_target="logits")
 
 
-@pytest.mark.parametrize(
-    "chef", [dict(gamma="auto", max_gamma=[1, 3]), dict(policy="sd", gamma="auto", max_gamma=3)]
-)
+@pytest.mark.parametrize("chef", quick(POLICIES, POLICIES[0]))
 def test_depth_may_change_at_every_step_that_is_scheduled_ahead(models, chef):
     settings = ensemble(models, "like")
     with engine(models["first"], settings) as llm:
@@ -57,6 +60,7 @@ def test_depth_may_change_at_every_step_that_is_scheduled_ahead(models, chef):
     assert stats["num_calls"][1] < (3 if chef.get("policy") != "sd" else 4) * stats["num_calls"][0]
 
 
+@pytest.mark.slow
 def test_nothing_is_proposed_where_nothing_is_accepted(models, monkeypatch):
     chef = dict(gamma="auto", max_gamma=[1, 4])
     with engine(models["first"], ensemble(models, "unlike"), chef, 4) as llm:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from engines import engine, generate, greedy
+from quick import quick
 from tiny_models import VOCAB_SIZE, llama_config, save_model, save_noisy_copy
 from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
@@ -157,7 +158,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [first] + [save_noisy_copy(root / str(s), first, s, 0.01 * s) for s in (1, 2)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "two"))
 def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
     num_members, chef, window = CASES[case]
     target = "raw-logits" if case == "sd" else "logits"
@@ -201,6 +202,7 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
     assert (replays[False] > num_steps) == has_passes
 
 
+@pytest.mark.slow
 def test_rows_of_a_step_before_are_not_read(models, monkeypatch):
     """The graph of a later turn holds more rows than that in which the cycle begins."""
     settings = dict(extra_model=models[1:], ensemble_fn="mean", ensemble_target="logits")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engines import counted_replays, engine, generate, greedy
+from quick import quick
 from tiny_models import TIE, VOCAB_SIZE, llama_config, save_model, save_noisy_copy
 from vllm import SamplingParams
 
@@ -102,7 +103,7 @@ def assert_same_output(output: Any, expected: Any) -> None:
             assert value.logprob == pytest.approx(expected_row[token].logprob, abs=1e-3)
 
 
-@pytest.fixture(scope="module", params=ENSEMBLES)
+@pytest.fixture(scope="module", params=quick(ENSEMBLES, "mean-4"))
 def ensemble(request: pytest.FixtureRequest, models: list[str]) -> tuple[str, dict[str, Any]]:
     size = int(request.param[-1])
     return request.param, {**ENSEMBLES[request.param], "extra_model": models[1:size]}

@@ -67,6 +67,7 @@ def metric(llm: LLM, name: str) -> float:
     return sum(m.value for m in llm.get_metrics() if m.name == name)
 
 
+@pytest.mark.slow
 def test_chunks_and_cached_prefixes(models, ensemble, expected):
     arguments = dict(
         block_size=32, max_num_batched_tokens=24, max_num_scheduled_tokens=12, max_num_seqs=4
@@ -77,6 +78,7 @@ def test_chunks_and_cached_prefixes(models, ensemble, expected):
         assert metric(llm, "vllm:prefix_cache_hits") > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("async_scheduling", [True, False])
 def test_requests_that_are_preempted_resume(async_scheduling, models, ensemble, expected):
     # 6 blocks of 32 tokens, one of them vLLM's own, for requests that need 1 to 3 each.
@@ -88,6 +90,7 @@ def test_requests_that_are_preempted_resume(async_scheduling, models, ensemble, 
         assert metric(llm, "vllm:num_preemptions") > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_gpu_blocks", [8, 20])
 def test_sliding_windows_at_the_end_of_the_context(num_gpu_blocks, tmp_path):
     """vLLM takes the blocks away that a sliding window has left behind."""
@@ -106,6 +109,7 @@ def test_sliding_windows_at_the_end_of_the_context(num_gpu_blocks, tmp_path):
         assert tokens(generate(llm, prompts, greedy(100))) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chef", "window", "tokens_per_cycle"),
     [(dict(gamma=1), 1, 2), (dict(gamma=[1, 5]), 5, 6), (dict(policy="sd", gamma=3), 3, 4)],
@@ -175,6 +179,7 @@ def windows(llm: LLM, prompts: list[list[int]]) -> list[dict[int, list[int]]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_window_depends_on_no_other_request(llm):
     together = windows(llm, PROMPTS)
     alone = [windows(llm, [prompt])[0] for prompt in PROMPTS]
@@ -257,6 +262,7 @@ def test_a_seed_repeats_a_sample_in_the_same_batch(llm):
     assert first == second
 
 
+@pytest.mark.slow
 def test_acceptance_is_told_apart_per_request(llm):
     """A batch of 32, half of it with requests whose proposals are seldom accepted (hot)."""
     prompts = [[token, token + 1, token + 2] for token in range(32)]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engines import P_VALUE, chi_square_p_value, counted_replays, engine, generate, sampled
+from quick import quick
 from test_plain_ensemble import process
 from tiny_models import (
     llama_config,
@@ -137,7 +138,7 @@ def p_values(
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "logits"))
 def test_turns_sample_from_the_ensemble(case, models, references):
     assert min(p_values(case, models, references)) > P_VALUE
 
@@ -180,6 +181,7 @@ def text_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("async_scheduling", [True, False])
 @pytest.mark.parametrize("policy", ["chef", "sd"])
 def test_a_grammar_leaves_the_distribution_what_it_is(policy, async_scheduling, text_models):
@@ -215,6 +217,7 @@ def test_a_grammar_leaves_the_distribution_what_it_is(policy, async_scheduling, 
         assert chi_square_p_value(drawn, target) > P_VALUE, f"position {position}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", ["judged-as-uniform", "always-accepted"])
 def test_a_broken_acceptance_rule_is_found(mutation, models, references, monkeypatch):
     """The test above fails where proposals are judged by a distribution they do not have."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from quick import quick
 
 from repository import ROOT
 
@@ -94,7 +95,7 @@ def list_stock(site_packages: Path) -> set[str]:
     return {str(file) for file in files if file.is_file() and "__pycache__" not in file.parts}
 
 
-@pytest.fixture(scope="module", params=["normal", "editable"])
+@pytest.fixture(scope="module", params=quick(["normal", "editable"]))
 def installation(request, tmp_path_factory) -> Installation:
     folder = tmp_path_factory.mktemp(request.param)
     root = folder / "repo"

@@ -18,6 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from lm_eval.api.instance import Instance
 from omegaconf import OmegaConf
+from quick import quick
 from tiny_models import (
     greedy_loop,
     llama_config,
@@ -75,7 +76,7 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=quick(METHODS, "cd_chef"))
 def method(request, root) -> Iterator[tuple]:
     """What a method makes of logits, its session, and its engine without sampling parameters."""
     combine, overrides = METHODS[request.param]
@@ -304,6 +305,7 @@ def cwd(tmp_path_factory) -> Path:
     return cwd
 
 
+@pytest.mark.slow
 def test_command(root, cwd, references):
     result = command(root, cwd, *ARGUMENTS)
     assert result.returncode == 0, result.stderr

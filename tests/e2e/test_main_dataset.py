@@ -4,6 +4,7 @@ Real processes all. Those that go through `Command.fork` start as copies of a pr
 imported vLLM already, which takes longer than all they do.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from unittest import mock
 
 import pytest
 from omegaconf import OmegaConf
+from quick import quick
 from tiny_models import llama_config, save_byte_tokenizer, save_model, save_noisy_copy
 from transformers import LlavaConfig, PretrainedConfig, T5Config
 
@@ -96,11 +98,11 @@ class Command:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(NAMES)}
         self.environment = {**clean, "MODEL_PATH": str(root), "HF_HUB_OFFLINE": "1"}
 
-    def run(self, *arguments: str, **environment: str) -> Result:
+    def run(self, *arguments: str, entry: str = "main_dataset.py", **environment: str) -> Result:
         """As a user calls it."""
         start = time.perf_counter()
         process = subprocess.run(
-            [sys.executable, ROOT / "main_dataset.py", *arguments],
+            [sys.executable, ROOT / entry, *arguments],
             cwd=self.cwd,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
@@ -112,6 +114,7 @@ class Command:
         return Result(process.returncode, process.stdout, process.stderr, seconds)
 
     def start(self, *arguments: str) -> multiprocessing.process.BaseProcess:
+        start_forkserver()
         process = FORKSERVER.Process(
             target=call_main, args=(list(arguments), self.environment, self.cwd)
         )
@@ -158,9 +161,9 @@ def call_main(arguments: list[str], environment: dict[str, str], cwd: Path) -> N
     main_dataset.main()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forkserver() -> None:
-    """Starts importing at once, beside the tests that need no copy of it."""
+@functools.cache
+def start_forkserver() -> None:
+    """Not before a test needs a copy of it: importing takes long."""
     from multiprocessing import forkserver
 
     from harness.engine import configure_process
@@ -239,6 +242,7 @@ def check_screen(result: Result, summary: dict, run: Path) -> None:
 # As a user calls it
 
 
+@pytest.mark.slow
 def test_command_line_of_the_readme(command, root):
     result = command.run(
         "dataset.name=humaneval",
@@ -263,6 +267,7 @@ def test_command_line_of_the_readme(command, root):
     check_screen(result, summary, run.relative_to(command.cwd))
 
 
+@pytest.mark.slow
 def test_without_arguments_two_default_models_run_cd(command, root):
     # A relative MODEL_PATH counts from the repository, wherever the command is called.
     result = command.run(MODEL_PATH=os.path.relpath(root, ROOT))
@@ -274,6 +279,25 @@ def test_without_arguments_two_default_models_run_cd(command, root):
     assert names == [root / "smollm2-135m", root / "smollm2-amateur"]
     assert (summary["alpha"], summary["ensemble_fn"]) == (0.1, "contrastive")
     check_screen(result, summary, run.relative_to(command.cwd))
+
+
+def test_comparison_ends_with_a_table_of_both_runs(command):
+    result = command.run(*f"method=cd {SHORT} save_path=both".split(), entry="main_compare.py")
+    assert result.status == 0, result.stderr
+    plain, turns = (
+        check_files(command.cwd / "both" / method, method, num_samples=2)
+        for method in ("cd", "cd_chef")
+    )
+    assert plain["score"] == turns["score"] == 0.0  # executed, since it is confined here
+    table = result.stdout.split("smollm2-135m + smollm2-amateur: humaneval (2 samples)")[1]
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in table.splitlines() if "  " in line)
+    assert rows["same completions"] == "2 of 2"
+    assert rows["tokens/s"].split() == [f"{s['tokens_per_second']:.2f}" for s in (plain, turns)]
+    ratio = turns["tokens_per_second"] / plain["tokens_per_second"]
+    assert rows["ratio of speeds"] == f"{ratio:.2f}"
+    assert rows["acceptance"] == ", ".join(f"{share:.3f}" for share in turns["acceptance"])
+    assert rows["pass@1"].split() == ["0.000", "0.000"]
+    assert (rows["files of plain"], rows["files of turns"]) == ("both/cd", "both/cd_chef")
 
 
 # Runs
@@ -304,6 +328,7 @@ def runs(root, tmp_path_factory) -> dict[str, Path]:
     def run(name: str) -> Result:
         return commands[name].fork(*f"{jobs[name]} {SHORT} save_path=run".split())
 
+    start_forkserver()  # before there are threads
     with ThreadPoolExecutor(max_workers=2) as pool:
         for name, result in zip(jobs, pool.map(run, jobs), strict=True):
             assert result.status == 0, f"{name}: {result.stderr}"
@@ -328,6 +353,7 @@ def tokens(run: Path) -> list[list[int]]:
     return [sample["token_ids"] for sample in read_samples(run)]
 
 
+@pytest.mark.slow
 def test_members_and_parameters_are_recorded(runs, root):
     summaries = {name: json.loads((run / "summary.json").read_text()) for name, run in runs.items()}
     both = [str(root / "llama-2-7b"), str(root / "llama-2-7b-68m")]
@@ -337,6 +363,7 @@ def test_members_and_parameters_are_recorded(runs, root):
     assert summaries["cd"]["alpha"] == 0.4
 
 
+@pytest.mark.slow
 def test_at_temperature_0_only_the_ensemble_changes_the_text(runs):
     plain = completions(runs["large_model"])
     assert completions(runs["sd"]) == plain
@@ -345,6 +372,7 @@ def test_at_temperature_0_only_the_ensemble_changes_the_text(runs):
     assert tokens(runs["sd"]) == tokens(runs["cd of alpha 0"]) == tokens(runs["large_model"])
 
 
+@pytest.mark.slow
 def test_at_temperature_0_who_proposes_does_not_change_the_text(runs):
     plain = tokens(runs["cd"])
     for name in ("cd with a draft model", "cd_chef", "cd_chef of its own depth", "ensemble_sd"):
@@ -352,6 +380,7 @@ def test_at_temperature_0_who_proposes_does_not_change_the_text(runs):
         assert completions(runs[name]) == completions(runs["cd"])
 
 
+@pytest.mark.slow
 def test_what_became_of_proposals_is_recorded(runs, root):
     fields = {"gamma", "turn_order", "tokens_per_cycle", "calls", "acceptance"}
     summaries = {name: json.loads((run / "summary.json").read_text()) for name, run in runs.items()}
@@ -382,6 +411,7 @@ def test_what_became_of_proposals_is_recorded(runs, root):
     assert [len(positions) for positions in sd["acceptance_by_position"]] == [0, 2]
 
 
+@pytest.mark.slow
 def test_seed_decides_and_batches_do_not(runs):
     assert tokens(runs["ensemble"]) == tokens(runs["ensemble again"])
     first, second = tokens(runs["ensemble"])
@@ -389,6 +419,7 @@ def test_seed_decides_and_batches_do_not(runs):
     assert first != other_first and second != other_second
 
 
+@pytest.mark.slow
 def test_executed_code_is_scored(runs):
     # Random models write no programs.
     assert [sample["score"] for sample in read_samples(runs["cd of alpha 0"])] == [0.0, 0.0]
@@ -396,6 +427,7 @@ def test_executed_code_is_scored(runs):
     assert {sample["score"] for sample in read_samples(runs["cd"])} == {None}
 
 
+@pytest.mark.slow
 def test_one_request_at_a_time_does_not_wait_for_others(runs):
     run = runs["cd of alpha 0"]
     summary = json.loads((run / "summary.json").read_text())
@@ -418,6 +450,7 @@ def stop(process: multiprocessing.process.BaseProcess, run: Path, number: int) -
     process.join(timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_and_continued_run_equals_an_unbroken_one(command, number):
     arguments = f"{CD} method=cd_chef method.gamma=2 dataset.size=8 batch_size=1 {CACHE} "
@@ -446,6 +479,7 @@ def test_stopped_and_continued_run_equals_an_unbroken_one(command, number):
     assert summary["num_tokens"] == check_files(unbroken, "cd_chef", num_samples=8)["num_tokens"]
 
 
+@pytest.mark.slow
 def test_complete_run_is_shown_again(command, runs):
     before = {file.name: file.read_bytes() for file in runs["cd"].iterdir()}
     arguments = f"{CD} method.alpha=0.4 {SHORT} save_path={runs['cd']} verbose=true"
@@ -459,6 +493,7 @@ def test_complete_run_is_shown_again(command, runs):
 # Other data sets
 
 
+@pytest.mark.slow
 def test_number_is_found_in_a_generated_answer(command):
     rows = [{"question": f"What is {n} plus {n}?", "answer": f"#### {2 * n}"} for n in range(4)]
     (command.cwd / "gsm8k_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -471,6 +506,7 @@ def test_number_is_found_in_a_generated_answer(command):
     assert "accuracy" in result.stdout
 
 
+@pytest.mark.slow
 def test_letters_are_compared_under_the_distribution_of_the_ensemble(command, root):
     vocabulary = json.loads((root / "llama-2-7b" / "tokenizer.json").read_text())["model"]["vocab"]
     row = {
@@ -500,6 +536,7 @@ def test_letters_are_compared_under_the_distribution_of_the_ensemble(command, ro
 # Sweeps
 
 
+@pytest.mark.slow
 def test_sweep_runs_every_job_and_lists_those_that_fail(command):
     arguments = [
         *f"--multirun {LARGE} dataset.size=1 batch_size=0,1 {CACHE}".split(),
@@ -547,6 +584,8 @@ AT_ONCE = {
     f"{CD} save_path=/dev/null/run": r"save_path: '/dev/null/run' cannot be made.*choose another",
 }
 
+QUICK = list(AT_ONCE.items())[:3]
+
 # Refused by vLLM's or the ensemble's own checks, before weights are loaded.
 BY_THE_ENGINE = {
     f"{ENSEMBLE} method.llm.ensemble_fn=nope": r"method\.llm\.ensemble_fn: unknown function 'nope'"
@@ -593,23 +632,26 @@ def check_refused(command: Command, result: Result, message: str) -> None:
     assert {path.name for path in command.cwd.iterdir()} <= {"stdout", "stderr"}
 
 
-@pytest.mark.parametrize(("arguments", "message"), AT_ONCE.items())
+@pytest.mark.parametrize(("arguments", "message"), quick(AT_ONCE.items(), *QUICK))
 def test_bad_input_is_refused_at_once(command, arguments, message):
     result = command.run(*arguments.split())
     check_refused(command, result, message)
     assert result.seconds < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), BY_THE_ENGINE.items())
 def test_bad_input_is_refused_before_weights_are_loaded(command, arguments, message):
     check_refused(command, command.fork(*arguments.split()), message)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused_as_a_user_sees_it(command):
     result = command.run(*f"{CD} +method.llm.enable_lora=true".split())
     check_refused(command, result, r"method\.llm\.enable_lora: LoRA adapters .*leave the option")
 
 
+@pytest.mark.slow
 def test_run_of_another_configuration_is_refused_and_kept(command, runs):
     before = {file.name: file.read_bytes() for file in runs["cd"].iterdir()}
     result = command.run(*f"{CD} method.alpha=0.5 {SHORT} save_path={runs['cd']}".split())

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from engines import P_VALUE, chi_square_p_value, engine, generate, greedy, sampled
+from quick import quick
 from tiny_models import (
     greedy_loop,
     llama_config,
@@ -22,6 +23,12 @@ NUM_TOKENS = 14
 NUM_DRAWS = 1200
 PROMPTS = [[1, 2, 3, 4], [9], [20, 21, 22, 20, 21, 22, 20, 21], [5] * 30]
 WEIGHTS = [0.8, 0.2]
+PROPOSERS = [
+    ("draft_model", "raw-logits"),
+    ("draft_model", "logits"),
+    ("draft_model", "probs"),
+    ("ngram", "probs"),
+]
 COMBINE = {
     "raw-logits": lambda logits: 0.8 * logits[0] + 0.2 * logits[1],
     "logits": lambda logits: 0.8 * logits[0] + 0.2 * logits[1],
@@ -58,15 +65,7 @@ def speculation(method: str, models: dict[str, str]) -> dict:
     }
 
 
-@pytest.mark.parametrize(
-    ("method", "target"),
-    [
-        ("draft_model", "raw-logits"),
-        ("draft_model", "logits"),
-        ("draft_model", "probs"),
-        ("ngram", "probs"),
-    ],
-)
+@pytest.mark.parametrize(("method", "target"), quick(PROPOSERS, ("draft_model", "probs")))
 def test_output_is_the_ensembles(method, target, models, references):
     combine = COMBINE[target]
     ensemble = dict(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from engines import P_VALUE, chi_square_p_value, engine, generate, greedy, sampled
+from quick import quick
 from tiny_models import (
     VOCAB_SIZE,
     assert_same_tokens,
@@ -143,7 +144,7 @@ def check_greedy(case, models, references, **arguments):
     assert any(m.name == "vllm:prefix_cache_hits" and m.value > 0 for m in hits)
 
 
-@pytest.mark.parametrize("case", GREEDY_CASES)
+@pytest.mark.parametrize("case", quick(GREEDY_CASES, "cd", "weighted-probs-2"))
 def test_greedy_tokens_equal_a_transformers_loop(case, models, references):
     check_greedy(case, models, references)
 
@@ -203,6 +204,7 @@ SAMPLING_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", SAMPLING_CASES)
 def test_sampling_follows_the_ensemble_distribution(target, models, references):
     """First tokens and, given the likeliest first token, second ones; all parameters in a batch."""

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from engines import engine, generate, greedy
+from quick import quick
 from tiny_models import (
     llama_config,
     load_reference,
@@ -32,7 +33,7 @@ WEIGHTS = [0.6, 0.4]
 POLICIES = {"plain": {}, "chef": dict(chef={"gamma": [1, 2]}, window=2)}
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+@pytest.fixture(scope="module", params=quick(POLICIES, "chef"))
 def policy(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -51,7 +52,7 @@ def references(models: list[str]) -> list[torch.nn.Module]:
     return [load_reference(path) for path in models]
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=quick(TARGETS, "probs"))
 def target(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -203,7 +204,7 @@ def text_models(policy: str, tmp_path_factory: pytest.TempPathFactory) -> list[s
     return paths
 
 
-@pytest.mark.parametrize("target", ["raw-logits", "probs"])
+@pytest.mark.parametrize("target", quick(["raw-logits", "probs"], "probs"))
 def test_text_parameters(target, policy, text_models):
     """What needs a tokenizer: stop strings, bad words and structured outputs."""
     ensemble = dict(extra_model=text_models[1:], ensemble_fn="mean", ensemble_target=target)
@@ -231,6 +232,7 @@ def test_text_parameters(target, policy, text_models):
         assert text(structured_outputs=regex, stop=[word]) == ascii_text[: ascii_text.index(word)]
 
 
+@pytest.mark.slow
 def test_processed_logprobs_are_of_what_is_sampled(policy, models, references):
     """With `logprobs_mode` `processed_logprobs`: after the sampling parameters of each member."""
     ensemble = dict(extra_model=models[1:], ensemble_fn="weighted", weights=WEIGHTS)

@@ -26,6 +26,7 @@ packages=.venv/lib/python3.11/site-packages
 case "$*" in
   "-c "*) ;;
   scripts/check_install.py) [[ -z "$CHECK_FAILS" ]] ;;
+  scripts/prepare_models.py | main_*) echo "$*" >>log ;;
   --version) echo "Python 3.11" ;;
   "-m venv --clear "*)
     rm -rf .venv; mkdir -p .venv/bin "$packages"; cp "$0" .venv/bin/python ;;
@@ -65,10 +66,13 @@ class Clone:
             program.chmod(0o755)
 
     def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return self.run("setup.sh", *arguments, **environment)
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         defaults = dict.fromkeys(KNOBS, "")
         path = f"{self.root / 'bin'}{os.pathsep}{os.environ['PATH']}"
         return subprocess.run(
-            [self.root / "scripts" / "setup.sh", *arguments],
+            [self.root / "scripts" / script, *arguments],
             env={
                 **os.environ,
                 **defaults,
@@ -84,7 +88,7 @@ class Clone:
         )
 
     def installed(self) -> str:
-        """What was installed since the last call."""
+        """What was installed, or run, since the last call."""
         log = self.root / "log"
         text = log.read_text() if log.exists() else ""
         log.unlink(missing_ok=True)
@@ -172,6 +176,19 @@ def test_setup_rejects_an_unknown_kind(clone):
     result = clone.setup("rocm")
     assert result.returncode == 1
     assert "[cpu|cuda]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ((), "main_compare.py"),
+        (("method=sd", "dataset.size=2"), "main_dataset.py method=sd dataset.size=2"),
+    ],
+)
+def test_run_dataset_compares_or_hands_its_arguments_on(clone, arguments, command):
+    result = clone.run("run_dataset.sh", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert clone.installed().splitlines()[-2:] == ["scripts/prepare_models.py", command]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_what_is_no_sum_is_left_to_torch():
     assert not fused.can_combine(mean, torch.zeros(2, 5, 3).transpose(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="compiled by the tests above")
 def test_kernels_compile_for_a_gpu(monkeypatch, tmp_path):
     launches = recorded(fused, monkeypatch)

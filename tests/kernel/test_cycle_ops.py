@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from compile_for_cuda import compile_launches, recorded
+from quick import quick
 from vllm.triton_utils import HAS_TRITON
 
 from vllm.chef.ops import eager, fused
@@ -186,7 +187,7 @@ def steps(turns: Turns) -> list[tuple[str, Callable[[World], None]]]:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("case", TURNS)
+@pytest.mark.parametrize("case", quick(TURNS, "sd"))
 def test_kernels_do_what_torch_does(case, seed, monkeypatch):
     # A vocabulary of several blocks.
     monkeypatch.setattr(fused, "VOCAB_BLOCK", 16)
@@ -221,6 +222,7 @@ def test_every_kernel_has_its_namesake():
         assert inspect.signature(function) == inspect.signature(getattr(eager, name)), name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="compiled by the tests above")
 def test_kernels_compile_for_a_gpu(monkeypatch, tmp_path):
     launches = recorded(fused, monkeypatch)

@@ -59,6 +59,7 @@ def run(code: str, tmp_path, **environ: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @on_cpu_build
 def test_vllm_sees_triton_on_the_cpu(tmp_path):
     """With nothing but `import vllm`: Triton is there, interprets, and the V2 runner is default."""

@@ -401,6 +401,26 @@ def test_every_protection_is_active_here(caplog):
     assert not caplog.records
 
 
+@linux_only
+def test_no_protection_is_missing_here():
+    assert execution.find_missing_protections() == []
+
+
+@linux_only
+def test_missing_protections_are_found_by_trying(tmp_path, monkeypatch):
+    copy = tmp_path / "without_filter.py"
+    source = Path(execution.__file__).read_text()
+    copy.write_text(source.replace("_ARCHITECTURES = {", "_ARCHITECTURES = {}\n_UNUSED = {"))
+    monkeypatch.setattr(execution, "__file__", str(copy))
+    assert {"files", "network"} <= set(execution.find_missing_protections()) <= set(PROTECTIONS)
+    assert "memory" not in execution.find_missing_protections()
+
+
+def test_all_protections_are_missing_where_the_interpreter_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution.sys, "executable", str(tmp_path / "nothing"))
+    assert execution.find_missing_protections() == list(PROTECTIONS)
+
+
 def test_missing_protections_are_named_once(monkeypatch, caplog):
     execution._warn_of_missing.cache_clear()
     monkeypatch.setattr(execution, "PROTECTIONS", (*PROTECTIONS, "gravity"))

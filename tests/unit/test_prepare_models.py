@@ -1,7 +1,10 @@
 """Models made of stored weights: what is merged and assembled, when, and from which files."""
 
+import io
 import json
 import sys
+import time
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -177,6 +180,32 @@ def test_layers_that_are_not_all_there_are_refused(root):
     with pytest.raises(SystemExit, match="not 2 layers and a norm"):
         prepare.main()
     assert not (root / prepare.AMATEUR).exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_seconds_are_counted_on_a_terminal(monkeypatch):
+    """In one line, cut to the terminal's width."""
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(prepare, "TICK_S", 0.01)
+    terminal = Terminal()
+    with redirect_stdout(terminal), pytest.raises(KeyboardInterrupt):
+        with prepare.counting_seconds("writing a model ..."):
+            time.sleep(0.1)
+            raise KeyboardInterrupt
+    line, end, rest = terminal.getvalue().partition("\n")
+    start, *seconds = line.split("\r")
+    assert start == "g a model ..." and set(seconds) == {"g a model ... 0 s"}
+    assert (end, rest) == ("\n", "")
+
+
+def test_a_log_has_one_line(capsys):
+    with prepare.counting_seconds("writing a model ..."):
+        pass
+    assert capsys.readouterr().out == "writing a model ...\n"
 
 
 def test_sums_are_those_of_sha256sum(tmp_path):
