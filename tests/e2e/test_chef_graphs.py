@@ -275,13 +275,13 @@ def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeyp
             for max_model_len, length in ((96, 2), (1, 1)):
                 patch.setattr(speculator, "max_model_len", max_model_len)
                 speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
-                assert speculator.graphs == [{5: length}]
+                assert speculator.graphs.turns == [{5: length}]
         own = make_function("operator:itemgetter", 2, {})
         with monkeypatch.context() as patch:
-            patch.setattr(runner.verifier, "function", own)
+            patch.setattr(speculator.verifier, "function", own)
             assert not speculator._can_capture()
         monkeypatch.setattr(speculator, "supports_decode_metadata_update", False)
         assert not speculator._can_capture()
         # Nothing is captured where vLLM captures nothing.
         speculator.init_cudagraph_manager(CUDAGraphMode.PIECEWISE)
-        assert speculator.graphs == []
+        assert speculator.graphs.turns == []
