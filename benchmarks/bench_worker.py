@@ -31,7 +31,7 @@ class BenchWorker:
         if turns is None:
             return None
         return {
-            "turns": [[list(turn.members), turn.gamma] for turn in turns.turns],
+            "turns": [[list(turn.members), turn.gamma] for turn in turns],
             "scores": list(turns.scores),
         }
 

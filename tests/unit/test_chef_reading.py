@@ -14,7 +14,7 @@ import torch
 from vllm.chef.cycle import EngineStep, Reading, TokenReading, TurnRunner
 from vllm.chef.gammas import StepGammas
 from vllm.chef.ops import eager as ops
-from vllm.chef.passes import reading_start
+from vllm.chef.passes import reading_query_start_loc
 from vllm.chef.prompt_logprobs import at_step_tokens
 from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
@@ -81,7 +81,7 @@ class World:
         """Of a request, all that is committed or pending."""
         cycle = self.cycle
         pending = cycle.tokens[at, : int(cycle.end[at])].tolist()
-        return self.requests[at].text[: int(cycle.first[at])] + pending
+        return self.requests[at].text[: int(cycle.first_position[at])] + pending
 
     def schedule(self) -> tuple[list[list[int]], list[int], list[int]]:
         """Of each request its query, how many of that are drafts, and what a grammar left out."""
@@ -92,10 +92,12 @@ class World:
             forbidden.append(-1)
             if at >= request.prefill_len:
                 room = MAX_MODEL_LEN - length
-                most = min(len(request.pending), room)
-                num_drafts = most if self.rng.random() < 0.8 else self.rng.randint(0, most)
+                max_drafts = min(len(request.pending), room)
+                num_drafts = (
+                    max_drafts if self.rng.random() < 0.8 else self.rng.randint(0, max_drafts)
+                )
                 drafts = request.pending[:num_drafts]
-                if num_drafts < most and self.rng.random() < 0.5:
+                if num_drafts < max_drafts and self.rng.random() < 0.5:
                     forbidden[-1] = request.pending[num_drafts]
             elif at == length - 1 and length + self.turns.window <= MAX_MODEL_LEN:
                 # Placeholders, which vLLM fills its batches up with.
@@ -118,7 +120,6 @@ class World:
         none = torch.zeros(NUM_REQS)
         states = SlotStates(prefill_len, none, none.long(), none.int(), none, none)
         self.cycle = ops.load(self.all_cycle, torch.arange(NUM_REQS), states)
-        self.passes.step_start, self.passes.row_start = starts
         step = EngineStep(
             *starts,
             torch.tensor([r.num_computed for r in self.requests]) + starts[0].diff(),
@@ -126,6 +127,7 @@ class World:
             StepScores([torch.zeros(int(starts[1][-1]), MAX_MODEL_LEN)]),
             torch.tensor(forbidden),
         )
+        self.passes.step = step
         shallower = self.rng.random() < 0.3
         window = self.turns.window
         self.gammas.set_depth(self.rng.randint(0, window) if shallower else window)
@@ -144,24 +146,26 @@ class World:
         turns = self.turns
         num_segments = turns.num_decidable(turn)
         num_columns = turns.max_decided(turn) + 1
-        proposed, segment, _, _, kept_rows = ops.candidates(
-            self.state, cycle, num_segments, num_columns
-        )
-        num_candidates = (proposed >= 0).sum(1).tolist()
+        candidates = ops.candidates(self.state, cycle, num_segments, num_columns)
+        num_candidates = (candidates.proposed >= 0).sum(1).tolist()
         draws = turns.draws and turn == turns.last_scorer
         num_sampled = []
-        for at, most in enumerate(num_candidates):
+        for at, max_accepted in enumerate(num_candidates):
             accepted = int(cycle.num_accepted[at])
-            num_sampled.append(1 + (self.rng.randint(accepted, most) if most > accepted else most))
+            if max_accepted > accepted:
+                accepted = self.rng.randint(accepted, max_accepted)
+            else:
+                accepted = max_accepted
+            num_sampled.append(1 + accepted)
             if not cycle.active[at] or cycle.settled[at]:
                 continue
-            text, first = self.text(at), int(cycle.first[at])
-            for column in range(most + draws):
-                proposer = turns.in_window[int(segment[at, column])]
+            text, first_position = self.text(at), int(cycle.first_position[at])
+            for column in range(max_accepted + draws):
+                proposer = turns.in_window[int(candidates.segment[at, column])]
                 for used in range(1, len(turns)):
-                    if turns.is_scorer(used) or (used == proposer and column < most):
-                        kept = self.state.kept_scores[used - 1][kept_rows[at, column]]
-                        has_read = kept.equal(as_scores(text[: first + column]))
+                    if turns.is_scorer(used) or (used == proposer and column < max_accepted):
+                        kept = self.state.kept_scores[used - 1][candidates.kept_rows[at, column]]
+                        has_read = kept.equal(as_scores(text[: first_position + column]))
                         assert has_read, f"turn {used} has not read what comes before {column}"
                         self.num_used += 1
         sampled = torch.randint(VOCAB_SIZE, (NUM_REQS, num_columns))
@@ -196,40 +200,41 @@ class World:
 class CachePasses:
     """Passes of members that are caches; each gives what its request's cache has up to a token."""
 
-    step_start: torch.Tensor  # [num_reqs + 1] of the engine step
-    row_start: torch.Tensor  # [num_reqs + 1] of its rows of logits
+    step: EngineStep
 
     def __init__(self, world: World, reads_less: bool) -> None:
         self.world, self.reads_less = world, reads_less
 
     def read(self, turn: int, cycle: Cycle) -> Reading:
-        turns = self.world.turns
-        query_start = reading_start(turns, turn, MAX_MODEL_LEN, self.step_start, self.row_start)
-        num_tokens, count = int(query_start[-1]), turns.num_unscored(turn)
+        turns, step = self.world.turns, self.step
+        query_start_loc = reading_query_start_loc(
+            turns, turn, MAX_MODEL_LEN, step.query_start_loc, step.cu_num_logits
+        )
+        num_tokens, count = int(query_start_loc[-1]), turns.num_unscored(turn)
         # As in a CUDA graph, where all requests decode.
-        starts = (self.step_start, self.row_start, query_start)
+        starts = (step.query_start_loc, step.cu_num_logits, query_start_loc)
         for step_len, num_rows, length in zip(*(s.diff().tolist() for s in starts), strict=True):
             assert step_len != num_rows or length == turns.num_read(turn, step_len)
         ids, positions = torch.zeros(2, num_tokens, dtype=torch.int64)
-        start, is_again = ops.prepare_tokens(
+        read_start, is_again = ops.prepare_tokens(
             self.world.state,
             cycle,
             self.world.all_token_ids,
-            query_start,
+            query_start_loc,
             ids,
             positions,
             torch.zeros(NUM_REQS),
         )
         if self.reads_less:
-            is_again[query_start[:-1][query_start.diff() == count].long()] = True
+            is_again[query_start_loc[:-1][query_start_loc.diff() == count].long()] = True
         read = []
-        for request, tokens in zip(self.world.requests, ranges(query_start), strict=True):
+        for request, tokens in zip(self.world.requests, ranges(query_start_loc), strict=True):
             cache = request.caches[turn]
             for token in tokens:
                 if not is_again[token]:
                     cache[int(positions[token])] = int(ids[token])
             read += [as_scores(cache[: int(positions[token]) + 1]) for token in tokens]
-        return Reading(query_start, start, torch.stack(read))
+        return Reading(query_start_loc, read_start, torch.stack(read))
 
     def read_token(self, turn: int, cycle: Cycle, number: int) -> TokenReading:
         ids, positions, seq_lens = torch.zeros(3, NUM_REQS, dtype=torch.int64)
@@ -247,9 +252,9 @@ def as_scores(text: list[int]) -> torch.Tensor:  # [MAX_MODEL_LEN]
     return torch.tensor([*text, *[PAST_THE_END] * (MAX_MODEL_LEN - len(text))]).float()
 
 
-def ranges(query_start: torch.Tensor) -> list[range]:
+def ranges(query_start_loc: torch.Tensor) -> list[range]:
     """Each request's tokens in a batch."""
-    bounds = query_start.tolist()
+    bounds = query_start_loc.tolist()
     return [range(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
 
 
@@ -274,10 +279,12 @@ def test_with_one_token_less_they_would_not_have(case):
 def test_hidden_states_of_prompts_are_found_beside_requests_that_decode():
     """The first reads three tokens of its prompt, and one before; the second had a window of five,
     of which little is left to read."""
-    step_start = torch.tensor([0, 3, 9])
+    query_start_loc = torch.tensor([0, 3, 9])
     of_turn = Reading(torch.tensor([0, 4, 6]), torch.tensor([9, 31]), torch.arange(6)[:, None])
-    batch = SimpleNamespace(query_start_loc=step_start, query_start_loc_np=step_start.numpy())
-    cycle = SimpleNamespace(num_reqs=2, start=torch.tensor([10, 30]))
+    batch = SimpleNamespace(
+        query_start_loc=query_start_loc, query_start_loc_np=query_start_loc.numpy()
+    )
+    cycle = SimpleNamespace(num_reqs=2, step_start=torch.tensor([10, 30]))
     (found,) = at_step_tokens([of_turn], cycle, batch)
     assert found.shape == (9, 1)
     assert found[:3, 0].tolist() == [1, 2, 3]

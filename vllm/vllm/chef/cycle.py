@@ -12,7 +12,7 @@ import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm.chef.state import Cycle, ProposalState
+from vllm.chef.state import Cycle, Outputs, ProposalState
 from vllm.chef.stats import TurnStats
 from vllm.chef.verifier import StepScores, Verifier
 
@@ -20,8 +20,8 @@ from vllm.chef.verifier import StepScores, Verifier
 class EngineStep(NamedTuple):
     """What vLLM has run when a cycle begins: the pass of the first turn's members."""
 
-    query_start: torch.Tensor  # [num_reqs + 1] of its tokens
-    row_start: torch.Tensor  # [num_reqs + 1] of its rows of logits
+    query_start_loc: torch.Tensor  # [num_reqs + 1]
+    cu_num_logits: torch.Tensor  # [num_reqs + 1]
     seq_lens: torch.Tensor  # [num_reqs]
     input_ids: torch.Tensor  # [num_tokens]
     scores: StepScores
@@ -48,8 +48,8 @@ class EngineStep(NamedTuple):
 class Reading(NamedTuple):
     """A pass of a turn's member over all that is new to it."""
 
-    query_start: torch.Tensor  # [num_reqs + 1] query_start_loc
-    start: torch.Tensor  # [num_reqs] position of the first token
+    query_start_loc: torch.Tensor  # [num_reqs + 1]
+    read_start: torch.Tensor  # [num_reqs] position of the first token
     hidden_states: torch.Tensor  # [num_tokens, hidden_size]
 
 
@@ -124,9 +124,8 @@ class TurnRunner:
                 propose_more(turn)
         return logprobs
 
-    def outputs(self, cycle: Cycle) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a cycle that was run: tokens `[num_reqs, window + 1]`, and how many of them are
-        decided and how many of the engine step's rejected, `[num_reqs]`."""
+    def outputs(self, cycle: Cycle) -> Outputs:
+        """Of a cycle that was run: `window + 1` tokens of each request, and how many count."""
         return self.ops.outputs(cycle, self.turns.window + 1)
 
     def finish(
@@ -150,12 +149,12 @@ class TurnRunner:
         """
         logprobs = self._open(cycle, step) if turn == 1 else None
         reading = passes.read(turn, cycle)
-        logits, last = self._keep_scores(turn, cycle, reading)
+        logits, last_position = self._keep_scores(turn, cycle, reading)
         decides = self.turns.is_scorer(turn)
         if decides:
             logprobs = self.verifier.decide(turn, step.scores, cycle) or logprobs
         if not (decides and self.turns.draws):  # which settles a token in all requests
-            tokens = self.draw(logits, cycle, last)
+            tokens = self.draw(logits, cycle, last_position)
             self.ops.append(self.state, cycle, turn, self.gammas, tokens, decides)
         return logprobs
 
@@ -164,8 +163,8 @@ class TurnRunner:
         for number in range(num_passes):
             position, hidden_states = passes.read_token(turn, cycle, number)
             logits = self.compute_logits(turn, hidden_states)
-            kept = self.ops.place_score(self.state, cycle, turn, self.gammas)
-            self.state.kept_scores[turn - 1].index_copy_(0, kept, logits)
+            kept_rows = self.ops.place_score(self.state, cycle, turn, self.gammas)
+            self.state.kept_scores[turn - 1].index_copy_(0, kept_rows, logits)
             tokens = self.draw(logits, cycle, position)
             self.ops.append(self.state, cycle, turn, self.gammas, tokens)
 
@@ -175,19 +174,19 @@ class TurnRunner:
         self.ops.begin_cycle(
             self.state,
             cycle,
-            step.query_start,
-            step.row_start,
+            step.query_start_loc,
+            step.cu_num_logits,
             step.seq_lens,
             step.input_ids,
             step.forbidden,
         )
         logprobs = self.verifier.decide(0, scores, cycle)
         if not self.turns.draws:
-            rows, last = self.ops.last_scored(cycle)
-            logits = scores.logits[0][rows]
+            source = self.ops.last_scored(cycle)
+            logits = scores.logits[0][source.rows]
             if scores.mask is not None:
-                logits = logits + scores.mask[rows]
-            tokens = self.draw(logits, cycle, last)
+                logits = logits + scores.mask[source.rows]
+            tokens = self.draw(logits, cycle, source.last_position)
             self.ops.append(self.state, cycle, 0, self.gammas, tokens)
         return logprobs
 
@@ -198,9 +197,9 @@ class TurnRunner:
         end, and the position of the last token."""
         # The columns that the member has to score, at most, back from the one past the end.
         count = self.turns.num_unscored(turn)
-        rows, kept, last = self.ops.place_scores(
-            self.state, cycle, turn, count, reading.query_start, reading.start
+        places = self.ops.place_scores(
+            self.state, cycle, turn, count, reading.query_start_loc, reading.read_start
         )
-        logits = self.compute_logits(turn, reading.hidden_states[rows.flatten()])
-        self.state.kept_scores[turn - 1].index_copy_(0, kept.flatten(), logits)
-        return logits[count - 1 :: count], last
+        logits = self.compute_logits(turn, reading.hidden_states[places.rows.flatten()])
+        self.state.kept_scores[turn - 1].index_copy_(0, places.kept_rows.flatten(), logits)
+        return logits[count - 1 :: count], places.last_position

@@ -12,10 +12,10 @@ def forbidden_tokens(
 ) -> torch.Tensor:  # [num_reqs]
     """The pending token behind the drafts, where a grammar is why vLLM left it out, or -1."""
     slots = batch.idx_mapping[: batch.num_reqs]
-    row_start = batch.cu_num_logits[: batch.num_reqs + 1].long()
-    num_drafts = row_start.diff() - 1
+    cu_num_logits = batch.cu_num_logits[: batch.num_reqs + 1].long()
+    num_drafts = cu_num_logits.diff() - 1
     column = num_drafts.clamp(max=draft_tokens.shape[1] - 1)
     token = draft_tokens[slots, column].long()
     is_pending = num_drafts < lengths[slots].sum(1)
-    is_allowed = mask[row_start[:-1] + num_drafts, token] == 0
+    is_allowed = mask[cu_num_logits[:-1] + num_drafts, token] == 0
     return token.masked_fill(is_allowed | ~is_pending, -1)

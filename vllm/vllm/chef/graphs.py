@@ -58,8 +58,8 @@ def for_the_same_batches(vllm_config: VllmConfig, step_len: int, length: int) ->
     nums_reqs = {ceil(size / step_len) for size in compilation.cudagraph_capture_sizes or []}
     sizes = {n * length for n in nums_reqs if n * step_len <= largest}
     # No step is larger, and vLLM's slot mappings have no more room.
-    most = vllm_config.scheduler_config.max_num_batched_tokens
-    compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= most)
+    max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= max_num_tokens)
     compilation.max_cudagraph_capture_size = max(compilation.cudagraph_capture_sizes, default=0)
     return config
 
@@ -197,8 +197,8 @@ class StepBuffers:
             for logits in members.compute_member_logits(self.hidden_states[:1])
         ]
         rows = torch.arange(engine_inputs.max_num_reqs + 1, dtype=torch.int32, device=device)
-        self.starts = {step_len: rows * step_len for step_len in step_lens}
-        """By tokens per request, [max_num_reqs + 1] of tokens and rows alike"""
+        self.query_start_loc = {step_len: rows * step_len for step_len in step_lens}
+        """By tokens per request, [max_num_reqs + 1]; all tokens have rows of logits"""
 
     def load(
         self,
@@ -217,11 +217,11 @@ class StepBuffers:
 
     def step(self, num_reqs: int, step_len: int, filters: bool) -> EngineStep:
         """A step of so many requests; its logits are there once `score` has run."""
-        starts = self.starts[step_len][: num_reqs + 1]
+        query_start_loc = self.query_start_loc[step_len][: num_reqs + 1]
         logits = [logits[: num_reqs * step_len] for logits in self.logits]
         return EngineStep(
-            starts,
-            starts,
+            query_start_loc,
+            query_start_loc,
             self.engine_inputs.seq_lens[:num_reqs],
             self.engine_inputs.input_ids,
             StepScores(logits, filters=filters),

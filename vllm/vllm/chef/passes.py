@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm.chef.cycle import Reading, TokenReading
 from vllm.chef.ops import ops_for
-from vllm.chef.state import Cycle, ProposalState
+from vllm.chef.state import Cycle, PreparedTokens, ProposalState
 from vllm.chef.turns import Turns
 
 
@@ -67,16 +67,16 @@ class MemberCaller:
     def prepare_tokens(
         self,
         cycle: Cycle,
-        query_start: torch.Tensor,  # [num_reqs + 1]
+        query_start_loc: torch.Tensor,  # [num_reqs + 1]
         num_tokens: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All that a turn reads, as input of its first pass; returns what `prepare_tokens` does."""
+    ) -> PreparedTokens:
+        """All that a turn reads, as input of its first pass."""
         buffers = self.speculator.input_buffers
         return self.ops.prepare_tokens(
             self.state,
             cycle,
             self.all_token_ids,
-            query_start,
+            query_start_loc,
             buffers.input_ids[:num_tokens],
             buffers.positions[:num_tokens],
             buffers.seq_lens[: cycle.num_reqs],
@@ -94,10 +94,10 @@ class MemberCaller:
             buffers.seq_lens[:num_reqs],
         )
 
-    def prepare_query_start(self, query_start: torch.Tensor) -> None:  # [num_reqs + 1]
-        buffer, length = self.speculator.input_buffers.query_start_loc, len(query_start)
-        buffer[:length] = query_start
-        buffer[length:] = query_start[-1]
+    def prepare_query_start_loc(self, query_start_loc: torch.Tensor) -> None:  # [num_reqs + 1]
+        buffer, length = self.speculator.input_buffers.query_start_loc, len(query_start_loc)
+        buffer[:length] = query_start_loc
+        buffer[length:] = query_start_loc[-1]
 
     def slot_mappings(
         self,
@@ -135,26 +135,28 @@ class EagerPasses:
     def read(self, turn: int, cycle: Cycle) -> Reading:
         batch, rows, caller = self.batch, slice(cycle.num_reqs + 1), self.caller
         turns, max_model_len = caller.state.turns, caller.state.max_model_len
-        query_start = reading_start(
+        query_start_loc = reading_query_start_loc(
             turns, turn, max_model_len, batch.query_start_loc[rows], batch.cu_num_logits[rows]
         )
-        query_start_np = reading_start(
+        query_start_loc_np = reading_query_start_loc(
             turns,
             turn,
             max_model_len,
             torch.from_numpy(batch.query_start_loc_np[rows]),
             torch.from_numpy(batch.cu_num_logits_np[rows]),
         ).numpy()
-        caller.prepare_query_start(query_start)
-        start, is_again = caller.prepare_tokens(cycle, query_start, int(query_start_np[-1]))
-        hidden_states = self._run(turn, cycle, query_start_np, turns.num_new(turn), is_again)
-        self.readings.append(Reading(query_start, start, hidden_states))
+        caller.prepare_query_start_loc(query_start_loc)
+        read_start, is_again = caller.prepare_tokens(
+            cycle, query_start_loc, int(query_start_loc_np[-1])
+        )
+        hidden_states = self._run(turn, cycle, query_start_loc_np, turns.num_new(turn), is_again)
+        self.readings.append(Reading(query_start_loc, read_start, hidden_states))
         return self.readings[-1]
 
     def read_token(self, turn: int, cycle: Cycle, number: int) -> TokenReading:
         caller, rows = self.caller, slice(cycle.num_reqs + 1)
         if number == 0:
-            caller.prepare_query_start(caller.speculator.arange_gpu[rows])
+            caller.prepare_query_start_loc(caller.speculator.arange_gpu[rows])
         position = caller.prepare_token(cycle)
         num_more = caller.state.turns.num_new(turn) + 1 + number
         hidden_states = self._run(turn, cycle, caller.speculator.arange_np[rows], num_more)
@@ -164,11 +166,11 @@ class EagerPasses:
         self,
         turn: int,
         cycle: Cycle,
-        query_start_np: np.ndarray,  # [num_reqs + 1]
+        query_start_loc_np: np.ndarray,  # [num_reqs + 1]
         num_more: int,  # tokens that a request may have behind those of the engine step
         is_again: torch.Tensor | None = None,  # [num_tokens] bool
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
-        num_reqs, num_tokens = cycle.num_reqs, int(query_start_np[-1])
+        num_reqs, num_tokens = cycle.num_reqs, int(query_start_loc_np[-1])
         speculator = self.caller.speculator
         # vLLM's own buffer is too short for some batches with prompts.
         mappings = self.caller.slot_mappings(
@@ -177,7 +179,7 @@ class EagerPasses:
         attn_metadata = speculator._build_attn_metadata(
             batch_desc=BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs),
             num_reqs=num_reqs,
-            query_start_loc_np=query_start_np,
+            query_start_loc_np=query_start_loc_np,
             seq_lens_cpu_upper_bound=self.batch.seq_lens_cpu_upper_bound,
             step=num_more,
             slot_mappings=mappings,
@@ -200,16 +202,16 @@ class CapturedPasses:
 
     def read(self, turn: int, cycle: Cycle) -> Reading:
         speculator, num_reqs = self.caller.speculator, cycle.num_reqs
-        query_start = speculator.input_buffers.query_start_loc[: num_reqs + 1]
+        query_start_loc = speculator.input_buffers.query_start_loc[: num_reqs + 1]
         length = self.num_tokens // num_reqs
-        torch.mul(speculator.arange_gpu[: num_reqs + 1], length, out=query_start)
-        start, is_again = self.caller.prepare_tokens(cycle, query_start, self.num_tokens)
-        return Reading(query_start, start, self._run(turn, cycle, is_again))
+        torch.mul(speculator.arange_gpu[: num_reqs + 1], length, out=query_start_loc)
+        read_start, is_again = self.caller.prepare_tokens(cycle, query_start_loc, self.num_tokens)
+        return Reading(query_start_loc, read_start, self._run(turn, cycle, is_again))
 
     def read_token(self, turn: int, cycle: Cycle, number: int) -> TokenReading:
         if number == 0:
-            query_start = self.caller.speculator.arange_gpu[: cycle.num_reqs + 1]
-            self.caller.prepare_query_start(query_start)
+            query_start_loc = self.caller.speculator.arange_gpu[: cycle.num_reqs + 1]
+            self.caller.prepare_query_start_loc(query_start_loc)
         position = self.caller.prepare_token(cycle)
         return TokenReading(position, self._run(turn, cycle)[: cycle.num_reqs])
 
@@ -226,15 +228,15 @@ class CapturedPasses:
         return self.caller.run(turn, self.num_tokens, self.attn_metadata, self.slot_mappings)
 
 
-def reading_start(
+def reading_query_start_loc(
     turns: Turns,
     turn: int,
     max_model_len: int,
-    query_start: torch.Tensor,  # [num_reqs + 1] of the engine step
-    row_start: torch.Tensor,  # [num_reqs + 1] of its rows of logits
+    query_start_loc: torch.Tensor,  # [num_reqs + 1] of the engine step
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1] of its rows of logits
 ) -> torch.Tensor:  # [num_reqs + 1] int32
     """query_start_loc of what a turn reads, in batches of any shape."""
-    step_lens, num_rows = query_start.diff(), row_start.diff()
+    step_lens, num_rows = query_start_loc.diff(), cu_num_logits.diff()
     prompt = step_lens + turns.num_new(turn)
     decoding = prompt.clamp(max=turns.num_unscored(turn))
     query_lens = torch.where(step_lens == num_rows, decoding, prompt)

@@ -86,14 +86,14 @@ def at_step_tokens(
     """What members have computed at the tokens of the engine step; anything where a request
     decodes."""
     num_reqs = cycle.num_reqs
-    step_start = batch.query_start_loc[:num_reqs]
-    query_lens = batch.query_start_loc[: num_reqs + 1].long().diff()
+    query_start_loc = batch.query_start_loc[: num_reqs + 1]
+    query_lens = query_start_loc.long().diff()
     num_tokens = int(batch.query_start_loc_np[num_reqs])
     found = []
     for reading in readings:
         # The turn may have begun before the engine step's first token.
-        shift = cycle.start - reading.start
-        shift = shift + reading.query_start[:-1] - step_start
+        shift = cycle.step_start - reading.read_start
+        shift = shift + reading.query_start_loc[:-1] - query_start_loc[:-1]
         shift = torch.repeat_interleave(shift, query_lens, output_size=num_tokens)
         at = torch.arange(num_tokens, device=shift.device) + shift
         # What is read of a request that decodes may begin later and end before.

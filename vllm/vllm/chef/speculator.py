@@ -279,5 +279,5 @@ class ChefSpeculator(StandaloneARSpeculator):
         """(members, their logits from the turn's hidden states) of the turns after the first."""
         return [
             (turn.members, lambda hidden, model=model: [model.compute_logits(hidden)])
-            for turn, model in zip(self.turns.turns[1:], self.model, strict=True)
+            for turn, model in zip(self.turns.sequence[1:], self.model, strict=True)
         ]

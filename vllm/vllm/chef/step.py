@@ -12,7 +12,7 @@ from vllm.chef.cycle import EngineStep, TurnRunner
 from vllm.chef.gammas import StepGammas
 from vllm.chef.graphs import CycleGraphs, Replay
 from vllm.chef.passes import EagerPasses
-from vllm.chef.state import Cycle
+from vllm.chef.state import Cycle, Outputs
 from vllm.chef.stats import TurnStats
 
 
@@ -59,9 +59,7 @@ class CycleStep:
 
         return self.turn_runner.run(take_turn, self._propose_more)
 
-    def outputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens `[num_reqs, window + 1]`, and how many of them are decided and how many of the
-        engine step's rejected, `[num_reqs]`."""
+    def outputs(self) -> Outputs:
         return self.turn_runner.outputs(self.cycle)
 
     def finish(self, stats: TurnStats) -> torch.Tensor:  # [num_reqs, window]
@@ -80,10 +78,10 @@ class CycleStep:
 
 def uniform_step_len(batch: InputBatch) -> int | None:
     """Tokens of every request in the engine step, where all are drafts but the first."""
-    query_start = batch.query_start_loc_np[: batch.num_reqs + 1]
-    length = int(query_start[1])
-    if not (np.diff(query_start) == length).all():
+    query_start_loc = batch.query_start_loc_np[: batch.num_reqs + 1]
+    length = int(query_start_loc[1])
+    if not (np.diff(query_start_loc) == length).all():
         return None
-    if not (batch.cu_num_logits_np[: batch.num_reqs + 1] == query_start).all():
+    if not (batch.cu_num_logits_np[: batch.num_reqs + 1] == query_start_loc).all():
         return None
     return length

@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logit
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
 from vllm.chef.ops import ops_for
-from vllm.chef.state import Cycle, ProposalState
+from vllm.chef.state import Candidates, Cycle, GatheredScores, ProposalState
 from vllm.chef.synthetic import configured_rates
 from vllm.chef.turns import Turns
 from vllm.ensemble_decode.config import EnsembleConfig
@@ -43,23 +43,13 @@ class StepScores(NamedTuple):
     """Whether one may ask for min-p, top-k or top-p, where there is no batch"""
 
 
-class Judged(NamedTuple):
-    """What a decision goes over, of `candidates`; each `[num_reqs, num_columns]`."""
-
-    proposed: torch.Tensor
-    segment: torch.Tensor
-    positions: torch.Tensor
-    step_rows: torch.Tensor
-    kept_rows: torch.Tensor
-
-
 class Layout(NamedTuple):
     """Of logits `[num_reqs * num_columns, vocab_size]`, as vLLM's kernels are told."""
 
     requests: torch.Tensor  # [num_reqs] the requests
     request: torch.Tensor  # [num_reqs * num_columns] of each row
     column: torch.Tensor  # [num_reqs * num_columns] of each row, int32
-    row_start: torch.Tensor  # [num_reqs + 1] int32
+    cu_num_logits: torch.Tensor  # [num_reqs + 1] int32
 
 
 class Verifier:
@@ -98,10 +88,10 @@ class Verifier:
         logprobs_dims = None
         if scores.batch is not None and is_last:
             logprobs_dims = self.sampler.get_logprobs_dims(scores.batch.idx_mapping_np)
-        judged = Judged(*self.ops.candidates(self.state, cycle, num_segments, num_columns))
+        candidates = self.ops.candidates(self.state, cycle, num_segments, num_columns)
         tokens, num_sampled, rows = [], [], []
         for part in self._chunks(cycle.num_reqs, num_columns):
-            here = Judged(*(field[part] for field in judged))
+            here = candidates.part(part)
             members, proposal = self._gather(cycle.part(part), here, scores, num_segments)
             if scores.mask is not None:
                 # The first turn proposes after the grammar's mask, the others know of none.
@@ -127,8 +117,8 @@ class Verifier:
         return self._logprobs(rows, num_columns, cycle, scores.batch, *logprobs_dims)
 
     def _gather(
-        self, cycle: Cycle, judged: Judged, scores: StepScores, num_segments: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, cycle: Cycle, candidates: Candidates, scores: StepScores, num_segments: int
+    ) -> GatheredScores:
         """All members' logits `[num_members, num_reqs, num_columns, vocab_size]`, of which those of
         a member that has not scored may be anything, ready for `_filters` where there is no batch,
         else raw; and the raw ones of the proposers, `[num_reqs, num_columns, vocab_size]`."""
@@ -137,17 +127,17 @@ class Verifier:
             turn = self.turn_of[member]
             if turn == 0:
                 sources.append(scores.logits[self.turns[0].members.index(member)])
-                rows.append(judged.step_rows)
+                rows.append(candidates.step_rows)
             else:
                 sources.append(self.state.kept_scores[turn - 1])
-                rows.append(judged.kept_rows)
+                rows.append(candidates.kept_rows)
         scales = scores.batch is None and self.ensemble.samples_members
         dtype = reduce(torch.promote_types, (source.dtype for source in sources))
         return self.ops.gather_scores(
             cycle,
             sources,
             rows,
-            judged.segment,
+            candidates.segment,
             self.proposers[:num_segments],
             torch.float32 if scales else dtype,
             scales,
@@ -157,7 +147,7 @@ class Verifier:
         self,
         part: slice,
         members: torch.Tensor,  # [num_members, num_reqs, num_columns, vocab_size]
-        judged: Judged,
+        candidates: Candidates,
         scores: StepScores,
         cycle: Cycle,
         reports: bool,
@@ -166,28 +156,28 @@ class Verifier:
         sampling parameters, and where `reports` those that log-probabilities are reported of."""
         members = members.flatten(1, 2)
         if scores.batch is None:
-            process = self._filters(cycle.part(part), judged, scores.filters)
+            process = self._filters(cycle.part(part), candidates, scores.filters)
         else:
-            process = self._sampling_params(part, judged, scores, cycle)
-        probs, raw = self.ensemble.combines_probs, None
+            process = self._sampling_params(part, candidates, scores, cycle)
+        combines_probs, raw = self.ensemble.combines_probs, None
         if self.ensemble.samples_members:
-            target = combine(self.function, process(members), probs)
+            target = combine(self.function, process(members), combines_probs)
         else:
-            raw = combine(self.function, members, probs)
+            raw = combine(self.function, members, combines_probs)
             (target,) = process(raw[None])
         if not reports:
             return target, None
         if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
             return target, target
-        return target, combine(self.function, members, probs) if raw is None else raw
+        return target, combine(self.function, members, combines_probs) if raw is None else raw
 
     def _filters(
-        self, cycle: Cycle, judged: Judged, filters: bool
+        self, cycle: Cycle, candidates: Candidates, filters: bool
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Temperature, unless members come with it, and where `filters` min-p, top-k and top-p, of
         `[count, num_rows, vocab_size]` float32, in place. Nothing in it asks the host, so that all
         of it can be in a CUDA graph; a request without one leaves that one's kernel at once."""
-        request = self._layout(*judged.segment.shape).request
+        request = self._layout(*candidates.segment.shape).request
 
         def process(logits: torch.Tensor) -> torch.Tensor:
             rows = logits.flatten(0, 1)
@@ -214,26 +204,26 @@ class Verifier:
             apply_top_k_top_p(logits[rows], top_k[rows], top_p[rows])
 
     def _sampling_params(
-        self, part: slice, judged: Judged, scores: StepScores, cycle: Cycle
+        self, part: slice, candidates: Candidates, scores: StepScores, cycle: Cycle
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        batch, slots, num_columns = scores.batch, cycle.slots[part], judged.segment.shape[1]
+        batch, slots, num_columns = scores.batch, cycle.slots[part], candidates.segment.shape[1]
         inputs = torch.cat(
-            [batch.input_ids[batch.logits_indices[cycle.first_row[part]]][:, None].long(),
+            [batch.input_ids[batch.logits_indices[cycle.first_step_row[part]]][:, None].long(),
              cycle.tokens[part, : num_columns - 1]], dim=1
         )  # fmt: skip
         arguments = (
             slots.repeat_interleave(num_columns),
             slots,
             batch.idx_mapping_np[part],
-            judged.positions.flatten(),
+            candidates.positions.flatten(),
             inputs.flatten().int(),  # as vLLM's kernels have them
-            self._layout(*judged.segment.shape).column,
+            self._layout(*candidates.segment.shape).column,
             batch.seq_lens_cpu_upper_bound.numpy()[part] + num_columns,
         )
 
         def process(logits: torch.Tensor) -> torch.Tensor:
-            made = [self.sampler.apply_sampling_params(rows, *arguments) for rows in logits]
-            return made[0][None] if len(made) == 1 else torch.stack(made)
+            processed = [self.sampler.apply_sampling_params(rows, *arguments) for rows in logits]
+            return processed[0][None] if len(processed) == 1 else torch.stack(processed)
 
         return process
 
@@ -242,17 +232,17 @@ class Verifier:
         part: slice,
         target: torch.Tensor,  # [num_reqs * num_columns, vocab_size]
         proposal: torch.Tensor,  # [num_reqs, num_columns, vocab_size]
-        judged: Judged,
+        candidates: Candidates,
         cycle: Cycle,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs, num_columns], [num_reqs]
-        num_reqs, num_columns = judged.segment.shape
+        num_reqs, num_columns = candidates.segment.shape
         layout = self._layout(num_reqs, num_columns)
         return rejection_sample(
             target,
             proposal,
-            judged.proposed.flatten(),
-            layout.row_start,
-            judged.positions.flatten(),
+            candidates.proposed.flatten(),
+            layout.cu_num_logits,
+            candidates.positions.flatten(),
             layout.requests,
             layout.request,
             layout.column,
@@ -265,21 +255,24 @@ class Verifier:
 
     def _layout(self, num_reqs: int, num_columns: int) -> Layout:
         """Kept for as many requests as there may be, of which a batch takes the first: it says
-        nothing of them, and would be made anew in every step."""
+        nothing of them, and would be computed anew in every step."""
         if num_columns not in self.layouts:
-            most, device = len(self.state.lengths), self.state.lengths.device
-            requests = torch.arange(most, device=device)
+            num_slots, device = len(self.state.lengths), self.state.lengths.device
+            requests = torch.arange(num_slots, device=device)
             columns = torch.arange(num_columns, device=device)
             self.layouts[num_columns] = Layout(
                 requests,
                 requests.repeat_interleave(num_columns),
-                columns.int().repeat(most),
-                (torch.arange(most + 1, device=device) * num_columns).int(),
+                columns.int().repeat(num_slots),
+                (torch.arange(num_slots + 1, device=device) * num_columns).int(),
             )
-        requests, request, column, row_start = self.layouts[num_columns]
+        requests, request, column, cu_num_logits = self.layouts[num_columns]
         num_rows = num_reqs * num_columns
         return Layout(
-            requests[:num_reqs], request[:num_rows], column[:num_rows], row_start[: num_reqs + 1]
+            requests[:num_reqs],
+            request[:num_rows],
+            column[:num_rows],
+            cu_num_logits[: num_reqs + 1],
         )
 
     def _chunks(self, num_reqs: int, num_columns: int) -> Iterator[slice]:
