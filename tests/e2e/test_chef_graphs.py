@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 import vllm.chef.graphs
+from vllm.chef.sampling import asks_for_filters_only
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.verifier import Verifier
 from vllm.ensemble_decode.functions import make_function
@@ -238,7 +239,7 @@ def test_graphs_are_for_requests_that_ask_for_filters_only(models):
                 runner.sampler.add_request(slot, params)
             slots = np.arange(len(requests))
             batch = SimpleNamespace(num_reqs=len(slots), idx_mapping_np=slots)
-            return runner._asks_for_filters_only(batch)
+            return asks_for_filters_only(runner.sampler, batch)
 
         plain = [SamplingParams(temperature=t, **more) for t in (0, 1, 0.7) for more in FILTERS]
         assert is_for(*plain)

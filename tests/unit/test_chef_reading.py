@@ -16,6 +16,7 @@ from vllm.chef.gammas import StepGammas
 from vllm.chef.ops import eager as ops
 from vllm.chef.passes import reading_query_start_loc
 from vllm.chef.prompt_logprobs import at_step_tokens
+from vllm.chef.sampling import FilterParams
 from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns, chef_turns, sd_turns
@@ -25,6 +26,7 @@ DEVICE = torch.device("cpu")
 NUM_REQS, MAX_MODEL_LEN, VOCAB_SIZE, NUM_STEPS = 6, 50, 1000, 200
 # In the place of a token: not read by the member, and past the end of what it has read.
 UNREAD, PAST_THE_END = -1, -2
+NO_PARAMS = FilterParams(scales=False, filters=False)
 TURNS = {
     "1, 1": chef_turns([1, 1], [9, 9], (True, True)),
     "1, 5": chef_turns([1, 5], [9, 1], (True, True)),
@@ -124,7 +126,7 @@ class World:
             *starts,
             torch.tensor([r.num_computed for r in self.requests]) + starts[0].diff(),
             torch.tensor(sum(queries, [])),
-            StepScores([torch.zeros(int(starts[1][-1]), MAX_MODEL_LEN)]),
+            StepScores([torch.zeros(int(starts[1][-1]), MAX_MODEL_LEN)], NO_PARAMS),
             torch.tensor(forbidden),
         )
         self.passes.step = step

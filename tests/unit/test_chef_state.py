@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from vllm.chef.ops import eager as ops
+from vllm.chef.sampling import AllParams, FilterParams
 from vllm.chef.state import (
     NO_TOP_K,
     Candidates,
@@ -217,9 +218,9 @@ def test_members_are_judged_by_the_scores_that_they_proposed_from():
         turn_of=TURNS.turn_of,
         ops=ops,
         proposers=[0, 1, 2],
-        ensemble=SimpleNamespace(num_members=3, samples_members=True),
+        ensemble=SimpleNamespace(num_members=3),
     )
-    scores = StepScores([first], batch=object())  # asks for raw logits
+    scores = StepScores([first], AllParams(None, None))  # which takes raw logits
     members, proposal = Verifier._gather(verifier, make_cycle(state, 1), candidates, scores, 3)
     assert members.shape == (3, 1, 2, VOCAB_SIZE)
     assert members[0, 0].equal(first)
@@ -230,9 +231,8 @@ def test_members_are_judged_by_the_scores_that_they_proposed_from():
     # Where nobody asks for more than a temperature, ready for the filters.
     cycle = make_cycle(state, 1)
     cycle.temperature.fill_(0.7)
-    scores = StepScores([first.bfloat16()])
     for samples_members, expected in ((True, torch.tensor(3.0) / 0.7), (False, 3.0)):
-        verifier.ensemble.samples_members = samples_members
+        scores = StepScores([first.bfloat16()], FilterParams(samples_members, filters=True))
         members, proposal = Verifier._gather(verifier, cycle, candidates, scores, 3)
         assert members.dtype == (torch.float32 if samples_members else torch.bfloat16)
         assert (members[1:] == expected).all()

@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 )
 
 from vllm.chef.cycle import EngineStep
+from vllm.chef.sampling import StepParams
 from vllm.chef.verifier import StepScores
 from vllm.ensemble_decode.model import MemberGroup
 
@@ -215,7 +216,7 @@ class StepBuffers:
         for computed, kept in zip(logits, self.logits, strict=True):
             kept[:num_rows].copy_(computed)
 
-    def step(self, num_reqs: int, step_len: int, filters: bool) -> EngineStep:
+    def step(self, num_reqs: int, step_len: int, params: StepParams) -> EngineStep:
         """A step of so many requests; its logits are there once `score` has run."""
         query_start_loc = self.query_start_loc[step_len][: num_reqs + 1]
         logits = [logits[: num_reqs * step_len] for logits in self.logits]
@@ -224,7 +225,7 @@ class StepBuffers:
             query_start_loc,
             self.engine_inputs.seq_lens[:num_reqs],
             self.engine_inputs.input_ids,
-            StepScores(logits, filters=filters),
+            StepScores(logits, params),
         )
 
 

@@ -12,6 +12,7 @@ from vllm.chef.config import check_chef
 from vllm.chef.cycle import EngineStep
 from vllm.chef.graphs import Replay, offer_every_length
 from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
+from vllm.chef.sampling import AllParams, asks_for_filters, asks_for_filters_only
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.step import CycleStep
 from vllm.chef.verifier import StepScores
@@ -82,9 +83,7 @@ class ChefRunner(MemberRunner):
             logprobs = step.replay(replays, hidden_states)
         else:
             logprobs = step.run(self._engine_step(hidden_states, input_batch, grammar_output))
-        self.prompt_logprobs_worker.take_up(
-            hidden_states, step.passes.readings, step.cycle, input_batch
-        )
+        self.prompt_logprobs_worker.take_up(hidden_states, step.readings, step.cycle, input_batch)
         return self._output(step, logprobs)
 
     def _find_graphs(
@@ -93,9 +92,9 @@ class ChefRunner(MemberRunner):
         """What replays the step; None where it has no graphs, or its requests ask for more."""
         if grammar_output is not None or self.prompt_logprobs_worker.is_asked:
             return None
-        if not self._asks_for_filters_only(step.batch):
+        if not asks_for_filters_only(self.sampler, step.batch):
             return None
-        return step.find_graphs(self._asks_for_filters(step.batch))
+        return step.find_graphs(asks_for_filters(self.sampler, step.batch))
 
     def _output(
         self, step: CycleStep, logprobs: LogprobsTensors | None
@@ -112,33 +111,6 @@ class ChefRunner(MemberRunner):
         )
         return output, num_sampled, num_rejected
 
-    def _asks_for_filters_only(self, batch: InputBatch) -> bool:
-        """Whether no request has log-probabilities to report, or another sampling parameter than
-        temperature, min-p, top-k and top-p."""
-        slots, sampler = batch.idx_mapping_np[: batch.num_reqs], self.sampler
-        if sampler.get_logprobs_dims(slots) is not None:
-            return False
-        if not sampler.needs_logits_processing[slots].any():
-            return True
-        thinking = sampler.thinking_budget_state
-        bias, penalties, bad_words, *custom = sampler.logits_processors
-        return not (
-            custom
-            or (thinking.enabled and thinking.use_thinking_budget[slots].any())
-            or bias.use_logit_bias[slots].any()
-            or penalties.use_penalty[slots].any()
-            or bad_words.num_bad_words.np[slots].any()
-        )
-
-    def _asks_for_filters(self, batch: InputBatch) -> bool:
-        """Whether a request has min-p, top-k or top-p."""
-        slots, states = batch.idx_mapping_np[: batch.num_reqs], self.sampler.sampling_states
-        return bool(
-            (states.min_p.np[slots] != 0).any()
-            or (states.top_k.np[slots] != states.vocab_size).any()
-            or (states.top_p.np[slots] != 1).any()
-        )
-
     @torch.inference_mode()
     def _dummy_sampler_run(
         self,
@@ -147,7 +119,8 @@ class ChefRunner(MemberRunner):
         """A decision for as many requests as there may be, for vLLM's memory profile."""
         num_reqs = hidden_states.shape[0]
         batch = InputBatch.make_dummy(num_reqs, num_reqs, self.input_buffers)
-        scores = StepScores(self.model.compute_member_logits(hidden_states), batch=batch)
+        logits = self.model.compute_member_logits(hidden_states)
+        scores = StepScores(logits, AllParams(self.sampler, batch))
         self.speculator.dummy_decision(batch, scores)
 
     def _engine_step(
@@ -168,4 +141,5 @@ class ChefRunner(MemberRunner):
                 grammar_output.grammar_bitmask,
             )
             forbidden = self.speculator.forbidden_tokens(batch, mask)
-        return EngineStep.of_batch(batch, StepScores(logits, mask, batch), forbidden)
+        scores = StepScores(logits, AllParams(self.sampler, batch), mask)
+        return EngineStep.of_batch(batch, scores, forbidden)

@@ -24,7 +24,7 @@ from vllm.chef.graphs import CycleGraphs, TurnGraphs, obstacle_to_graphs
 from vllm.chef.ops import ops_for
 from vllm.chef.passes import CapturedPasses, EagerPasses, MemberCaller
 from vllm.chef.prompt_logprobs import LogitsFn
-from vllm.chef.sampling import draw_proposals
+from vllm.chef.sampling import FilterParams, draw_proposals, reserve_buffers
 from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.step import CycleStep
@@ -162,7 +162,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.graphs.reserve(self.first_members, self.target_input_buffers, dtype)
         everything = self.all_cycle
         self.ops.load(everything, everything.slots[:0], everything.slot_states)
-        self.verifier.reserve_buffers()
+        reserve_buffers(self.vocab_size, self.device)
         self.graphs.capture(
             self.model_state,
             self.input_buffers,
@@ -184,7 +184,8 @@ class ChefSpeculator(StandaloneARSpeculator):
         """`take_turn`, with all that it needs in memory that does not move."""
         if turn == 1:
             self.graphs.step_buffers.score(num_reqs * step_len)
-        step = self.graphs.step_buffers.step(num_reqs, step_len, filters)
+        params = FilterParams(self.ensemble.samples_members, filters)
+        step = self.graphs.step_buffers.step(num_reqs, step_len, params)
         passes = CapturedPasses(self.caller, num_tokens, attn_metadata, slot_mappings)
         self.turn_runner.take_turn(turn, self.all_cycle.rows(num_reqs), step, passes)
 

@@ -8,7 +8,7 @@ import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm.chef.cycle import EngineStep, TurnRunner
+from vllm.chef.cycle import EngineStep, Reading, TurnRunner
 from vllm.chef.gammas import StepGammas
 from vllm.chef.graphs import CycleGraphs, Replay
 from vllm.chef.passes import EagerPasses
@@ -58,6 +58,11 @@ class CycleStep:
             return self.turn_runner.take_turn(turn, self.cycle, step, self.passes)
 
         return self.turn_runner.run(take_turn, self._propose_more)
+
+    @property
+    def readings(self) -> list[Reading]:
+        """By turn, what was read without graphs."""
+        return self.passes.readings
 
     def outputs(self) -> Outputs:
         return self.turn_runner.outputs(self.cycle)

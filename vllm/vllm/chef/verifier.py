@@ -5,25 +5,21 @@ probability min(1, r(x) / q(x)), r being the ensemble's distribution; otherwise 
 norm(max(0, r - q)) takes its place (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
-from vllm.utils.platform_utils import num_compute_units
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
-from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
-from vllm.v1.worker.gpu.sample.min_p import apply_min_p
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
 from vllm.chef.ops import ops_for
+from vllm.chef.sampling import Layout, Process, StepParams
 from vllm.chef.state import Candidates, Cycle, GatheredScores, ProposalState
 from vllm.chef.synthetic import configured_rates
 from vllm.chef.turns import Turns
@@ -32,24 +28,21 @@ from vllm.ensemble_decode.ops import combine
 
 
 class StepScores(NamedTuple):
-    """The first turn's logits of an engine step, one row per column and request."""
+    """What the first turn's members say of an engine step, one row per column and request."""
 
     logits: list[torch.Tensor]  # members of the turn x [num_rows, vocab_size]
+    params: StepParams
     mask: torch.Tensor | None = None
     """[num_rows, vocab_size] of a grammar, 0 or -inf, for all members"""
-    batch: InputBatch | None = None
-    """None: no request asks for more than temperature, min-p, top-k and top-p"""
-    filters: bool = True
-    """Whether one may ask for min-p, top-k or top-p, where there is no batch"""
 
 
-class Layout(NamedTuple):
-    """Of logits `[num_reqs * num_columns, vocab_size]`, as vLLM's kernels are told."""
+class Verdict(NamedTuple):
+    """Of a decision on some of a step's requests."""
 
-    requests: torch.Tensor  # [num_reqs] the requests
-    request: torch.Tensor  # [num_reqs * num_columns] of each row
-    column: torch.Tensor  # [num_reqs * num_columns] of each row, int32
-    cu_num_logits: torch.Tensor  # [num_reqs + 1] int32
+    sampled: torch.Tensor  # [num_reqs, num_columns] accepted tokens, then the ensemble's own
+    num_sampled: torch.Tensor  # [num_reqs]
+    reported: torch.Tensor | None
+    """[num_reqs * num_columns, vocab_size] logits that log-probabilities are reported of"""
 
 
 class Verifier:
@@ -85,43 +78,54 @@ class Verifier:
         is_last = turn == self.turns.last_scorer
         num_segments = self.turns.num_decidable(turn)
         num_columns = self.turns.max_decided(turn) + 1
-        logprobs_dims = None
-        if scores.batch is not None and is_last:
-            logprobs_dims = self.sampler.get_logprobs_dims(scores.batch.idx_mapping_np)
+        logprobs_dims = scores.params.logprobs_dims() if is_last else None
         candidates = self.ops.candidates(self.state, cycle, num_segments, num_columns)
-        tokens, num_sampled, rows = [], [], []
-        for part in self._chunks(cycle.num_reqs, num_columns):
-            here = candidates.part(part)
-            members, proposal = self._gather(cycle.part(part), here, scores, num_segments)
-            if scores.mask is not None:
-                # The first turn proposes after the grammar's mask, the others know of none.
-                mask = scores.mask[here.step_rows]
-                is_first = here.segment == self.turns.in_window.index(0)
-                proposal = torch.where(is_first[:, :, None], proposal + mask, proposal)
-                members = members + mask
-            target, reported = self._target(part, members, here, scores, cycle, bool(logprobs_dims))
-            sampled, count = self._verify(part, target, proposal, here, cycle)
-            tokens.append(sampled)
-            num_sampled.append(count)
-            rows.append(reported)
+        verdicts = [
+            self._judge(part, candidates.part(part), scores, cycle, num_segments, logprobs_dims)
+            for part in self._chunks(cycle.num_reqs, num_columns)
+        ]
+        sampled, num_sampled, reported = zip(*verdicts, strict=True)
         self.ops.settle(
             self.state,
             cycle,
-            _joined(tokens),
+            _joined(sampled),
             _joined(num_sampled),
             num_segments,
             draws=is_last and self.turns.draws,
         )
         if logprobs_dims is None:
             return None
-        return self._logprobs(rows, num_columns, cycle, scores.batch, *logprobs_dims)
+        return self._logprobs(reported, num_columns, cycle, *logprobs_dims)
+
+    def _judge(
+        self,
+        part: slice,
+        candidates: Candidates,
+        scores: StepScores,
+        cycle: Cycle,
+        num_segments: int,
+        logprobs_dims: tuple[int, int] | None,
+    ) -> Verdict:
+        """A decision on the requests of a part; `candidates` are theirs, all else is the step's."""
+        members, proposal = self._gather(cycle.part(part), candidates, scores, num_segments)
+        if scores.mask is not None:
+            # The first turn proposes after the grammar's mask, the others know of none.
+            mask = scores.mask[candidates.step_rows]
+            is_first = candidates.segment == self.turns.in_window.index(0)
+            proposal = torch.where(is_first[:, :, None], proposal + mask, proposal)
+            members = members + mask
+        layout = self._layout(*candidates.segment.shape)
+        process = scores.params.processor(part, cycle, candidates, layout)
+        reports = logprobs_dims is not None
+        target, reported = self._target(members.flatten(1, 2), process, reports)
+        sampled = self._verify(part, layout, target, proposal, candidates, cycle)
+        return Verdict(*sampled, reported)
 
     def _gather(
         self, cycle: Cycle, candidates: Candidates, scores: StepScores, num_segments: int
     ) -> GatheredScores:
-        """All members' logits `[num_members, num_reqs, num_columns, vocab_size]`, of which those of
-        a member that has not scored may be anything, ready for `_filters` where there is no batch,
-        else raw; and the raw ones of the proposers, `[num_reqs, num_columns, vocab_size]`."""
+        """As the step's sampling parameters take them; a member that has not scored may have
+        anything."""
         sources, rows = [], []
         for member in range(self.ensemble.num_members):
             turn = self.turn_of[member]
@@ -131,7 +135,7 @@ class Verifier:
             else:
                 sources.append(self.state.kept_scores[turn - 1])
                 rows.append(candidates.kept_rows)
-        scales = scores.batch is None and self.ensemble.samples_members
+        scales = scores.params.scales
         dtype = reduce(torch.promote_types, (source.dtype for source in sources))
         return self.ops.gather_scores(
             cycle,
@@ -145,20 +149,12 @@ class Verifier:
 
     def _target(
         self,
-        part: slice,
-        members: torch.Tensor,  # [num_members, num_reqs, num_columns, vocab_size]
-        candidates: Candidates,
-        scores: StepScores,
-        cycle: Cycle,
+        members: torch.Tensor,  # [num_members, num_reqs * num_columns, vocab_size]
+        process: Process,
         reports: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the ensemble's distribution `[num_reqs * num_columns, vocab_size]` after the
         sampling parameters, and where `reports` those that log-probabilities are reported of."""
-        members = members.flatten(1, 2)
-        if scores.batch is None:
-            process = self._filters(cycle.part(part), candidates, scores.filters)
-        else:
-            process = self._sampling_params(part, candidates, scores, cycle)
         combines_probs, raw = self.ensemble.combines_probs, None
         if self.ensemble.samples_members:
             target = combine(self.function, process(members), combines_probs)
@@ -171,72 +167,15 @@ class Verifier:
             return target, target
         return target, combine(self.function, members, combines_probs) if raw is None else raw
 
-    def _filters(
-        self, cycle: Cycle, candidates: Candidates, filters: bool
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Temperature, unless members come with it, and where `filters` min-p, top-k and top-p, of
-        `[count, num_rows, vocab_size]` float32, in place. Nothing in it asks the host, so that all
-        of it can be in a CUDA graph; a request without one leaves that one's kernel at once."""
-        request = self._layout(*candidates.segment.shape).request
-
-        def process(logits: torch.Tensor) -> torch.Tensor:
-            rows = logits.flatten(0, 1)
-            if not self.ensemble.samples_members:
-                apply_temperature(rows, request, cycle.temperature)
-            if filters:
-                of_rows = request.expand(len(logits), -1).flatten()
-                apply_min_p(rows, of_rows, cycle.min_p)
-                rows = apply_top_k_top_p(rows, cycle.top_k[of_rows], cycle.top_p[of_rows])
-            return rows.view(logits.shape)
-
-        return process
-
-    def reserve_buffers(self) -> None:
-        """Let vLLM's top-k have its buffer as large as it gets: it takes a larger one when it needs
-        it, and CUDA graphs would be left with the old. Few rows have a buffer of their own."""
-        num_rows = num_compute_units(self.state.scores.device.index)
-        logits = self.state.scores.new_zeros(
-            num_rows, self.state.scores.shape[-1], dtype=torch.float32
-        )
-        top_p = logits[:, 0] + 1
-        top_k = top_p.int() * logits.shape[-1]
-        for rows in (slice(num_rows), slice(1)):
-            apply_top_k_top_p(logits[rows], top_k[rows], top_p[rows])
-
-    def _sampling_params(
-        self, part: slice, candidates: Candidates, scores: StepScores, cycle: Cycle
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        batch, slots, num_columns = scores.batch, cycle.slots[part], candidates.segment.shape[1]
-        inputs = torch.cat(
-            [batch.input_ids[batch.logits_indices[cycle.first_step_row[part]]][:, None].long(),
-             cycle.tokens[part, : num_columns - 1]], dim=1
-        )  # fmt: skip
-        arguments = (
-            slots.repeat_interleave(num_columns),
-            slots,
-            batch.idx_mapping_np[part],
-            candidates.positions.flatten(),
-            inputs.flatten().int(),  # as vLLM's kernels have them
-            self._layout(*candidates.segment.shape).column,
-            batch.seq_lens_cpu_upper_bound.numpy()[part] + num_columns,
-        )
-
-        def process(logits: torch.Tensor) -> torch.Tensor:
-            processed = [self.sampler.apply_sampling_params(rows, *arguments) for rows in logits]
-            return processed[0][None] if len(processed) == 1 else torch.stack(processed)
-
-        return process
-
     def _verify(
         self,
         part: slice,
+        layout: Layout,
         target: torch.Tensor,  # [num_reqs * num_columns, vocab_size]
         proposal: torch.Tensor,  # [num_reqs, num_columns, vocab_size]
         candidates: Candidates,
         cycle: Cycle,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs, num_columns], [num_reqs]
-        num_reqs, num_columns = candidates.segment.shape
-        layout = self._layout(num_reqs, num_columns)
         return rejection_sample(
             target,
             proposal,
@@ -248,7 +187,7 @@ class Verifier:
             layout.column,
             cycle.temperature[part],
             cycle.seeds[part],
-            num_columns - 1,
+            candidates.segment.shape[1] - 1,
             self.synthetic_rates,
             use_fp64=self.sampler.use_fp64_gumbel,
         )
@@ -284,16 +223,15 @@ class Verifier:
 
     def _logprobs(
         self,
-        rows: list[torch.Tensor],
+        reported: Sequence[torch.Tensor],
         num_columns: int,
         cycle: Cycle,
-        batch: InputBatch,
         num_logprobs: int,
         max_token_ids: int,
     ) -> LogprobsTensors:
         """Of every column's token, most likely tokens beside it; vLLM reads the decided ones."""
         parts = []
-        for part, logits in zip(self._chunks(cycle.num_reqs, num_columns), rows, strict=True):
+        for part, logits in zip(self._chunks(cycle.num_reqs, num_columns), reported, strict=True):
             slots = cycle.slots[part]
             parts.append(
                 compute_topk_scores(
@@ -310,5 +248,5 @@ class Verifier:
         return LogprobsTensors.cat(parts, cu_num_generated_tokens=offsets)
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
