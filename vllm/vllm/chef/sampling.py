@@ -41,7 +41,9 @@ class StepParams(Protocol):
     def logprobs_dims(self) -> tuple[int, int] | None:
         """As vLLM's `Sampler.get_logprobs_dims`; None where no request asks for any."""
 
-    def processor(self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout) -> Process:
+    def processor(
+        self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout
+    ) -> Process:
         """What applies them to the logits of some of the step's requests.
 
         Args:
@@ -67,7 +69,9 @@ class FilterParams:
     def logprobs_dims(self) -> None:
         return None
 
-    def processor(self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout) -> Process:
+    def processor(
+        self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout
+    ) -> Process:
         cycle, request = cycle.part(part), layout.request
 
         def apply(logits: torch.Tensor) -> torch.Tensor:
@@ -94,7 +98,9 @@ class AllParams:
     def logprobs_dims(self) -> tuple[int, int] | None:
         return self.sampler.get_logprobs_dims(self.batch.idx_mapping_np)
 
-    def processor(self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout) -> Process:
+    def processor(
+        self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout
+    ) -> Process:
         batch, slots = self.batch, cycle.slots[part]
         num_columns = candidates.segment.shape[1]
         before = batch.input_ids[batch.logits_indices[cycle.first_step_row[part]]][:, None].long()
