@@ -17,7 +17,7 @@ from vllm.chef.ops import eager as ops
 from vllm.chef.passes import reading_query_start_loc
 from vllm.chef.prompt_logprobs import at_step_tokens
 from vllm.chef.sampling import FilterParams
-from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
+from vllm.chef.state import Cycle, Outputs, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns, chef_turns, sd_turns
 from vllm.chef.verifier import StepScores
@@ -138,10 +138,12 @@ class World:
         def propose_more(turn: int) -> None:
             runner.propose_more(turn, self.gammas.num_passes(turn), cycle, self.passes)
 
-        runner.run(lambda turn: runner.take_turn(turn, cycle, step, self.passes), propose_more)
-        tokens, num_decided, _ = runner.outputs(cycle)
+        def take_turn(turn: int) -> None:
+            runner.take_turn(turn, cycle, step, self.passes)
+
+        outputs, _ = runner.run(cycle, take_turn, propose_more)
         pending = runner.finish(cycle, propose_more, self.stats, self.gammas.calls)
-        self.commit(queries, tokens, num_decided, pending)
+        self.commit(queries, outputs, pending)
 
     def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> None:
         """A random decision in the place of the verifier's, whose scores must be there."""
@@ -177,8 +179,7 @@ class World:
     def commit(
         self,
         queries: list[list[int]],
-        tokens: torch.Tensor,  # [num_reqs, window + 1]
-        num_decided: torch.Tensor,  # [num_reqs]
+        outputs: Outputs,
         pending: torch.Tensor,  # [num_reqs, window]
     ) -> None:
         """As vLLM's scheduler does with what a step gives."""
@@ -186,7 +187,7 @@ class World:
             if not self.cycle.active[at]:
                 request.num_computed += len(queries[at])
                 continue
-            decided = tokens[at, : int(num_decided[at])].tolist()
+            decided = outputs.tokens[at, : int(outputs.num_decided[at])].tolist()
             assert decided
             request.text += decided
             request.num_computed = len(request.text) - 1

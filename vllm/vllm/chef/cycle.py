@@ -109,9 +109,10 @@ class TurnRunner:
 
     def run(
         self,
+        cycle: Cycle,
         take_turn: Callable[[int], LogprobsTensors | None],
         propose_more: Callable[[int], None],
-    ) -> LogprobsTensors | None:
+    ) -> tuple[Outputs, LogprobsTensors | None]:
         """A cycle, up to the last turn's passes of one token, which `finish` makes.
 
         `take_turn` and `propose_more` are the methods of those names, or replay graphs of them.
@@ -122,11 +123,7 @@ class TurnRunner:
             logprobs = take_turn(turn) or logprobs
             if turn < last:
                 propose_more(turn)
-        return logprobs
-
-    def outputs(self, cycle: Cycle) -> Outputs:
-        """Of a cycle that was run: `window + 1` tokens of each request, and how many count."""
-        return self.ops.outputs(cycle, self.turns.window + 1)
+        return self.ops.outputs(cycle, self.turns.window + 1), logprobs
 
     def finish(
         self,

@@ -14,6 +14,7 @@ from vllm.chef.graphs import Replay, offer_every_length
 from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
 from vllm.chef.sampling import AllParams, asks_for_filters, asks_for_filters_only
 from vllm.chef.speculator import ChefSpeculator
+from vllm.chef.state import Outputs
 from vllm.chef.step import CycleStep
 from vllm.chef.verifier import StepScores
 from vllm.ensemble_decode.members import load_member
@@ -80,11 +81,11 @@ class ChefRunner(MemberRunner):
         step = self.speculator.begin(input_batch, self.num_tokens_to_propose)
         replays = self._find_graphs(step, grammar_output)
         if replays is not None:
-            logprobs = step.replay(replays, hidden_states)
+            output = step.replay(replays, hidden_states)
         else:
-            logprobs = step.run(self._engine_step(hidden_states, input_batch, grammar_output))
+            output = step.run(self._engine_step(hidden_states, input_batch, grammar_output))
         self.prompt_logprobs_worker.take_up(hidden_states, step.readings, step.cycle, input_batch)
-        return self._output(step, logprobs)
+        return sampler_output(*output)
 
     def _find_graphs(
         self, step: CycleStep, grammar_output: GrammarOutput | None
@@ -95,21 +96,6 @@ class ChefRunner(MemberRunner):
         if not asks_for_filters_only(self.sampler, step.batch):
             return None
         return step.find_graphs(asks_for_filters(self.sampler, step.batch))
-
-    def _output(
-        self, step: CycleStep, logprobs: LogprobsTensors | None
-    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        """What vLLM's `sample` returns."""
-        tokens, num_sampled, num_rejected = step.outputs()
-        output = SamplerOutput(
-            sampled_token_ids=tokens,
-            logprobs_tensors=logprobs,
-            num_nans=None,
-            num_sampled=num_sampled,
-            num_rejected=num_rejected,
-            sampling_mask_tensors=None,
-        )
-        return output, num_sampled, num_rejected
 
     @torch.inference_mode()
     def _dummy_sampler_run(
@@ -143,3 +129,18 @@ class ChefRunner(MemberRunner):
             forbidden = self.speculator.forbidden_tokens(batch, mask)
         scores = StepScores(logits, AllParams(self.sampler, batch), mask)
         return EngineStep.of_batch(batch, scores, forbidden)
+
+
+def sampler_output(
+    outputs: Outputs, logprobs: LogprobsTensors | None
+) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+    """What vLLM's `sample` returns."""
+    output = SamplerOutput(
+        sampled_token_ids=outputs.tokens,
+        logprobs_tensors=logprobs,
+        num_nans=None,
+        num_sampled=outputs.num_decided,
+        num_rejected=outputs.num_rejected,
+        sampling_mask_tensors=None,
+    )
+    return output, outputs.num_decided, outputs.num_rejected

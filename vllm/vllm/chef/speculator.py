@@ -114,6 +114,13 @@ class ChefSpeculator(StandaloneARSpeculator):
             draw,
         )
 
+    def logits_functions(self) -> list[tuple[tuple[int, ...], LogitsFn]]:
+        """(members, their logits from the turn's hidden states) of the turns after the first."""
+        return [
+            (turn.members, lambda hidden, model=model: [model.compute_logits(hidden)])
+            for turn, model in zip(self.turns.sequence[1:], self.model, strict=True)
+        ]
+
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn(*args, **kwargs)
         # vLLM's is too short for what the last member may read.
@@ -275,10 +282,3 @@ class ChefSpeculator(StandaloneARSpeculator):
         """The last decision of a cycle, which goes over most columns."""
         cycle = self._load_cycle(batch)
         self.verifier.decide(self.turns.last_scorer, scores, cycle)
-
-    def logits_functions(self) -> list[tuple[tuple[int, ...], LogitsFn]]:
-        """(members, their logits from the turn's hidden states) of the turns after the first."""
-        return [
-            (turn.members, lambda hidden, model=model: [model.compute_logits(hidden)])
-            for turn, model in zip(self.turns.sequence[1:], self.model, strict=True)
-        ]

@@ -46,26 +46,27 @@ class CycleStep:
         self,
         replays: list[Replay],  # of `find_graphs`
         hidden_states: torch.Tensor,  # [num_tokens, ...] of the engine step
-    ) -> LogprobsTensors | None:
+    ) -> tuple[Outputs, LogprobsTensors | None]:
         """The cycle, up to the last turn's passes of one token."""
         self.graphs.step_buffers.load(hidden_states, self.batch.logits_indices)
-        return self.turn_runner.run(lambda turn: replays[turn - 1](), self._propose_more)
 
-    def run(self, step: EngineStep) -> LogprobsTensors | None:
+        def take_turn(turn: int) -> None:
+            replays[turn - 1]()
+
+        return self.turn_runner.run(self.cycle, take_turn, self._propose_more)
+
+    def run(self, step: EngineStep) -> tuple[Outputs, LogprobsTensors | None]:
         """The same without graphs, for any step."""
 
         def take_turn(turn: int) -> LogprobsTensors | None:
             return self.turn_runner.take_turn(turn, self.cycle, step, self.passes)
 
-        return self.turn_runner.run(take_turn, self._propose_more)
+        return self.turn_runner.run(self.cycle, take_turn, self._propose_more)
 
     @property
     def readings(self) -> list[Reading]:
         """By turn, what was read without graphs."""
         return self.passes.readings
-
-    def outputs(self) -> Outputs:
-        return self.turn_runner.outputs(self.cycle)
 
     def finish(self, stats: TurnStats) -> torch.Tensor:  # [num_reqs, window]
         """The last turn's passes of one token, and the window for the next step."""
