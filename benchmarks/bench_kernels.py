@@ -104,7 +104,7 @@ def of_cycle(
     last, window = len(turns) - 1, turns.window
     state = ProposalState(turns, MAX_NUM_REQS, MAX_MODEL_LEN, 8, torch.bfloat16, device)
     stats, all_cycle = TurnStats(turns, device), make_cycle(state, MAX_NUM_REQS)
-    state.lengths[:, 1:] = torch.tensor([turn.gamma for turn in turns.turns[1:]], device=device)
+    state.lengths[:, 1:] = torch.tensor(turns.max_gammas[1:], device=device)
     by_slot = torch.ones(MAX_NUM_REQS, dtype=torch.int32, device=device)
     ones = by_slot.float()
     states = SlotStates(by_slot, ones, by_slot.long(), by_slot * 8, ones, 0 * ones)
@@ -113,8 +113,8 @@ def of_cycle(
     starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * (window + 1)
     seq_lens = torch.full((num_reqs,), 500, dtype=torch.int32, device=device)
     num_tokens = num_reqs * turns.num_read(last, window + 1)
-    query_start = torch.arange(num_reqs + 1, dtype=torch.int32, device=device)
-    query_start *= num_tokens // num_reqs
+    query_start_loc = torch.arange(num_reqs + 1, dtype=torch.int32, device=device)
+    query_start_loc *= num_tokens // num_reqs
     ids = torch.ones(num_tokens, dtype=torch.int32, device=device)
     positions = torch.ones(num_tokens, dtype=torch.int64, device=device)
     all_token_ids = torch.ones(MAX_NUM_REQS, MAX_MODEL_LEN, dtype=torch.int32, device=device)
@@ -125,7 +125,7 @@ def of_cycle(
     sampled = torch.ones(num_reqs, num_columns, dtype=torch.int64, device=device)
     num_sampled = torch.full((num_reqs,), 2, dtype=torch.int32, device=device)
     ops.begin_cycle(state, cycle, starts, starts, seq_lens, ids)
-    start = cycle.start.clone()
+    read_start = cycle.step_start.clone()
     columns = torch.arange(num_reqs * num_columns, device=device).view(num_reqs, num_columns)
     logits = torch.randn(len(columns.flatten()), vocab_size, dtype=torch.bfloat16, device=device)
     proposers = [turns[turn].members[0] for turn in turns.in_window[:num_segments]]
@@ -147,10 +147,10 @@ def of_cycle(
         "last_scored": lambda: ops.last_scored(cycle),
         "append": lambda: ops.append(state, cycle, last, turn_gammas, tokens),
         "prepare_tokens": lambda: ops.prepare_tokens(
-            state, cycle, all_token_ids, query_start, ids, positions, seq_lens
+            state, cycle, all_token_ids, query_start_loc, ids, positions, seq_lens
         ),
         "place_scores": lambda: ops.place_scores(
-            state, cycle, last, turns.num_unscored(last), query_start, start
+            state, cycle, last, turns.num_unscored(last), query_start_loc, read_start
         ),
         "prepare_token": lambda: ops.prepare_token(
             state, cycle, all_token_ids, ids[:num_reqs], positions[:num_reqs], seq_lens

@@ -18,7 +18,7 @@ class BenchWorker:
 
     def bench_set_acceptance(self, rate: float) -> None:
         """Accept every proposed token with this probability; needs a synthetic verification."""
-        verifier = getattr(self.model_runner, "verifier", None)
+        verifier = getattr(self.model_runner.speculator, "verifier", None)
         if verifier is not None:
             rates = verifier.synthetic_rates
         else:
@@ -31,7 +31,7 @@ class BenchWorker:
         if turns is None:
             return None
         return {
-            "turns": [[list(turn.members), turn.gamma] for turn in turns.turns],
+            "turns": [[list(turn.members), turn.gamma] for turn in turns],
             "scores": list(turns.scores),
         }
 
@@ -77,10 +77,11 @@ class BenchWorker:
             speculator = self.model_runner.speculator
             # Only the second turn's graph begins a cycle: replayed by itself, one of a later turn
             # would propose again and again, and come to read past its own tokens.
-            gammas = speculator.turn_gammas.clone()
-            speculator.turn_gammas.zero_()
-            found["turns"] = [turn_times(of_turn, batch_size) for of_turn in speculator.graphs]
-            speculator.turn_gammas.copy_(gammas)
+            turn_gammas, graphs = speculator.gammas.on_device, speculator.graphs.turns
+            gammas = turn_gammas.clone()
+            turn_gammas.zero_()
+            found["turns"] = [turn_times(of_turn, batch_size) for of_turn in graphs]
+            turn_gammas.copy_(gammas)
         return found
 
 

@@ -156,7 +156,7 @@ def expected_tokens(run: Run, turns: Turns | None, rates: Sequence[float | None]
         return run_of(rates[-1], run.gammas[0])
     if turns is None:
         return None
-    order = [(turn.members, turn.gamma) for turn in turns.turns]
+    order = [(turn.members, turn.gamma) for turn in turns]
     if any(rates[members[0]] is None for members, gamma in order if gamma):
         return None
     return tokens_per_cycle(order, turns.scores, rates)

@@ -170,9 +170,13 @@ def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
             engine_args["speculative_config"] |= schedule
         if method["llm"].get("max_model_len") is None:
             engine_args["max_model_len"] = _longest_context(configs)
-        order = [(member, turn.gamma) for turn in turns.turns for member in turn.members]
-        most = chef.most if policy == "sd" else [gamma for _, gamma in sorted(order)]
-        gammas = {"gamma": chef.gamma, "max_gamma": most} if chef.is_adaptive else {"gamma": most}
+        order = [(member, turn.gamma) for turn in turns for member in turn.members]
+        max_gamma = chef.gamma_limit if policy == "sd" else [gamma for _, gamma in sorted(order)]
+        gammas = (
+            {"gamma": chef.gamma, "max_gamma": max_gamma}
+            if chef.is_adaptive
+            else {"gamma": max_gamma}
+        )
         parameters |= {**gammas, "turn_order": [member for member, _ in order]}
         return _spec(method, members, engine_args, parameters, turns)
 

@@ -26,7 +26,7 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
 
 from vllm.chef.config import AUTO, SCHEDULER
-from vllm.chef.speculator import ChefSpeculator
+from vllm.chef.step import CycleStep
 from vllm.ensemble_decode.frontend import allow_all_sampling_params
 
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
@@ -135,14 +135,18 @@ def generate(
 
 def counted_replays(monkeypatch: Any) -> Counter[bool]:
     """From now on, in how many steps the turns ran in CUDA graphs, and in how many not."""
-    replay, counts = ChefSpeculator.replay, Counter()
+    replay, run, counts = CycleStep.replay, CycleStep.run, Counter()
 
-    def counted(*args: Any) -> bool:
-        is_replayed = replay(*args)
-        counts[is_replayed] += 1
-        return is_replayed
+    def counted_replay(*args: Any) -> Any:
+        counts[True] += 1
+        return replay(*args)
 
-    monkeypatch.setattr(ChefSpeculator, "replay", counted)
+    def counted_run(*args: Any) -> Any:
+        counts[False] += 1
+        return run(*args)
+
+    monkeypatch.setattr(CycleStep, "replay", counted_replay)
+    monkeypatch.setattr(CycleStep, "run", counted_run)
     return counts
 
 

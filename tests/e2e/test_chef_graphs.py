@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 import vllm.chef.graphs
+from vllm.chef.sampling import asks_for_filters_only
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.verifier import Verifier
 from vllm.ensemble_decode.functions import make_function
@@ -240,7 +241,7 @@ def test_graphs_are_for_requests_that_ask_for_filters_only(models):
                 runner.sampler.add_request(slot, params)
             slots = np.arange(len(requests))
             batch = SimpleNamespace(num_reqs=len(slots), idx_mapping_np=slots)
-            return runner._asks_for_filters_only(batch)
+            return asks_for_filters_only(runner.sampler, batch)
 
         plain = [SamplingParams(temperature=t, **more) for t in (0, 1, 0.7) for more in FILTERS]
         assert is_for(*plain)
@@ -277,13 +278,13 @@ def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeyp
             for max_model_len, length in ((96, 2), (1, 1)):
                 patch.setattr(speculator, "max_model_len", max_model_len)
                 speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
-                assert speculator.graphs == [{5: length}]
+                assert speculator.graphs.turns == [{5: length}]
         own = make_function("operator:itemgetter", 2, {})
         with monkeypatch.context() as patch:
-            patch.setattr(runner.verifier, "function", own)
+            patch.setattr(speculator.verifier, "function", own)
             assert not speculator._can_capture()
         monkeypatch.setattr(speculator, "supports_decode_metadata_update", False)
         assert not speculator._can_capture()
         # Nothing is captured where vLLM captures nothing.
         speculator.init_cudagraph_manager(CUDAGraphMode.PIECEWISE)
-        assert speculator.graphs == []
+        assert speculator.graphs.turns == []

@@ -226,7 +226,7 @@ def test_turns_are_those_of_the_reference(llm, models):
             sum(w * p for w, p in zip(weights, ps, strict=True)) for ps in zip(*probs, strict=True)
         ]
 
-    turns = Steps(llm).runner.turns.turns
+    turns = list(Steps(llm).runner.turns)
     for prompt in (PROMPTS[2], PROMPTS[3]):
         oracle = Chef([member(m) for m in references], combine, turns, Random(0), greedy=True)
         expected = oracle.generate(tuple(prompt), NUM_TOKENS)

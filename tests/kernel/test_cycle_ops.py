@@ -17,7 +17,7 @@ from quick import quick
 from vllm.triton_utils import HAS_TRITON
 
 from vllm.chef.ops import eager, fused
-from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
+from vllm.chef.state import Candidates, Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns, chef_turns, sd_turns
 
@@ -46,7 +46,7 @@ class World:
         self.state = ProposalState(turns, MAX_NUM_REQS, MAX_MODEL_LEN, VOCAB_SIZE, dtype, DEVICE)
         self.stats = TurnStats(turns, DEVICE)
         self.all_cycle = make_cycle(self.state, MAX_NUM_REQS)
-        self.made: list[torch.Tensor] = []
+        self.returned: list[torch.Tensor] = []
         self.state.lengths.copy_(self.lengths())
         self.state.scored.copy_(self.numbers(0, 2 * MAX_MODEL_LEN, self.state.scored.shape))
         self.all_token_ids = self.numbers(0, VOCAB_SIZE, (MAX_NUM_REQS, MAX_MODEL_LEN)).int()
@@ -57,8 +57,8 @@ class World:
         return torch.randint(low, high, shape, generator=self.random).to(DEVICE)
 
     def lengths(self) -> torch.Tensor:
-        most = torch.tensor([0, *(turn.gamma for turn in self.turns.turns[1:])], device=DEVICE)
-        return self.numbers(0, 100, (MAX_NUM_REQS + 1, len(self.turns))) % (most + 1)
+        max_gammas = torch.tensor([0, *self.turns.max_gammas[1:]], device=DEVICE)
+        return self.numbers(0, 100, (MAX_NUM_REQS + 1, len(self.turns))) % (max_gammas + 1)
 
     def compare(self) -> dict[str, torch.Tensor]:
         """All that is read later: not the last column, nor the slot of no request."""
@@ -68,7 +68,7 @@ class World:
         found |= {"state lengths": state.lengths[:-1], "state scored": state.scored[:-1]}
         found |= {name: getattr(self.stats, name) for name in ("judged", "accepted", "totals")}
         found["calls"] = self.stats.calls
-        found |= {f"returned {at}": tensor for at, tensor in enumerate(self.made)}
+        found |= {f"returned {at}": tensor for at, tensor in enumerate(self.returned)}
         return copy.deepcopy(found)
 
     def begin(self, with_forbidden: bool) -> None:
@@ -101,11 +101,12 @@ class World:
     def decide(self, turn: int) -> None:
         num_segments = self.turns.num_decidable(turn)
         num_columns = self.turns.max_decided(turn) + 1
-        self.made = list(self.ops.candidates(self.state, self.cycle, num_segments, num_columns))
+        candidates = self.ops.candidates(self.state, self.cycle, num_segments, num_columns)
+        self.returned = list(candidates)
         for scales in (False, True):
-            self.made += self.gather(num_segments, scales)
+            self.returned += self.gather(candidates, num_segments, scales)
         # What vLLM's verification returns: at most all candidates, then one more token.
-        num_candidates = (self.made[0] >= 0).sum(1)
+        num_candidates = (candidates.proposed >= 0).sum(1)
         num_sampled = 1 + self.numbers(0, 100, num_candidates.shape) % (num_candidates + 1)
         # What has been accepted before is accepted again.
         num_sampled = num_sampled.maximum(self.cycle.num_accepted + 1).int()
@@ -113,9 +114,9 @@ class World:
         draws = turn == self.turns.last_scorer and self.turns.draws
         self.ops.settle(self.state, self.cycle, sampled, num_sampled, num_segments, draws)
 
-    def gather(self, num_segments: int, scales: bool) -> list[torch.Tensor]:
+    def gather(self, candidates: Candidates, num_segments: int, scales: bool) -> list[torch.Tensor]:
         """As the verifier asks for it, of members whose logits may differ in type."""
-        _, segment, _, step_rows, kept_rows = self.made[:5]
+        step_rows, kept_rows = candidates.step_rows, candidates.kept_rows
         num_rows, proposers = int(step_rows.max()) + 1, []
         for turn in self.turns.in_window[:num_segments]:
             proposers.append(self.turns[turn].members[0])
@@ -129,14 +130,14 @@ class World:
             assert member == len(sources) - 1
         dtype = torch.float32 if scales else self.state.scores.dtype
         members, proposal = self.ops.gather_scores(
-            self.cycle, sources, rows, segment, proposers, dtype, scales
+            self.cycle, sources, rows, candidates.segment, proposers, dtype, scales
         )
         judged_by_token = self.cycle.temperature == 0
         return [members, proposal.masked_fill(judged_by_token[:, None, None], 0)]
 
     def propose(self, turn: int, has_decided: bool = False) -> None:
         if turn == 0:
-            self.made = list(self.ops.last_scored(self.cycle))
+            self.returned = list(self.ops.last_scored(self.cycle))
         tokens = self.numbers(0, VOCAB_SIZE, (self.cycle.num_reqs,))
         self.ops.append(self.state, self.cycle, turn, self.gammas, tokens, has_decided)
 
@@ -145,28 +146,30 @@ class World:
         prompt = self.query_lens + self.turns.num_new(turn)
         decoding = prompt.clamp(max=self.turns.num_unscored(turn))
         query_lens = torch.where(self.is_decoding, decoding, prompt).clamp(max=MAX_MODEL_LEN)
-        query_start = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)]).int()
-        num_tokens = int(query_start[-1])
+        query_start_loc = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)]).int()
+        num_tokens = int(query_start_loc[-1])
         written = [torch.zeros(num_tokens, dtype=d, device=DEVICE) for d in (torch.int32,) * 2]
         seq_lens = torch.zeros(self.cycle.num_reqs, dtype=torch.int32, device=DEVICE)
-        start, is_again = self.ops.prepare_tokens(
-            self.state, self.cycle, self.all_token_ids, query_start, *written, seq_lens
+        prepared = self.ops.prepare_tokens(
+            self.state, self.cycle, self.all_token_ids, query_start_loc, *written, seq_lens
         )
-        count = self.turns.num_unscored(turn)
-        places = self.ops.place_scores(self.state, self.cycle, turn, count, query_start, start)
-        self.made = [*written, seq_lens, start, is_again, *places]
+        count, read_start = self.turns.num_unscored(turn), prepared.read_start
+        places = self.ops.place_scores(
+            self.state, self.cycle, turn, count, query_start_loc, read_start
+        )
+        self.returned = [*written, seq_lens, *prepared, *places]
 
     def read_token(self, turn: int) -> None:
         num_reqs = self.cycle.num_reqs
         written = [torch.zeros(num_reqs, dtype=torch.int64, device=DEVICE) for _ in range(3)]
         last = self.ops.prepare_token(self.state, self.cycle, self.all_token_ids, *written)
         kept = self.ops.place_score(self.state, self.cycle, turn, self.gammas)
-        self.made = [*written, last, kept]
+        self.returned = [*written, last, kept]
 
     def end(self) -> None:
         calls = torch.tensor(self.turns.num_calls(self.gammas.tolist()), device=DEVICE)
         outputs = self.ops.outputs(self.cycle, self.turns.window + 1)
-        self.made = [*outputs, self.ops.end_cycle(self.state, self.cycle, self.stats, calls)]
+        self.returned = [*outputs, self.ops.end_cycle(self.state, self.cycle, self.stats, calls)]
 
 
 def steps(turns: Turns) -> list[tuple[str, Callable[[World], None]]]:

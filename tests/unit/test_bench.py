@@ -30,6 +30,7 @@ from benchmarks.ratios import complete
 from benchmarks.shapes import SHAPES
 from benchmarks.simulate_turns import simulate
 from benchmarks.theory import one_token_each, run_of, tokens_per_cycle, two_members
+from vllm.chef.graphs import CycleGraphs
 from vllm.chef.turns import Turn
 
 SETTINGS = dict(
@@ -412,7 +413,9 @@ def test_nothing_is_proposed_while_graphs_are_timed(monkeypatch):
     worker.model_runner = SimpleNamespace(
         cudagraph_manager=manager,
         turns=(),
-        speculator=SimpleNamespace(turn_gammas=gammas, graphs=[turn] * 2),
+        speculator=SimpleNamespace(
+            gammas=SimpleNamespace(on_device=gammas), graphs=CycleGraphs([turn] * 2)
+        ),
     )
     monkeypatch.setattr(bench_worker, "graph_ms", lambda _: seen.append(gammas.tolist()) or 1.0)
     found = worker.bench_graph_times(1)

@@ -1,6 +1,7 @@
 """Which batches have a CUDA graph in the turns: vLLM's own managers, nothing captured."""
 
 from itertools import product
+from math import ceil
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +62,15 @@ def turn_graphs(vllm_config, turns, turn, depths) -> TurnGraphs:
     return TurnGraphs(vllm_config, None, lengths, {3}, None, None)
 
 
+def is_held_by(sizes: list[int], max_num_seqs: int, num_reqs: int, length: int) -> bool:
+    """Whether one of the sizes, rounded up to whole requests, is enough for so many requests.
+
+    vLLM makes no graph of more tokens than its largest size, nor of more requests than there are.
+    """
+    rounded = [ceil(size / length) for size in sizes]
+    return any(num_reqs <= held <= max_num_seqs and held * length <= max(sizes) for held in rounded)
+
+
 @pytest.mark.parametrize("auto", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("max_num_seqs", [64, 256])
@@ -80,9 +90,11 @@ def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
         for num_reqs, depth in product(range(1, max_num_seqs + 1), depths):
             length = 1 + depth
             desc = step.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
+            expected = is_held_by(SIZES[sizes], max_num_seqs, num_reqs, length)
+            assert (desc.cg_mode == FULL) == expected, (num_reqs, length)
             # But for those at the end, which rounding up takes past the largest size.
             fits = num_reqs * length <= max(SIZES[sizes], default=0) - 16
-            assert desc.cg_mode == FULL or not fits or sizes == "few", (num_reqs, length)
+            assert expected or not fits or sizes == "few", (num_reqs, length)
             replay = graphs.find(num_reqs, length, filters=True)
             if desc.cg_mode == FULL:
                 found += 1
@@ -104,8 +116,8 @@ def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
 def test_no_graph_is_larger_than_a_step_may_be():
     turns = chef_turns((1, 5), (2, 1), (True, True))
     vllm_config = config(SIZES["default"], 128, turns.window, None)
-    for most, num_reqs in ((8192, 83), (64, 32)):
-        vllm_config.scheduler_config.max_num_batched_tokens = most
+    for max_num_tokens, num_reqs in ((8192, 83), (64, 32)):
+        vllm_config.scheduler_config.max_num_batched_tokens = max_num_tokens
         graphs = turn_graphs(vllm_config, turns, 1, [turns.window])
         assert graphs.find(num_reqs, 6, filters=False)
         assert graphs.max_step_tokens() == 6 * num_reqs

@@ -1,7 +1,8 @@
 """What members have read when their scores are used: all of the text, and nothing else.
 
-The speculator's cycle on random texts and random decisions, without models. A member's cache has a
-token by position; what it makes of a position is what its cache has up to there.
+The cycle that the engine runs, on random texts and random decisions, without models. A member's
+cache has a token by position; its hidden state and its scores at a position are what its cache has
+up to there, so that what is kept of a turn's scores tells which text they follow.
 """
 
 import random
@@ -10,15 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm.chef.cycle import EngineStep, Reading, TokenReading, TurnRunner
+from vllm.chef.gammas import StepGammas
 from vllm.chef.ops import eager as ops
-from vllm.chef.speculator import ChefSpeculator, Reading
-from vllm.chef.state import ProposalState, SlotStates, make_cycle
+from vllm.chef.passes import reading_query_start_loc
+from vllm.chef.prompt_logprobs import at_step_tokens
+from vllm.chef.sampling import FilterParams
+from vllm.chef.state import Cycle, Outputs, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns, chef_turns, sd_turns
+from vllm.chef.verifier import StepScores
 
 DEVICE = torch.device("cpu")
 NUM_REQS, MAX_MODEL_LEN, VOCAB_SIZE, NUM_STEPS = 6, 50, 1000, 200
-UNREAD = -1
+# In the place of a token: not read by the member, and past the end of what it has read.
+UNREAD, PAST_THE_END = -1, -2
+NO_PARAMS = FilterParams(scales=False, filters=False)
 TURNS = {
     "1, 1": chef_turns([1, 1], [9, 9], (True, True)),
     "1, 5": chef_turns([1, 5], [9, 1], (True, True)),
@@ -47,24 +55,35 @@ class Request:
 
 
 class World:
-    """Requests that are all in each step, and what turns after the first keep of them."""
+    """Requests that are all in each step, and members of the turns after the first."""
 
     def __init__(self, turns: Turns, seed: int, reads_less: bool = False) -> None:
-        self.turns, self.rng, self.reads_less = turns, random.Random(seed), reads_less
-        self.state = ProposalState(turns, NUM_REQS, MAX_MODEL_LEN, 1, torch.float32, DEVICE)
+        self.turns, self.rng = turns, random.Random(seed)
+        self.state = ProposalState(
+            turns, NUM_REQS, MAX_MODEL_LEN, MAX_MODEL_LEN, torch.float32, DEVICE
+        )
+        self.state.scores.fill_(UNREAD)
         self.all_cycle = make_cycle(self.state, NUM_REQS)
         self.stats = TurnStats(turns, DEVICE)
+        self.gammas = StepGammas(turns, range(turns.window + 1), DEVICE)
         self.requests = [Request(self.rng, len(turns)) for _ in range(NUM_REQS)]
         self.all_token_ids = torch.zeros(NUM_REQS, MAX_MODEL_LEN, dtype=torch.int32)
-        self.kept: list[dict[int, list[int]]] = [{} for _ in turns.turns]
-        """By turn and row of its kept scores, the text that they follow"""
+        self.passes = CachePasses(self, reads_less)
+        self.turn_runner = TurnRunner(
+            self.state,
+            ops,
+            self.gammas.on_device,
+            self,
+            lambda turn, hidden_states: hidden_states,
+            lambda logits, cycle, position: torch.randint(VOCAB_SIZE, (len(logits),)),
+        )
         self.num_used = self.num_replaced = 0
 
     def text(self, at: int) -> list[int]:
         """Of a request, all that is committed or pending."""
         cycle = self.cycle
         pending = cycle.tokens[at, : int(cycle.end[at])].tolist()
-        return self.requests[at].text[: int(cycle.first[at])] + pending
+        return self.requests[at].text[: int(cycle.first_position[at])] + pending
 
     def schedule(self) -> tuple[list[list[int]], list[int], list[int]]:
         """Of each request its query, how many of that are drafts, and what a grammar left out."""
@@ -75,10 +94,12 @@ class World:
             forbidden.append(-1)
             if at >= request.prefill_len:
                 room = MAX_MODEL_LEN - length
-                most = min(len(request.pending), room)
-                num_drafts = most if self.rng.random() < 0.8 else self.rng.randint(0, most)
+                max_drafts = min(len(request.pending), room)
+                num_drafts = (
+                    max_drafts if self.rng.random() < 0.8 else self.rng.randint(0, max_drafts)
+                )
                 drafts = request.pending[:num_drafts]
-                if num_drafts < most and self.rng.random() < 0.5:
+                if num_drafts < max_drafts and self.rng.random() < 0.5:
                     forbidden[-1] = request.pending[num_drafts]
             elif at == length - 1 and length + self.turns.window <= MAX_MODEL_LEN:
                 # Placeholders, which vLLM fills its batches up with.
@@ -90,7 +111,6 @@ class World:
         return queries, nums_drafts, forbidden
 
     def step(self) -> None:
-        turns = self.turns
         queries, nums_drafts, forbidden = self.schedule()
         starts = [
             torch.tensor([0, *lens]).cumsum(0)
@@ -102,116 +122,72 @@ class World:
         none = torch.zeros(NUM_REQS)
         states = SlotStates(prefill_len, none, none.long(), none.int(), none, none)
         self.cycle = ops.load(self.all_cycle, torch.arange(NUM_REQS), states)
-        ops.begin_cycle(
-            self.state,
-            self.cycle,
+        step = EngineStep(
             *starts,
             torch.tensor([r.num_computed for r in self.requests]) + starts[0].diff(),
             torch.tensor(sum(queries, [])),
+            StepScores([torch.zeros(int(starts[1][-1]), MAX_MODEL_LEN)], NO_PARAMS),
             torch.tensor(forbidden),
         )
-        gammas = turns.gammas(turns.window)
-        if self.rng.random() < 0.3:
-            gammas = turns.gammas(self.rng.randint(0, turns.window))
-        self.gammas = torch.tensor(gammas)
-        self.decide(0)
-        if not turns.draws:
-            self.append(0)
-        for turn in range(1, len(turns)):
-            self.read(turn, *starts)
-            decides = turns.is_scorer(turn)
-            if decides:
-                self.decide(turn)
-            if not (decides and turns.draws):
-                self.append(turn, decides)
-            for _ in range(turns.num_passes(gammas[turn])):
-                self.read_token(turn)
-                self.append(turn)
-        self.end(torch.tensor(turns.num_calls(gammas)), queries)
+        self.passes.step = step
+        shallower = self.rng.random() < 0.3
+        window = self.turns.window
+        self.gammas.set_depth(self.rng.randint(0, window) if shallower else window)
+        runner, cycle = self.turn_runner, self.cycle
 
-    def decide(self, turn: int) -> None:
-        turns, cycle = self.turns, self.cycle
+        def propose_more(turn: int) -> None:
+            runner.propose_more(turn, self.gammas.num_passes(turn), cycle, self.passes)
+
+        def take_turn(turn: int) -> None:
+            runner.take_turn(turn, cycle, step, self.passes)
+
+        outputs, _ = runner.run(cycle, take_turn, propose_more)
+        pending = runner.finish(cycle, propose_more, self.stats, self.gammas.calls)
+        self.commit(queries, outputs, pending)
+
+    def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> None:
+        """A random decision in the place of the verifier's, whose scores must be there."""
+        turns = self.turns
         num_segments = turns.num_decidable(turn)
         num_columns = turns.max_decided(turn) + 1
-        proposed, segment, _, _, kept_rows = ops.candidates(
-            self.state, cycle, num_segments, num_columns
-        )
-        num_candidates = (proposed >= 0).sum(1).tolist()
+        candidates = ops.candidates(self.state, cycle, num_segments, num_columns)
+        num_candidates = (candidates.proposed >= 0).sum(1).tolist()
         draws = turns.draws and turn == turns.last_scorer
         num_sampled = []
-        for at, most in enumerate(num_candidates):
+        for at, max_accepted in enumerate(num_candidates):
             accepted = int(cycle.num_accepted[at])
-            num_sampled.append(1 + (self.rng.randint(accepted, most) if most > accepted else most))
+            if max_accepted > accepted:
+                accepted = self.rng.randint(accepted, max_accepted)
+            else:
+                accepted = max_accepted
+            num_sampled.append(1 + accepted)
             if not cycle.active[at] or cycle.settled[at]:
                 continue
-            text, first = self.text(at), int(cycle.first[at])
-            for column in range(most + draws):
-                proposer = turns.in_window[int(segment[at, column])]
+            text, first_position = self.text(at), int(cycle.first_position[at])
+            for column in range(max_accepted + draws):
+                proposer = turns.in_window[int(candidates.segment[at, column])]
                 for used in range(1, len(turns)):
-                    if turns.is_scorer(used) or (used == proposer and column < most):
-                        kept = self.kept[used].get(int(kept_rows[at, column]))
-                        has_read = kept == text[: first + column]
+                    if turns.is_scorer(used) or (used == proposer and column < max_accepted):
+                        kept = self.state.kept_scores[used - 1][candidates.kept_rows[at, column]]
+                        has_read = kept.equal(as_scores(text[: first_position + column]))
                         assert has_read, f"turn {used} has not read what comes before {column}"
                         self.num_used += 1
         sampled = torch.randint(VOCAB_SIZE, (NUM_REQS, num_columns))
         ops.settle(self.state, cycle, sampled, torch.tensor(num_sampled), num_segments, draws)
         self.num_replaced += int(cycle.just_settled.sum())
 
-    def append(self, turn: int, has_decided: bool = False) -> None:
-        tokens = torch.randint(VOCAB_SIZE, (NUM_REQS,))
-        ops.append(self.state, self.cycle, turn, self.gammas, tokens, has_decided)
-
-    def read(self, turn: int, step_start: torch.Tensor, row_start: torch.Tensor) -> None:
-        cycle, reader = self.cycle, SimpleNamespace(turns=self.turns, max_model_len=MAX_MODEL_LEN)
-        query_start = ChefSpeculator._reading_start(reader, turn, step_start, row_start)
-        num_tokens, count = int(query_start[-1]), self.turns.num_unscored(turn)
-        # As in a CUDA graph, where all requests decode.
-        for step_len, num_rows, length in zip(
-            *(start.diff().tolist() for start in (step_start, row_start, query_start)), strict=True
-        ):
-            assert step_len != num_rows or length == self.turns.num_read(turn, step_len)
-        ids, positions = torch.zeros(2, num_tokens, dtype=torch.int64)
-        start, is_again = ops.prepare_tokens(
-            self.state,
-            cycle,
-            self.all_token_ids,
-            query_start,
-            ids,
-            positions,
-            torch.zeros(NUM_REQS),
-        )
-        if self.reads_less:
-            is_again[query_start[:-1][query_start.diff() == count].long()] = True
-        rows, kept_rows, _ = ops.place_scores(self.state, cycle, turn, count, query_start, start)
-        made = []
-        for at, request in enumerate(self.requests):
-            cache = request.caches[turn]
-            for token in range(int(query_start[at]), int(query_start[at + 1])):
-                if not is_again[token]:
-                    cache[int(positions[token])] = int(ids[token])
-            for token in range(int(query_start[at]), int(query_start[at + 1])):
-                made.append(cache[: int(positions[token]) + 1])
-        for row, kept in zip(rows.flatten().tolist(), kept_rows.flatten().tolist(), strict=True):
-            self.kept[turn][kept] = made[row]
-
-    def read_token(self, turn: int) -> None:
-        ids, positions, seq_lens = torch.zeros(3, NUM_REQS, dtype=torch.int64)
-        cycle = self.cycle
-        ops.prepare_token(self.state, cycle, self.all_token_ids, ids, positions, seq_lens)
-        kept_rows = ops.place_score(self.state, cycle, turn, self.gammas).tolist()
-        for at, request in enumerate(self.requests):
-            cache, position = request.caches[turn], int(positions[at])
-            cache[position] = int(ids[at])
-            self.kept[turn][kept_rows[at]] = cache[: position + 1]
-
-    def end(self, calls: torch.Tensor, queries: list[list[int]]) -> None:
-        tokens, num_decided, _ = ops.outputs(self.cycle, self.turns.window + 1)
-        pending = ops.end_cycle(self.state, self.cycle, self.stats, calls)
+    def commit(
+        self,
+        queries: list[list[int]],
+        outputs: Outputs,
+        pending: torch.Tensor,  # [num_reqs, window]
+    ) -> None:
+        """As vLLM's scheduler does with what a step gives."""
         for at, request in enumerate(self.requests):
             if not self.cycle.active[at]:
                 request.num_computed += len(queries[at])
                 continue
-            decided = tokens[at, : int(num_decided[at])].tolist()
+            decided = outputs.tokens[at, : int(outputs.num_decided[at])].tolist()
             assert decided
             request.text += decided
             request.num_computed = len(request.text) - 1
@@ -222,6 +198,67 @@ class World:
                 self.requests[at] = Request(self.rng, len(self.turns))
             elif self.rng.random() < 0.02:
                 request.start_again(len(self.turns))
+
+
+class CachePasses:
+    """Passes of members that are caches; each gives what its request's cache has up to a token."""
+
+    step: EngineStep
+
+    def __init__(self, world: World, reads_less: bool) -> None:
+        self.world, self.reads_less = world, reads_less
+
+    def read(self, turn: int, cycle: Cycle) -> Reading:
+        turns, step = self.world.turns, self.step
+        query_start_loc = reading_query_start_loc(
+            turns, turn, MAX_MODEL_LEN, step.query_start_loc, step.cu_num_logits
+        )
+        num_tokens, count = int(query_start_loc[-1]), turns.num_unscored(turn)
+        # As in a CUDA graph, where all requests decode.
+        starts = (step.query_start_loc, step.cu_num_logits, query_start_loc)
+        for step_len, num_rows, length in zip(*(s.diff().tolist() for s in starts), strict=True):
+            assert step_len != num_rows or length == turns.num_read(turn, step_len)
+        ids, positions = torch.zeros(2, num_tokens, dtype=torch.int64)
+        read_start, is_again = ops.prepare_tokens(
+            self.world.state,
+            cycle,
+            self.world.all_token_ids,
+            query_start_loc,
+            ids,
+            positions,
+            torch.zeros(NUM_REQS),
+        )
+        if self.reads_less:
+            is_again[query_start_loc[:-1][query_start_loc.diff() == count].long()] = True
+        read = []
+        for request, tokens in zip(self.world.requests, ranges(query_start_loc), strict=True):
+            cache = request.caches[turn]
+            for token in tokens:
+                if not is_again[token]:
+                    cache[int(positions[token])] = int(ids[token])
+            read += [as_scores(cache[: int(positions[token]) + 1]) for token in tokens]
+        return Reading(query_start_loc, read_start, torch.stack(read))
+
+    def read_token(self, turn: int, cycle: Cycle, number: int) -> TokenReading:
+        ids, positions, seq_lens = torch.zeros(3, NUM_REQS, dtype=torch.int64)
+        state, all_token_ids = self.world.state, self.world.all_token_ids
+        last = ops.prepare_token(state, cycle, all_token_ids, ids, positions, seq_lens)
+        read = []
+        for at, request in enumerate(self.world.requests):
+            cache, position = request.caches[turn], int(positions[at])
+            cache[position] = int(ids[at])
+            read.append(as_scores(cache[: position + 1]))
+        return TokenReading(last, torch.stack(read))
+
+
+def as_scores(text: list[int]) -> torch.Tensor:  # [MAX_MODEL_LEN]
+    return torch.tensor([*text, *[PAST_THE_END] * (MAX_MODEL_LEN - len(text))]).float()
+
+
+def ranges(query_start_loc: torch.Tensor) -> list[range]:
+    """Each request's tokens in a batch."""
+    bounds = query_start_loc.tolist()
+    return [range(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
 
 
 @pytest.mark.parametrize("case", TURNS)
@@ -245,14 +282,12 @@ def test_with_one_token_less_they_would_not_have(case):
 def test_hidden_states_of_prompts_are_found_beside_requests_that_decode():
     """The first reads three tokens of its prompt, and one before; the second had a window of five,
     of which little is left to read."""
-    step_start = torch.tensor([0, 3, 9])
+    query_start_loc = torch.tensor([0, 3, 9])
     of_turn = Reading(torch.tensor([0, 4, 6]), torch.tensor([9, 31]), torch.arange(6)[:, None])
-    speculator = SimpleNamespace(
-        device=DEVICE,
-        batch=SimpleNamespace(query_start_loc=step_start, query_start_loc_np=step_start.numpy()),
-        cycle=SimpleNamespace(num_reqs=2, start=torch.tensor([10, 30])),
-        readings=[of_turn],
+    batch = SimpleNamespace(
+        query_start_loc=query_start_loc, query_start_loc_np=query_start_loc.numpy()
     )
-    (found,) = ChefSpeculator.hidden_states(speculator)
+    cycle = SimpleNamespace(num_reqs=2, step_start=torch.tensor([10, 30]))
+    (found,) = at_step_tokens([of_turn], cycle, batch)
     assert found.shape == (9, 1)
     assert found[:3, 0].tolist() == [1, 2, 3]

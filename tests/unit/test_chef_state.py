@@ -5,10 +5,18 @@ from types import SimpleNamespace
 import torch
 
 from vllm.chef.ops import eager as ops
-from vllm.chef.state import NO_TOP_K, Cycle, ProposalState, SlotStates, make_cycle
+from vllm.chef.sampling import AllParams, FilterParams
+from vllm.chef.state import (
+    NO_TOP_K,
+    Candidates,
+    Cycle,
+    ProposalState,
+    SlotStates,
+    make_cycle,
+)
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import chef_turns
-from vllm.chef.verifier import Judged, StepScores, Verifier
+from vllm.chef.verifier import StepScores, Verifier
 
 TURNS = chef_turns([1, 2, 1], [9, 5, 7], (True, True, True))  # members 0, 2, 1; window 3
 NUM_SLOTS, VOCAB_SIZE = 6, 4
@@ -52,7 +60,7 @@ def append(state, cycle, turn, tokens, gammas=(1, 1, 2)) -> None:
 def test_a_cycle_begins_with_the_windows_that_were_scheduled():
     state = make_state()
     cycle = begin(state)
-    assert cycle.first.tolist() == [51, 71, 34]
+    assert cycle.first_position.tolist() == [51, 71, 34]
     assert cycle.end.tolist() == [3, 2, 2], "the third request lost its last token"
     assert cycle.lengths.tolist() == [[0, 1, 2], [0, 0, 2], [0, 1, 1]]
     assert cycle.tokens[:, :2].tolist() == [[10, 11], [20, 21], [30, 31]]
@@ -143,7 +151,7 @@ def test_a_turn_proposes_as_many_tokens_as_it_has():
     ops.append(state, cycle, 1, torch.tensor([1, 1, 2]), torch.tensor([5] * 3), True)
     assert cycle.new_lengths[:, 1].tolist() == [1, 0, 1]
     # No room: the context ends with the last token.
-    cycle.first.fill_(state.max_model_len - 1), cycle.end.fill_(1)
+    cycle.first_position.fill_(state.max_model_len - 1), cycle.end.fill_(1)
     append(state, cycle, 1, [6] * 3, gammas=(1, 9, 2))
     assert cycle.end.tolist() == [1, 1, 1]
 
@@ -203,17 +211,17 @@ def test_members_are_judged_by_the_scores_that_they_proposed_from():
     state.scores.fill_(3)
     first = torch.full((2, VOCAB_SIZE), 1 + 2.0**-20)
     rows = torch.tensor([[0, 1]])
-    judged = Judged(rows, rows, rows, step_rows=rows, kept_rows=rows)
+    candidates = Candidates(rows, rows, rows, step_rows=rows, kept_rows=rows)
     verifier = SimpleNamespace(
         state=state,
         turns=TURNS,
         turn_of=TURNS.turn_of,
         ops=ops,
         proposers=[0, 1, 2],
-        ensemble=SimpleNamespace(num_members=3, samples_members=True),
+        ensemble=SimpleNamespace(num_members=3),
     )
-    scores = StepScores([first], batch=object())  # asks for raw logits
-    members, proposal = Verifier._gather(verifier, make_cycle(state, 1), judged, scores, 3)
+    scores = StepScores([first], AllParams(None, None))  # which takes raw logits
+    members, proposal = Verifier._gather(verifier, make_cycle(state, 1), candidates, scores, 3)
     assert members.shape == (3, 1, 2, VOCAB_SIZE)
     assert members[0, 0].equal(first)
     assert (members[1:] == 3).all()
@@ -223,10 +231,9 @@ def test_members_are_judged_by_the_scores_that_they_proposed_from():
     # Where nobody asks for more than a temperature, ready for the filters.
     cycle = make_cycle(state, 1)
     cycle.temperature.fill_(0.7)
-    scores = StepScores([first.bfloat16()])
     for samples_members, expected in ((True, torch.tensor(3.0) / 0.7), (False, 3.0)):
-        verifier.ensemble.samples_members = samples_members
-        members, proposal = Verifier._gather(verifier, cycle, judged, scores, 3)
+        scores = StepScores([first.bfloat16()], FilterParams(samples_members, filters=True))
+        members, proposal = Verifier._gather(verifier, cycle, candidates, scores, 3)
         assert members.dtype == (torch.float32 if samples_members else torch.bfloat16)
         assert (members[1:] == expected).all()
         assert proposal.dtype == torch.bfloat16

@@ -11,7 +11,7 @@ ALL = (True, True, True)
 
 
 def members(turns: Turns) -> list[int]:
-    return [turn.members[0] for turn in turns.turns]
+    return [turn.members[0] for turn in turns]
 
 
 def test_the_costliest_that_proposes_one_token_opens():
@@ -66,7 +66,7 @@ def test_a_proposer_outside_the_ensemble_is_never_waited_for():
 
 def test_sd():
     turns = sd_turns(3, 4)
-    assert turns.turns == (Turn((0, 1), 0), Turn((2,), 4))
+    assert tuple(turns) == (Turn((0, 1), 0), Turn((2,), 4))
     assert (turns.window, turns.draws, turns.last_scorer) == (4, True, 1)
     assert [turns.max_decided(t) for t in range(2)] == [4, 4]
     assert turns.num_new(1) == 1

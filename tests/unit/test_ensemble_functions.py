@@ -99,7 +99,7 @@ def test_a_member_of_weight_zero_has_no_say():
 
 def test_half_precision_logits_are_combined_in_float32():
     function = make_function("mean", 2, {})
-    result = combine(function, LOGITS.bfloat16() + 1e-3, probs=False)
+    result = combine(function, LOGITS.bfloat16() + 1e-3, combines_probs=False)
     assert result.dtype == torch.float32
 
 

@@ -24,6 +24,7 @@ def make_model(samples_members: bool, pool: torch.Tensor | None = None) -> Ensem
         function=make_function("weighted", len(members), {"weights": [0.5, 0.3, 0.2]}),
         samples_members=samples_members,
         combines_probs=samples_members,
+        model_state_cls=object,
     )
 
 

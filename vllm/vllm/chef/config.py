@@ -74,7 +74,7 @@ class ChefConfig(PlainData):
         return self.gamma == AUTO
 
     @property
-    def most(self) -> int | tuple[int, ...]:
+    def gamma_limit(self) -> int | tuple[int, ...]:
         """What a member proposes in its turn, at most."""
         return self.max_gamma or DEFAULT_MAX_GAMMA if self.is_adaptive else self.gamma
 
@@ -128,8 +128,12 @@ class ChefConfig(PlainData):
                     "method.weights: every member of *_sd has a say; leave a member of weight 0 "
                     "out, or propose with it through method.draft_model"
                 )
-            return sd_turns(num_members, self.most)
-        gammas = spread_gamma(self.most, costs) if isinstance(self.most, int) else self.most
+            return sd_turns(num_members, self.gamma_limit)
+        gammas = (
+            spread_gamma(self.gamma_limit, costs)
+            if isinstance(self.gamma_limit, int)
+            else self.gamma_limit
+        )
         if len(gammas) != num_members:
             key = "max_gamma" if self.is_adaptive else "gamma"
             raise ValueError(

@@ -5,7 +5,7 @@ a step is a launch or two per turn.  That takes an attention backend which can r
 in a graph; with any other, turns run without graphs.  Built on vLLM's manager of a speculator's.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from functools import partial
 from math import ceil
@@ -14,13 +14,38 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.input_batch import InputBuffers
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
+from vllm.chef.cycle import EngineStep
+from vllm.chef.sampling import StepParams
+from vllm.chef.verifier import StepScores
+from vllm.ensemble_decode.model import MemberGroup
+
 # A choice, num_reqs, num_tokens, attention metadata and slot mappings by layer
 Captured = Callable[[int, int, int, Any, Any], None]
+Replay = Callable[[], None]
+
+
+def obstacle_to_graphs(speculator: DraftModelSpeculator, query_len: int) -> str | None:
+    """Why no pass over `query_len` tokens of each request can be in a graph, by the backends of the
+    speculator's attention; None where it can."""
+    if not speculator.supports_decode_metadata_update:
+        return "attention metadata that cannot be refreshed in a graph"
+    support = speculator.attn_cg_support
+    if support.min_cg_support.value < AttentionCGSupport.UNIFORM_BATCH.value:
+        return f"{support.min_cg_attn_backend}"
+    for group in (group for groups in speculator.attn_groups for group in groups):
+        threshold = group.get_metadata_builder().reorder_batch_threshold
+        if threshold is not None and threshold < query_len:
+            # Such a backend takes what a member reads for a prompt, and plans it on the host.
+            return f"an attention backend that takes {query_len} tokens for a prompt"
+    return None
 
 
 def for_the_same_batches(vllm_config: VllmConfig, step_len: int, length: int) -> VllmConfig:
@@ -34,8 +59,8 @@ def for_the_same_batches(vllm_config: VllmConfig, step_len: int, length: int) ->
     nums_reqs = {ceil(size / step_len) for size in compilation.cudagraph_capture_sizes or []}
     sizes = {n * length for n in nums_reqs if n * step_len <= largest}
     # No step is larger, and vLLM's slot mappings have no more room.
-    most = vllm_config.scheduler_config.max_num_batched_tokens
-    compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= most)
+    max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= max_num_tokens)
     compilation.max_cudagraph_capture_size = max(compilation.cudagraph_capture_sizes, default=0)
     return config
 
@@ -64,10 +89,10 @@ class TurnGraphs:
         lengths: by tokens per request in the engine step, where all requests decode, those that
             the member reads.
         num_passes: how many passes of one token may follow.
-        reads: what a turn does up to its first proposal; takes first the tokens per request in the
-            engine step, then whether requests may have filters. Those are a dozen kernels, which
-            requests without any should not wait for.
-        passes: the passes of one token; takes their number first.
+        take_turn: what a turn does up to its first proposal; takes first the tokens per request in
+            the engine step, then whether requests may have filters. Those are a dozen kernels,
+            which requests without any should not wait for.
+        propose_more: the passes of one token; takes their number first.
     """
 
     def __init__(
@@ -76,8 +101,8 @@ class TurnGraphs:
         device: torch.device,
         lengths: Mapping[int, int],
         num_passes: Collection[int],
-        reads: Captured,
-        passes: Captured,
+        take_turn: Captured,
+        propose_more: Captured,
     ) -> None:
         mode = CUDAGraphMode.FULL_DECODE_ONLY
         self.lengths = lengths
@@ -94,16 +119,16 @@ class TurnGraphs:
             for number in num_passes
             if number
         }
-        self.reads, self.passes = reads, passes
+        self.take_turn, self.propose_more = take_turn, propose_more
 
     def capture(self, *args: Any) -> None:
         """As `SpeculatorCudaGraphManager.capture`, without its first argument."""
         captures = []
         for (step_len, filters), manager in self.reading.items():
             name = f"reading after {step_len}" + (", with filters" if filters else "")
-            captures.append((manager, partial(self.reads, step_len, filters), name))
+            captures.append((manager, partial(self.take_turn, step_len, filters), name))
         for number, manager in self.loops.items():
-            captures.append((manager, partial(self.passes, number), f"{number} tokens"))
+            captures.append((manager, partial(self.propose_more, number), f"{number} tokens"))
         for manager, function, name in captures:
             if manager.needs_capture():
 
@@ -113,7 +138,7 @@ class TurnGraphs:
                 description = f"Capturing a turn, {name}"
                 manager.capture(captured, *args, progress_bar_desc=description)
 
-    def find(self, num_reqs: int, step_len: int, filters: bool) -> Callable[[], Any] | None:
+    def find(self, num_reqs: int, step_len: int, filters: bool) -> Replay | None:
         """What replays the graph in which the member reads, after an engine step of so many tokens
         per request; None where there is none."""
         if step_len not in self.lengths:
@@ -124,16 +149,15 @@ class TurnGraphs:
             return None
         return partial(manager.run_fullgraph, desc)
 
-    def replay_passes(self, number: int, num_reqs: int) -> bool:
-        """All passes of one token; False where there is no graph of them, and nothing is done."""
+    def find_passes(self, number: int, num_reqs: int) -> Replay | None:
+        """What replays so many passes of one token; None where there is no graph of them."""
         manager = self.loops.get(number)
         if manager is None:
-            return False
+            return None
         desc = manager.dispatch(num_reqs, num_reqs, 1, num_active_loras=0)
         if desc.cg_mode != CUDAGraphMode.FULL:
-            return False
-        manager.run_fullgraph(desc)
-        return True
+            return None
+        return partial(manager.run_fullgraph, desc)
 
     def max_step_tokens(self) -> int:
         """In the engine step of the largest batch that has a graph; 0 where there is none."""
@@ -143,3 +167,98 @@ class TurnGraphs:
             for desc in manager._capture_descs.get(CUDAGraphMode.FULL, [])
         ]
         return max(nums_tokens, default=0)
+
+
+class StepBuffers:
+    """The engine step in memory that does not move, where the graphs of its turns find it.
+
+    Args:
+        members: of the first turn.
+        engine_inputs: vLLM's own, of its uniform batches.
+        step_lens: all that a request of a replayed step may have tokens.
+    """
+
+    def __init__(
+        self,
+        members: MemberGroup,
+        engine_inputs: InputBuffers,
+        step_lens: Collection[int],
+        num_rows: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.members, self.engine_inputs = members, engine_inputs
+        device = engine_inputs.device
+        self.hidden_states = torch.zeros(
+            num_rows, sum(members.hidden_sizes), dtype=dtype, device=device
+        )
+        """[num_rows, sum of the members' hidden sizes] of its rows of logits"""
+        # What the first graph of a step makes of them is for those after it as well.
+        self.logits = [
+            logits.new_zeros(num_rows, logits.shape[-1])
+            for logits in members.compute_member_logits(self.hidden_states[:1])
+        ]
+        rows = torch.arange(engine_inputs.max_num_reqs + 1, dtype=torch.int32, device=device)
+        self.query_start_loc = {step_len: rows * step_len for step_len in step_lens}
+        """By tokens per request, [max_num_reqs + 1]; all tokens have rows of logits"""
+
+    def load(
+        self,
+        hidden_states: torch.Tensor,  # [num_tokens, sum of the members' hidden sizes]
+        logits_indices: torch.Tensor,  # [num_rows]
+    ) -> None:
+        """Ahead of the graphs of a step, since vLLM's own hidden states move about."""
+        out = self.hidden_states[: len(logits_indices)]
+        torch.index_select(hidden_states, 0, logits_indices, out=out)
+
+    def score(self, num_rows: int) -> None:
+        """Compute the logits, in the first graph of a step."""
+        logits = self.members.compute_member_logits(self.hidden_states[:num_rows])
+        for computed, kept in zip(logits, self.logits, strict=True):
+            kept[:num_rows].copy_(computed)
+
+    def step(self, num_reqs: int, step_len: int, params: StepParams) -> EngineStep:
+        """A step of so many requests; its logits are there once `score` has run."""
+        query_start_loc = self.query_start_loc[step_len][: num_reqs + 1]
+        logits = [logits[: num_reqs * step_len] for logits in self.logits]
+        return EngineStep(
+            query_start_loc,
+            query_start_loc,
+            self.engine_inputs.seq_lens[:num_reqs],
+            self.engine_inputs.input_ids,
+            StepScores(logits, params),
+        )
+
+
+class CycleGraphs:
+    """The graphs of all turns after the first, and where they find the engine step.
+
+    Args:
+        turns: `[num_turns - 1]`; none where turns run without graphs.
+    """
+
+    step_buffers: StepBuffers
+
+    def __init__(self, turns: Sequence[TurnGraphs] = ()) -> None:
+        self.turns = list(turns)
+
+    def reserve(
+        self, members: MemberGroup, engine_inputs: InputBuffers, dtype: torch.dtype
+    ) -> None:
+        """Make the memory of the engine step, whose members are the first turn's."""
+        num_rows = max(graphs.max_step_tokens() for graphs in self.turns)
+        step_lens = self.turns[0].lengths
+        self.step_buffers = StepBuffers(members, engine_inputs, step_lens, num_rows, dtype)
+
+    def capture(self, *args: Any) -> None:
+        """As `TurnGraphs.capture`, of all turns."""
+        for graphs in self.turns:
+            graphs.capture(*args)
+
+    def find(self, num_reqs: int, step_len: int, filters: bool) -> list[Replay] | None:
+        """By turn, as `TurnGraphs.find`; None where one has no graph."""
+        replays = [graphs.find(num_reqs, step_len, filters) for graphs in self.turns]
+        return replays if replays and None not in replays else None
+
+    def find_passes(self, turn: int, number: int, num_reqs: int) -> Replay | None:
+        """As `TurnGraphs.find_passes`, of a turn."""
+        return self.turns[turn - 1].find_passes(number, num_reqs) if self.turns else None

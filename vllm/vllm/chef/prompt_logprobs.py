@@ -1,11 +1,14 @@
 """Log-probabilities of the prompt under the ensemble, whose members read it one after another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
+from vllm.chef.cycle import Reading
+from vllm.chef.state import Cycle
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.ops import combine
 
@@ -13,20 +16,42 @@ LogitsFn = Callable[[torch.Tensor], list[torch.Tensor]]
 
 
 class TurnPromptLogprobsWorker(PromptLogprobsWorker):
-    """vLLM's worker, which is given the hidden states of the first turn, with those of all."""
+    """vLLM's worker, which is given the hidden states of the first turn, with those of all.
 
-    def __init__(self, ensemble: EnsembleConfig, *args: Any, **kwargs: Any) -> None:
+    Args:
+        heads: num_turns x (members, their logits from the turn's hidden states).
+    """
+
+    def __init__(
+        self,
+        ensemble: EnsembleConfig,
+        heads: Sequence[tuple[tuple[int, ...], LogitsFn]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.ensemble = ensemble
         self.function = ensemble.make_function()
+        self.heads = heads
         self.hidden_states: list[torch.Tensor] = []
         """num_turns x [num_tokens, hidden_size] of the step, empty where nobody asks"""
-        self.members: list[tuple[tuple[int, ...], LogitsFn]] = []
-        """num_turns x (members, their logits from the turn's hidden states)"""
 
     @property
     def is_asked(self) -> bool:
         return bool(self.in_progress_prompt_logprobs or self.token_id_scores)
+
+    def take_up(
+        self,
+        hidden_states: torch.Tensor,  # [at least num_tokens, hidden_size] of the first turn
+        readings: Sequence[Reading],  # num_turns - 1, of a cycle without CUDA graphs
+        cycle: Cycle,
+        batch: InputBatch,
+    ) -> None:
+        """Keep the hidden states of the step at hand, where somebody asks."""
+        if self.is_asked:
+            # Without what CUDA graphs pad it by.
+            first_turn = hidden_states[: batch.num_tokens]
+            self.hidden_states = [first_turn, *at_step_tokens(readings, cycle, batch)]
 
     def compute_prompt_logprobs(
         self, logits_fn: Any, hidden_states: torch.Tensor, *args: Any
@@ -49,7 +74,28 @@ class TurnPromptLogprobsWorker(PromptLogprobsWorker):
     ) -> torch.Tensor:  # [num_rows, vocab_size]
         split = hidden_states.split([h.shape[-1] for h in self.hidden_states], dim=-1)
         logits: dict[int, torch.Tensor] = {}
-        for hidden, (members, logits_fn) in zip(split, self.members, strict=True):
+        for hidden, (members, logits_fn) in zip(split, self.heads, strict=True):
             logits.update(zip(members, logits_fn(hidden.contiguous()), strict=True))
         stacked = torch.stack([logits[member] for member in sorted(logits)])
         return combine(self.function, stacked, self.ensemble.combines_probs)
+
+
+def at_step_tokens(
+    readings: Sequence[Reading], cycle: Cycle, batch: InputBatch
+) -> list[torch.Tensor]:  # num_turns - 1 x [num_tokens, hidden_size]
+    """What members have computed at the tokens of the engine step; anything where a request
+    decodes."""
+    num_reqs = cycle.num_reqs
+    query_start_loc = batch.query_start_loc[: num_reqs + 1]
+    query_lens = query_start_loc.long().diff()
+    num_tokens = int(batch.query_start_loc_np[num_reqs])
+    found = []
+    for reading in readings:
+        # The turn may have begun before the engine step's first token.
+        shift = cycle.step_start - reading.read_start
+        shift = shift + reading.query_start_loc[:-1] - query_start_loc[:-1]
+        shift = torch.repeat_interleave(shift, query_lens, output_size=num_tokens)
+        at = torch.arange(num_tokens, device=shift.device) + shift
+        # What is read of a request that decodes may begin later and end before.
+        found.append(reading.hidden_states[at.clamp(0, len(reading.hidden_states) - 1)])
+    return found

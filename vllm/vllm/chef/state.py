@@ -2,11 +2,11 @@
 
 Knows positions and columns; knows neither models nor distributions.  A *column* is a position
 counted from the request's first undecided token; everything is device data, in memory that never
-moves, so that CUDA graphs find it.  `ops/` has what is done with it.
+moves, so that CUDA graphs find it.  `ops/` has what is done with it, and returns the named tuples.
 """
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -84,10 +84,10 @@ class Cycle:
     top_p: torch.Tensor  # [num_reqs] float32
     min_p: torch.Tensor  # [num_reqs] float32
     active: torch.Tensor  # [num_reqs] bool, False: the prompt goes on in the next step
-    start: torch.Tensor  # [num_reqs] position of the first token of the engine step
-    first: torch.Tensor  # [num_reqs] position of column 0
+    step_start: torch.Tensor  # [num_reqs] position of the first token of the engine step
+    first_position: torch.Tensor  # [num_reqs] position of column 0
     num_drafts: torch.Tensor  # [num_reqs] the engine step has rows for these columns and the next
-    first_row: torch.Tensor  # [num_reqs] row of column 0 in the engine step
+    first_step_row: torch.Tensor  # [num_reqs] row of column 0 in the engine step
     lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step found
     new_lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step leaves
     tokens: torch.Tensor  # [num_reqs, num_columns + 1], the last column is never read
@@ -109,7 +109,7 @@ class Cycle:
 
     @property
     def last_position(self) -> torch.Tensor:  # [num_reqs]
-        return self.first + self.end - 1
+        return self.first_position + self.end - 1
 
     @property
     def slot_states(self) -> SlotStates:
@@ -123,6 +123,59 @@ class Cycle:
     def part(self, requests: slice) -> "Cycle":
         """Some of the requests, sharing memory."""
         return Cycle(*(getattr(self, field.name)[requests] for field in fields(Cycle)))
+
+
+class Candidates(NamedTuple):
+    """What a decision judges, `[num_reqs, num_columns]` each."""
+
+    proposed: torch.Tensor
+    """Tokens as vLLM's verification has them: that of column k in place k + 1, -1 for none"""
+    segment: torch.Tensor  # of each column
+    positions: torch.Tensor  # of the token before
+    step_rows: torch.Tensor
+    """Rows of the column's scores in the engine step, which has none past its drafts"""
+    kept_rows: torch.Tensor  # the same among the scores that are kept of a turn
+
+    def part(self, requests: slice) -> Self:
+        """Of some of the requests, sharing memory."""
+        return type(self)(*(field[requests] for field in self))
+
+
+class GatheredScores(NamedTuple):
+    """What is said of each column, raw or as `gather_scores` is asked."""
+
+    members: torch.Tensor  # [num_members, num_reqs, num_columns, vocab_size]
+    proposal: torch.Tensor  # [num_reqs, num_columns, vocab_size], of the member that proposed it
+
+
+class LastScored(NamedTuple):
+    """Where the first turn proposes from."""
+
+    rows: torch.Tensor  # [num_reqs] of the engine step
+    last_position: torch.Tensor  # [num_reqs] of the last token
+
+
+class PreparedTokens(NamedTuple):
+    """What a turn's first pass reads."""
+
+    read_start: torch.Tensor  # [num_reqs] position of the first token
+    is_again: torch.Tensor  # [num_tokens] bool: before those of the engine step
+
+
+class ScorePlaces(NamedTuple):
+    """Where the scores of what was read come from, and are kept."""
+
+    rows: torch.Tensor  # [num_reqs, count] of the hidden states
+    kept_rows: torch.Tensor  # [num_reqs, count] of the scores that are kept of a turn
+    last_position: torch.Tensor  # [num_reqs] of the last token
+
+
+class Outputs(NamedTuple):
+    """What a cycle gives to the engine."""
+
+    tokens: torch.Tensor  # [num_reqs, num_tokens]
+    num_decided: torch.Tensor  # [num_reqs] int32, of the tokens
+    num_rejected: torch.Tensor  # [num_reqs] int32, of the engine step's
 
 
 def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
@@ -141,10 +194,10 @@ def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
         top_p=zeros(dtype=torch.float32),
         min_p=zeros(dtype=torch.float32),
         active=zeros(dtype=torch.bool),
-        start=zeros(),
-        first=zeros(),
+        step_start=zeros(),
+        first_position=zeros(),
         num_drafts=zeros(),
-        first_row=zeros(),
+        first_step_row=zeros(),
         lengths=zeros(num_turns),
         new_lengths=zeros(num_turns),
         tokens=zeros(state.ring_size),

@@ -12,7 +12,7 @@ class TurnStats:
 
     def __init__(self, turns: Turns, device: torch.device) -> None:
         self.turns = turns
-        self.width = max(1, *(turn.gamma for turn in turns.turns))
+        self.width = max(1, *turns.max_gammas)
         self.row_of = torch.tensor(turns.in_window, device=device)
         """[num_turns] turns in the order of their segments in the window"""
         shape = len(turns) * self.width
@@ -28,13 +28,12 @@ class TurnStats:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers; by member in the user's order, and by position in its segment."""
         num_cycles, num_tokens = self.totals.tolist()
-        turns = self.turns.turns
-        turn_of = self.turns.turn_of
+        turn_of, max_gammas = self.turns.turn_of, self.turns.max_gammas
         calls = self.calls.tolist()
 
         def by_member(counts: torch.Tensor) -> list[list[int]]:
-            rows = counts.view(len(turns), self.width).tolist()
-            return [rows[turn_of[m]][: turns[turn_of[m]].gamma] for m in sorted(turn_of)]
+            rows = counts.view(len(max_gammas), self.width).tolist()
+            return [rows[turn_of[m]][: max_gammas[turn_of[m]]] for m in sorted(turn_of)]
 
         return {
             "num_cycles": num_cycles,

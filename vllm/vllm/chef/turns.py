@@ -3,7 +3,7 @@
 Plain data; knows neither models nor scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -20,21 +20,29 @@ class Turns:
     """A cycle of calls. The first turn opens the engine's step, the others follow in it.
 
     Args:
-        turns: the first proposes one token (chef), or none (`*_sd`); then the token past the
+        sequence: the first proposes one token (chef), or none (`*_sd`); then the token past the
             window is drawn from the ensemble once the last scorer has scored it. Each other
             turn has one member, which proposes one token or more.
         scores: by member, whether the ensemble counts it. One that it does not count proposes,
             and is never waited for.
     """
 
-    turns: tuple[Turn, ...]
+    sequence: tuple[Turn, ...]
     scores: tuple[bool, ...]
 
     def __len__(self) -> int:
-        return len(self.turns)
+        return len(self.sequence)
 
     def __getitem__(self, turn: int) -> Turn:
-        return self.turns[turn]
+        return self.sequence[turn]
+
+    def __iter__(self) -> Iterator[Turn]:
+        return iter(self.sequence)
+
+    @property
+    def max_gammas(self) -> tuple[int, ...]:
+        """By turn, tokens that it proposes at most."""
+        return tuple(turn.gamma for turn in self.sequence)
 
     @property
     def in_window(self) -> list[int]:
@@ -45,17 +53,17 @@ class Turns:
     @property
     def turn_of(self) -> dict[int, int]:
         """By member, the turn it is called in."""
-        return {member: at for at, turn in enumerate(self.turns) for member in turn.members}
+        return {member: at for at, turn in enumerate(self.sequence) for member in turn.members}
 
     @property
     def window(self) -> int:
         """Tokens carried from one step to the next, at most: what the first turn has not seen."""
-        return sum(turn.gamma for turn in self.turns[1:])
+        return sum(self.max_gammas[1:])
 
     @property
     def draws(self) -> bool:
         """Whether the token past the window is drawn from the ensemble, not proposed."""
-        return self.turns[0].gamma == 0
+        return self.sequence[0].gamma == 0
 
     @property
     def last_scorer(self) -> int:
@@ -63,19 +71,18 @@ class Turns:
         return max(turn for turn in range(len(self)) if self.is_scorer(turn))
 
     def is_scorer(self, turn: int) -> bool:
-        return any(self.scores[member] for member in self.turns[turn].members)
+        return any(self.scores[member] for member in self.sequence[turn].members)
 
     def num_new(self, turn: int) -> int:
         """Tokens that have come behind those of the engine step when a turn after the first is
         called, at most: proposals of the turns before it, or one replacement."""
-        return max(1, sum(t.gamma for t in self.turns[:turn]))
+        return max(1, sum(self.max_gammas[:turn]))
 
     def num_unscored(self, turn: int) -> int:
         """Positions that the turn's members have not scored when it is called, at most: what the
         other turns proposed, and the one past the end. Where tokens are drawn, all turns score
         (`config.py` sees to that), and so none comes after the draw."""
-        others = (t.gamma for at, t in enumerate(self.turns) if at != turn)
-        return 1 + sum(others)
+        return 1 + sum(self.max_gammas) - self.max_gammas[turn]
 
     def num_read(self, turn: int, step_len: int) -> int:
         """Tokens that a turn's member reads in its first pass, of a request that decodes, with
@@ -95,9 +102,10 @@ class Turns:
     def gammas(self, num_tokens: int) -> tuple[int, ...]:
         """Tokens that each turn proposes in a step that leaves a window of `num_tokens`, at most:
         as many of the last turns' as there is room for, since the cheapest come last."""
-        gammas = [self.turns[0].gamma]
-        for turn in reversed(self.turns[1:]):
-            gammas.insert(1, min(turn.gamma, num_tokens))
+        first, *others = self.max_gammas
+        gammas = [first]
+        for max_gamma in reversed(others):
+            gammas.insert(1, min(max_gamma, num_tokens))
             num_tokens -= gammas[1]
         return tuple(gammas)
 
@@ -116,7 +124,7 @@ class Turns:
 
     def max_decided(self, turn: int) -> int:
         """Tokens that are decided by the end of this turn, at most."""
-        return sum(self.turns[at].gamma for at in self.in_window[: self.num_decidable(turn)])
+        return sum(self.max_gammas[at] for at in self.in_window[: self.num_decidable(turn)])
 
 
 def sd_turns(num_members: int, gamma: int) -> Turns:
@@ -142,9 +150,9 @@ def chef_turns(
         ValueError: one line that names the key and the remedy.
     """
     if order is None:
-        first = primary(gammas, costs, scores)
-        others = [member for member in range(len(gammas)) if member != first]
-        order = [first, *sorted(others, key=lambda member: gammas[member])]
+        opens = primary(gammas, costs, scores)
+        others = [member for member in range(len(gammas)) if member != opens]
+        order = [opens, *sorted(others, key=lambda member: gammas[member])]
     elif sorted(order) != list(range(len(gammas))):
         raise ValueError(
             f"method.turn_order: {list(order)} must name each member once, by its place from 0 to "

@@ -5,26 +5,22 @@ probability min(1, r(x) / q(x)), r being the ensemble's distribution; otherwise 
 norm(max(0, r - q)) takes its place (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
-from vllm.utils.platform_utils import num_compute_units
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
-from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
-from vllm.v1.worker.gpu.sample.min_p import apply_min_p
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
 from vllm.chef.ops import ops_for
-from vllm.chef.state import Cycle, ProposalState
+from vllm.chef.sampling import Layout, Process, StepParams
+from vllm.chef.state import Candidates, Cycle, GatheredScores, ProposalState
 from vllm.chef.synthetic import configured_rates
 from vllm.chef.turns import Turns
 from vllm.ensemble_decode.config import EnsembleConfig
@@ -32,34 +28,21 @@ from vllm.ensemble_decode.ops import combine
 
 
 class StepScores(NamedTuple):
-    """The first turn's logits of an engine step, one row per column and request."""
+    """What the first turn's members say of an engine step, one row per column and request."""
 
     logits: list[torch.Tensor]  # members of the turn x [num_rows, vocab_size]
+    params: StepParams
     mask: torch.Tensor | None = None
     """[num_rows, vocab_size] of a grammar, 0 or -inf, for all members"""
-    batch: InputBatch | None = None
-    """None: no request asks for more than temperature, min-p, top-k and top-p"""
-    filters: bool = True
-    """Whether one may ask for min-p, top-k or top-p, where there is no batch"""
 
 
-class Judged(NamedTuple):
-    """What a decision goes over, of `candidates`; each `[num_reqs, num_columns]`."""
+class Verdict(NamedTuple):
+    """Of a decision on some of a step's requests."""
 
-    proposed: torch.Tensor
-    segment: torch.Tensor
-    positions: torch.Tensor
-    step_rows: torch.Tensor
-    kept_rows: torch.Tensor
-
-
-class Layout(NamedTuple):
-    """Of logits `[num_reqs * num_columns, vocab_size]`, as vLLM's kernels are told."""
-
-    requests: torch.Tensor  # [num_reqs] the requests
-    request: torch.Tensor  # [num_reqs * num_columns] of each row
-    column: torch.Tensor  # [num_reqs * num_columns] of each row, int32
-    row_start: torch.Tensor  # [num_reqs + 1] int32
+    sampled: torch.Tensor  # [num_reqs, num_columns] accepted tokens, then the ensemble's own
+    num_sampled: torch.Tensor  # [num_reqs]
+    reported: torch.Tensor | None
+    """[num_reqs * num_columns, vocab_size] logits that log-probabilities are reported of"""
 
 
 class Verifier:
@@ -95,59 +78,70 @@ class Verifier:
         is_last = turn == self.turns.last_scorer
         num_segments = self.turns.num_decidable(turn)
         num_columns = self.turns.max_decided(turn) + 1
-        logprobs_dims = None
-        if scores.batch is not None and is_last:
-            logprobs_dims = self.sampler.get_logprobs_dims(scores.batch.idx_mapping_np)
-        judged = Judged(*self.ops.candidates(self.state, cycle, num_segments, num_columns))
-        tokens, num_sampled, rows = [], [], []
-        for part in self._chunks(cycle.num_reqs, num_columns):
-            here = Judged(*(field[part] for field in judged))
-            members, proposal = self._gather(cycle.part(part), here, scores, num_segments)
-            if scores.mask is not None:
-                # The first turn proposes after the grammar's mask, the others know of none.
-                mask = scores.mask[here.step_rows]
-                is_first = here.segment == self.turns.in_window.index(0)
-                proposal = torch.where(is_first[:, :, None], proposal + mask, proposal)
-                members = members + mask
-            target, reported = self._target(part, members, here, scores, cycle, bool(logprobs_dims))
-            sampled, count = self._verify(part, target, proposal, here, cycle)
-            tokens.append(sampled)
-            num_sampled.append(count)
-            rows.append(reported)
+        logprobs_dims = scores.params.logprobs_dims() if is_last else None
+        candidates = self.ops.candidates(self.state, cycle, num_segments, num_columns)
+        verdicts = [
+            self._judge(part, candidates.part(part), scores, cycle, num_segments, logprobs_dims)
+            for part in self._chunks(cycle.num_reqs, num_columns)
+        ]
+        sampled, num_sampled, reported = zip(*verdicts, strict=True)
         self.ops.settle(
             self.state,
             cycle,
-            _joined(tokens),
+            _joined(sampled),
             _joined(num_sampled),
             num_segments,
             draws=is_last and self.turns.draws,
         )
         if logprobs_dims is None:
             return None
-        return self._logprobs(rows, num_columns, cycle, scores.batch, *logprobs_dims)
+        return self._logprobs(reported, num_columns, cycle, *logprobs_dims)
+
+    def _judge(
+        self,
+        part: slice,
+        candidates: Candidates,
+        scores: StepScores,
+        cycle: Cycle,
+        num_segments: int,
+        logprobs_dims: tuple[int, int] | None,
+    ) -> Verdict:
+        """A decision on the requests of a part; `candidates` are theirs, all else is the step's."""
+        members, proposal = self._gather(cycle.part(part), candidates, scores, num_segments)
+        if scores.mask is not None:
+            # The first turn proposes after the grammar's mask, the others know of none.
+            mask = scores.mask[candidates.step_rows]
+            is_first = candidates.segment == self.turns.in_window.index(0)
+            proposal = torch.where(is_first[:, :, None], proposal + mask, proposal)
+            members = members + mask
+        layout = self._layout(*candidates.segment.shape)
+        process = scores.params.processor(part, cycle, candidates, layout)
+        reports = logprobs_dims is not None
+        target, reported = self._target(members.flatten(1, 2), process, reports)
+        sampled = self._verify(part, layout, target, proposal, candidates, cycle)
+        return Verdict(*sampled, reported)
 
     def _gather(
-        self, cycle: Cycle, judged: Judged, scores: StepScores, num_segments: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All members' logits `[num_members, num_reqs, num_columns, vocab_size]`, of which those of
-        a member that has not scored may be anything, ready for `_filters` where there is no batch,
-        else raw; and the raw ones of the proposers, `[num_reqs, num_columns, vocab_size]`."""
+        self, cycle: Cycle, candidates: Candidates, scores: StepScores, num_segments: int
+    ) -> GatheredScores:
+        """As the step's sampling parameters take them; a member that has not scored may have
+        anything."""
         sources, rows = [], []
         for member in range(self.ensemble.num_members):
             turn = self.turn_of[member]
             if turn == 0:
                 sources.append(scores.logits[self.turns[0].members.index(member)])
-                rows.append(judged.step_rows)
+                rows.append(candidates.step_rows)
             else:
                 sources.append(self.state.kept_scores[turn - 1])
-                rows.append(judged.kept_rows)
-        scales = scores.batch is None and self.ensemble.samples_members
+                rows.append(candidates.kept_rows)
+        scales = scores.params.scales
         dtype = reduce(torch.promote_types, (source.dtype for source in sources))
         return self.ops.gather_scores(
             cycle,
             sources,
             rows,
-            judged.segment,
+            candidates.segment,
             self.proposers[:num_segments],
             torch.float32 if scales else dtype,
             scales,
@@ -155,131 +149,69 @@ class Verifier:
 
     def _target(
         self,
-        part: slice,
-        members: torch.Tensor,  # [num_members, num_reqs, num_columns, vocab_size]
-        judged: Judged,
-        scores: StepScores,
-        cycle: Cycle,
+        members: torch.Tensor,  # [num_members, num_reqs * num_columns, vocab_size]
+        process: Process,
         reports: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the ensemble's distribution `[num_reqs * num_columns, vocab_size]` after the
         sampling parameters, and where `reports` those that log-probabilities are reported of."""
-        members = members.flatten(1, 2)
-        if scores.batch is None:
-            process = self._filters(cycle.part(part), judged, scores.filters)
-        else:
-            process = self._sampling_params(part, judged, scores, cycle)
-        probs, raw = self.ensemble.combines_probs, None
+        combines_probs, raw = self.ensemble.combines_probs, None
         if self.ensemble.samples_members:
-            target = combine(self.function, process(members), probs)
+            target = combine(self.function, process(members), combines_probs)
         else:
-            raw = combine(self.function, members, probs)
+            raw = combine(self.function, members, combines_probs)
             (target,) = process(raw[None])
         if not reports:
             return target, None
         if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
             return target, target
-        return target, combine(self.function, members, probs) if raw is None else raw
-
-    def _filters(
-        self, cycle: Cycle, judged: Judged, filters: bool
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Temperature, unless members come with it, and where `filters` min-p, top-k and top-p, of
-        `[count, num_rows, vocab_size]` float32, in place. Nothing in it asks the host, so that all
-        of it can be in a CUDA graph; a request without one leaves that one's kernel at once."""
-        request = self._layout(*judged.segment.shape).request
-
-        def process(logits: torch.Tensor) -> torch.Tensor:
-            rows = logits.flatten(0, 1)
-            if not self.ensemble.samples_members:
-                apply_temperature(rows, request, cycle.temperature)
-            if filters:
-                of_rows = request.expand(len(logits), -1).flatten()
-                apply_min_p(rows, of_rows, cycle.min_p)
-                rows = apply_top_k_top_p(rows, cycle.top_k[of_rows], cycle.top_p[of_rows])
-            return rows.view(logits.shape)
-
-        return process
-
-    def reserve_buffers(self) -> None:
-        """Let vLLM's top-k have its buffer as large as it gets: it takes a larger one when it needs
-        it, and CUDA graphs would be left with the old. Few rows have a buffer of their own."""
-        num_rows = num_compute_units(self.state.scores.device.index)
-        logits = self.state.scores.new_zeros(
-            num_rows, self.state.scores.shape[-1], dtype=torch.float32
-        )
-        top_p = logits[:, 0] + 1
-        top_k = top_p.int() * logits.shape[-1]
-        for rows in (slice(num_rows), slice(1)):
-            apply_top_k_top_p(logits[rows], top_k[rows], top_p[rows])
-
-    def _sampling_params(
-        self, part: slice, judged: Judged, scores: StepScores, cycle: Cycle
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        batch, slots, num_columns = scores.batch, cycle.slots[part], judged.segment.shape[1]
-        inputs = torch.cat(
-            [batch.input_ids[batch.logits_indices[cycle.first_row[part]]][:, None].long(),
-             cycle.tokens[part, : num_columns - 1]], dim=1
-        )  # fmt: skip
-        arguments = (
-            slots.repeat_interleave(num_columns),
-            slots,
-            batch.idx_mapping_np[part],
-            judged.positions.flatten(),
-            inputs.flatten().int(),  # as vLLM's kernels have them
-            self._layout(*judged.segment.shape).column,
-            batch.seq_lens_cpu_upper_bound.numpy()[part] + num_columns,
-        )
-
-        def process(logits: torch.Tensor) -> torch.Tensor:
-            made = [self.sampler.apply_sampling_params(rows, *arguments) for rows in logits]
-            return made[0][None] if len(made) == 1 else torch.stack(made)
-
-        return process
+        return target, combine(self.function, members, combines_probs) if raw is None else raw
 
     def _verify(
         self,
         part: slice,
+        layout: Layout,
         target: torch.Tensor,  # [num_reqs * num_columns, vocab_size]
         proposal: torch.Tensor,  # [num_reqs, num_columns, vocab_size]
-        judged: Judged,
+        candidates: Candidates,
         cycle: Cycle,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs, num_columns], [num_reqs]
-        num_reqs, num_columns = judged.segment.shape
-        layout = self._layout(num_reqs, num_columns)
         return rejection_sample(
             target,
             proposal,
-            judged.proposed.flatten(),
-            layout.row_start,
-            judged.positions.flatten(),
+            candidates.proposed.flatten(),
+            layout.cu_num_logits,
+            candidates.positions.flatten(),
             layout.requests,
             layout.request,
             layout.column,
             cycle.temperature[part],
             cycle.seeds[part],
-            num_columns - 1,
+            candidates.segment.shape[1] - 1,
             self.synthetic_rates,
             use_fp64=self.sampler.use_fp64_gumbel,
         )
 
     def _layout(self, num_reqs: int, num_columns: int) -> Layout:
         """Kept for as many requests as there may be, of which a batch takes the first: it says
-        nothing of them, and would be made anew in every step."""
+        nothing of them, and would be computed anew in every step."""
         if num_columns not in self.layouts:
-            most, device = len(self.state.lengths), self.state.lengths.device
-            requests = torch.arange(most, device=device)
+            num_slots, device = len(self.state.lengths), self.state.lengths.device
+            requests = torch.arange(num_slots, device=device)
             columns = torch.arange(num_columns, device=device)
             self.layouts[num_columns] = Layout(
                 requests,
                 requests.repeat_interleave(num_columns),
-                columns.int().repeat(most),
-                (torch.arange(most + 1, device=device) * num_columns).int(),
+                columns.int().repeat(num_slots),
+                (torch.arange(num_slots + 1, device=device) * num_columns).int(),
             )
-        requests, request, column, row_start = self.layouts[num_columns]
+        requests, request, column, cu_num_logits = self.layouts[num_columns]
         num_rows = num_reqs * num_columns
         return Layout(
-            requests[:num_reqs], request[:num_rows], column[:num_rows], row_start[: num_reqs + 1]
+            requests[:num_reqs],
+            request[:num_rows],
+            column[:num_rows],
+            cu_num_logits[: num_reqs + 1],
         )
 
     def _chunks(self, num_reqs: int, num_columns: int) -> Iterator[slice]:
@@ -291,16 +223,15 @@ class Verifier:
 
     def _logprobs(
         self,
-        rows: list[torch.Tensor],
+        reported: Sequence[torch.Tensor],
         num_columns: int,
         cycle: Cycle,
-        batch: InputBatch,
         num_logprobs: int,
         max_token_ids: int,
     ) -> LogprobsTensors:
         """Of every column's token, most likely tokens beside it; vLLM reads the decided ones."""
         parts = []
-        for part, logits in zip(self._chunks(cycle.num_reqs, num_columns), rows, strict=True):
+        for part, logits in zip(self._chunks(cycle.num_reqs, num_columns), reported, strict=True):
             slots = cycle.slots[part]
             parts.append(
                 compute_topk_scores(
@@ -317,5 +248,5 @@ class Verifier:
         return LogprobsTensors.cat(parts, cu_num_generated_tokens=offsets)
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -93,6 +93,9 @@ class EnsembleModel(MemberGroup):
     `compute_logits` gives what `EnsembleConfig.ensemble_target` has the sampler work on:
     the ensemble's logits (`raw-logits`), or all members' (`logits`, `probs`), which
     `EnsembleSampler` combines once it has applied the sampling parameters to each.
+
+    Args:
+        model_state_cls: vLLM's `ModelState` for this model, which hands out that sampler.
     """
 
     def __init__(
@@ -104,11 +107,13 @@ class EnsembleModel(MemberGroup):
         function: EnsembleFunction,
         samples_members: bool,
         combines_probs: bool,
+        model_state_cls: type,
     ) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, members=members)
         self.function = function
         self.samples_members = samples_members
         self.combines_probs = combines_probs
+        self.model_state_cls = model_state_cls
 
     def compute_logits(
         self,
@@ -117,7 +122,7 @@ class EnsembleModel(MemberGroup):
         if self.samples_members:
             return super().compute_logits(hidden_states)
         logits = self.compute_member_logits(hidden_states)
-        return combine(self.function, torch.stack(logits), probs=False)
+        return combine(self.function, torch.stack(logits), combines_probs=False)
 
     def ensemble_logits(
         self,
@@ -128,10 +133,7 @@ class EnsembleModel(MemberGroup):
         return combine(self.function, members, self.combines_probs)
 
     def get_model_state_cls(self) -> type:
-        # Imported late: the model states import vLLM's worker, which a model must not need.
-        from vllm.ensemble_decode.sampler import EnsembleModelState
-
-        return EnsembleModelState
+        return self.model_state_cls
 
 
 def run_member(

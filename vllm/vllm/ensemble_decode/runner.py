@@ -13,6 +13,7 @@ from vllm.ensemble_decode.members import check_ensemble, load_members
 from vllm.ensemble_decode.model import EnsembleModel, MemberGroup
 from vllm.ensemble_decode.outside import OutsideSpeculator
 from vllm.ensemble_decode.sampler import (
+    EnsembleModelState,
     EnsemblePromptLogprobsWorker,
     EnsembleStructuredOutputsWorker,
 )
@@ -81,6 +82,7 @@ class EnsembleRunner(MemberRunner):
             function=config.make_function(),
             samples_members=config.samples_members,
             combines_probs=config.combines_probs,
+            model_state_cls=EnsembleModelState,
         )
 
     def replace_helpers(self) -> None:

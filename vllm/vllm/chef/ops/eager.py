@@ -8,7 +8,18 @@ from functools import reduce
 
 import torch
 
-from vllm.chef.state import NO_TOP_K, Cycle, ProposalState, SlotStates
+from vllm.chef.state import (
+    NO_TOP_K,
+    Candidates,
+    Cycle,
+    GatheredScores,
+    LastScored,
+    Outputs,
+    PreparedTokens,
+    ProposalState,
+    ScorePlaces,
+    SlotStates,
+)
 from vllm.chef.stats import TurnStats
 
 NO_POSITION = torch.iinfo(torch.int64).max
@@ -27,8 +38,9 @@ def load(
     rows = cycle.rows(len(slots))
     cycle.slots.fill_(-1)
     cycle.active.fill_(False)
-    for field in ("start", "first", "end", "num_drafts", "first_row", "lengths", "new_lengths"):
+    for field in ("step_start", "first_position", "first_step_row", "num_drafts", "end"):
         getattr(cycle, field)[len(slots) :] = 0
+    cycle.lengths[len(slots) :] = cycle.new_lengths[len(slots) :] = 0
     # Nor do they have filters, which would take time.
     for field, none in (("temperature", 0), ("top_k", NO_TOP_K), ("top_p", 1), ("min_p", 0)):
         getattr(cycle, field)[len(slots) :] = none
@@ -41,8 +53,8 @@ def load(
 def begin_cycle(
     state: ProposalState,
     cycle: Cycle,
-    query_start: torch.Tensor,  # [num_reqs + 1] of the engine step
-    row_start: torch.Tensor,  # [num_reqs + 1] of its rows of logits
+    query_start_loc: torch.Tensor,  # [num_reqs + 1] of the engine step
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1] of its rows of logits
     seq_lens: torch.Tensor,  # [num_reqs]
     input_ids: torch.Tensor,  # [num_tokens]
     forbidden: torch.Tensor | None = None,  # [num_reqs]
@@ -54,24 +66,25 @@ def begin_cycle(
     because of what it is would change the distribution of what comes in its place.
     """
     slots, window = cycle.slots, state.turns.window
-    query_start, row_start, seq_lens = query_start.long(), row_start.long(), seq_lens.long()
-    num_drafts = row_start.diff() - 1
-    start = seq_lens - query_start.diff()
-    first = seq_lens - num_drafts
+    query_start_loc, cu_num_logits = query_start_loc.long(), cu_num_logits.long()
+    seq_lens = seq_lens.long()
+    num_drafts = cu_num_logits.diff() - 1
+    step_start = seq_lens - query_start_loc.diff()
+    first_position = seq_lens - num_drafts
     # vLLM may schedule less than the whole window, at the end of a context for example. What is
     # left out falls. Drafts of a request whose prompt is read in this step only fill a batch up.
     limit = num_drafts if forbidden is None else num_drafts + (forbidden >= 0)
-    limit = limit.masked_fill((start < cycle.prefill_len) | (slots < 0), 0)
+    limit = limit.masked_fill((step_start < cycle.prefill_len) | (slots < 0), 0)
     ends = torch.minimum(state.lengths[slots, 1:].cumsum(1), limit[:, None])
     zero = ends.new_zeros(len(slots), 1)
     cycle.lengths.copy_(torch.cat([zero, ends.diff(dim=1, prepend=zero)], dim=1))
     end = ends[:, -1]
     # Scores past the window are of other tokens now; without a window, of another request even.
-    valid = torch.where(end > 0, first + end + 1, first)
+    valid = torch.where(end > 0, first_position + end + 1, first_position)
     state.scored[slots] = torch.minimum(state.scored[slots], valid[:, None])
     # Drafts are the last tokens of a request's query.
     columns = torch.arange(window, device=slots.device)
-    token = query_start[1:, None] - num_drafts[:, None] + columns
+    token = query_start_loc[1:, None] - num_drafts[:, None] + columns
     tokens = input_ids[token.clamp(0, len(input_ids) - 1)].long()
     cycle.tokens.zero_()
     cycle.tokens[:, :window] = tokens.masked_fill(columns >= num_drafts[:, None], 0)
@@ -79,10 +92,10 @@ def begin_cycle(
         column = num_drafts.masked_fill(forbidden < 0, cycle.tokens.shape[1] - 1)
         cycle.tokens.scatter_(1, column[:, None], forbidden[:, None])
     cycle.active.copy_((seq_lens >= cycle.prefill_len) & (slots >= 0))
-    cycle.start.copy_(start)
-    cycle.first.copy_(first)
+    cycle.step_start.copy_(step_start)
+    cycle.first_position.copy_(first_position)
     cycle.num_drafts.copy_(num_drafts)
-    cycle.first_row.copy_(row_start[:-1])
+    cycle.first_step_row.copy_(cu_num_logits[:-1])
     cycle.end.copy_(end)
     for field in ("new_lengths", "num_accepted", "num_decided"):
         getattr(cycle, field).zero_()
@@ -95,24 +108,19 @@ def candidates(
     cycle: Cycle,
     num_segments: int,
     num_columns: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a decision over the first columns judges: the tokens of the first segments.
-
-    Returns five times `[num_reqs, num_columns]`: the proposed tokens as vLLM's verification has
-    them, that for column k in place k + 1 and -1 where there is none; the segment of each column;
-    the position of the token before it; the row of its scores in the engine step, which has none
-    past the drafts that it was given; and among the scores that are kept of a turn.
-    """
+) -> Candidates:
+    """What a decision over the first columns judges: the tokens of the first segments."""
     lengths = cycle.segments[:, :num_segments]
     columns = torch.arange(num_columns, device=lengths.device)
     proposed = cycle.tokens.new_full((cycle.num_reqs, num_columns), -1)
     proposed[:, 1:] = cycle.tokens[:, : num_columns - 1].masked_fill(
         columns[:-1] >= lengths.sum(1)[:, None], -1
     )
-    step_rows = cycle.first_row[:, None] + torch.minimum(columns, cycle.num_drafts[:, None])
-    positions = cycle.first[:, None] + columns
+    step_rows = cycle.first_step_row[:, None] + torch.minimum(columns, cycle.num_drafts[:, None])
+    positions = cycle.first_position[:, None] + columns
     kept_rows = kept_row(state, cycle, positions, torch.ones_like(positions, dtype=torch.bool))
-    return proposed, segment_of(columns, lengths), positions - 1, step_rows, kept_rows
+    segment = segment_of(columns, lengths)
+    return Candidates(proposed, segment, positions - 1, step_rows, kept_rows)
 
 
 def gather_scores(
@@ -123,14 +131,13 @@ def gather_scores(
     proposers: Sequence[int],  # members, by segment
     dtype: torch.dtype,
     scales: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> GatheredScores:
     """What the members and the proposers say of each column.
 
-    Returns all members' logits `[num_members, num_reqs, num_columns, vocab_size]` as `dtype`,
-    divided by the temperature where `scales` (not by 0, which stands for greedy decoding); and the
-    raw ones of the member that proposed the column, `[num_reqs, num_columns, vocab_size]` in the
-    widest dtype of the sources, since a proposal must be judged by the very scores that it was
-    drawn from. At temperature 0 it is judged by its token alone: there these may be anything.
+    The members' logits come as `dtype`, divided by the temperature where `scales` (not by 0, which
+    stands for greedy decoding).  A proposer's come raw, in the widest dtype of the sources, since a
+    proposal must be judged by the very scores that it was drawn from.  At temperature 0 it is
+    judged by its token alone: there they may be anything.
     """
     widest = reduce(torch.promote_types, (source.dtype for source in sources))
     raw = [source[at].to(widest) for source, at in zip(sources, rows, strict=True)]
@@ -141,7 +148,7 @@ def gather_scores(
     if scales:
         temperature = cycle.temperature.masked_fill(cycle.temperature == 0, 1)
         members /= temperature[:, None, None]
-    return members, proposal
+    return GatheredScores(members, proposal)
 
 
 def settle(
@@ -169,7 +176,7 @@ def settle(
     cycle.end.copy_(torch.where(settled, column + 1, cycle.end))
     cycle.new_lengths.masked_fill_(settled[:, None], 0)
     # The scores at its own column depend on what stands before it, those behind on the token.
-    valid = torch.where(settled, cycle.first + column + 1, NO_POSITION)
+    valid = torch.where(settled, cycle.first_position + column + 1, NO_POSITION)
     state.scored[cycle.slots] = torch.minimum(state.scored[cycle.slots], valid[:, None])
 
 
@@ -184,7 +191,7 @@ def append(
     """Put a turn's proposed token behind all others, where it still has one to propose and the
     context has room.  Where the turn `has_decided` after its pass, the token is not for requests in
     which that settled another."""
-    where = cycle.active & (cycle.first + cycle.end < state.max_model_len)
+    where = cycle.active & (cycle.first_position + cycle.end < state.max_model_len)
     if turn == 0:
         # The first turn has scored what the engine step had, and proposes for what it knows.
         where &= ~cycle.settled & (cycle.end <= cycle.num_drafts)
@@ -198,45 +205,41 @@ def append(
     (cycle.lengths if turn == 0 else cycle.new_lengths)[:, turn] += where
 
 
-def last_scored(cycle: Cycle) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the first turn proposes from: the row among the engine step's scores, and the position
-    of the last token, both `[num_reqs]`.  Where it did not read that token, the row is of one
+def last_scored(cycle: Cycle) -> LastScored:
+    """Where the first turn proposes from.  Where it did not read the last token, the row is of one
     before; nothing is proposed there."""
-    return cycle.first_row + torch.minimum(cycle.end, cycle.num_drafts), cycle.last_position
+    rows = cycle.first_step_row + torch.minimum(cycle.end, cycle.num_drafts)
+    return LastScored(rows, cycle.last_position)
 
 
 def prepare_tokens(
     state: ProposalState,
     cycle: Cycle,
     all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
-    query_start: torch.Tensor,  # [num_reqs + 1]
+    query_start_loc: torch.Tensor,  # [num_reqs + 1]
     input_ids: torch.Tensor,  # [num_tokens], written
     positions: torch.Tensor,  # [num_tokens], written
     seq_lens: torch.Tensor,  # [num_reqs], written
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> PreparedTokens:
     """Inputs of the pass in which a member reads: a request's last tokens, with what has been
-    decided and proposed in this cycle; where it has fewer, tokens that are overwritten later.
-
-    Returns the position of each request's first token `[num_reqs]`, and of each token whether it
-    comes before those of the engine step `[num_tokens]`.
-    """
+    decided and proposed in this cycle; where it has fewer, tokens that are overwritten later."""
     num_tokens = len(input_ids)
-    query_lens = query_start.long().diff()
-    end = (cycle.first + cycle.end).clamp(max=state.max_model_len)
-    start = (end - query_lens).clamp(min=0)
+    query_lens = query_start_loc.long().diff()
+    end = (cycle.first_position + cycle.end).clamp(max=state.max_model_len)
+    read_start = (end - query_lens).clamp(min=0)
     request = torch.repeat_interleave(
-        torch.arange(cycle.num_reqs, device=start.device), query_lens, output_size=num_tokens
+        torch.arange(cycle.num_reqs, device=read_start.device), query_lens, output_size=num_tokens
     )
-    offset = torch.arange(num_tokens, device=start.device) - query_start.long()[request]
-    at = start[request] + offset
-    column = at - cycle.first[request]
+    offset = torch.arange(num_tokens, device=read_start.device) - query_start_loc.long()[request]
+    at = read_start[request] + offset
+    column = at - cycle.first_position[request]
     known = all_token_ids[cycle.slots[request], at].long() * (cycle.slots[request] >= 0)
     pending = cycle.tokens[request, column.clamp(0, cycle.tokens.shape[1] - 1)]
     pending = pending.masked_fill(column >= cycle.end[request], 0)
     input_ids.copy_(torch.where(column < 0, known, pending))
     positions.copy_(at)
-    seq_lens.copy_(start + query_lens)
-    return start, at < cycle.start[request]
+    seq_lens.copy_(read_start + query_lens)
+    return PreparedTokens(read_start, at < cycle.step_start[request])
 
 
 def prepare_token(
@@ -249,7 +252,8 @@ def prepare_token(
 ) -> torch.Tensor:  # [num_reqs]
     """The last token of each request, as input of a pass.  Returns the positions as int64."""
     pending = cycle.tokens.gather(1, (cycle.end - 1).clamp(min=0)[:, None])[:, 0]
-    known = all_token_ids[cycle.slots, (cycle.first - 1).clamp(min=0)].long() * (cycle.slots >= 0)
+    before = (cycle.first_position - 1).clamp(min=0)
+    known = all_token_ids[cycle.slots, before].long() * (cycle.slots >= 0)
     last = cycle.last_position.clone()
     at = last.clamp(0, state.max_model_len - 1)
     input_ids.copy_(torch.where(cycle.end > 0, pending, known))
@@ -263,24 +267,21 @@ def place_scores(
     cycle: Cycle,
     turn: int,
     count: int,
-    query_start: torch.Tensor,  # [num_reqs + 1] of what the member reads
-    start: torch.Tensor,  # [num_reqs] position of the first token it reads
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query_start_loc: torch.Tensor,  # [num_reqs + 1] of what the member reads
+    read_start: torch.Tensor,  # [num_reqs] position of the first token it reads
+) -> ScorePlaces:
     """Where the last `count` columns, up to the one past the end, are read from and kept.
 
-    Returns rows of the hidden states, which end with that of the last column, and rows of the
-    scores that are kept of the turn, both `[num_reqs, count]`; what has been scored before, or is
-    of no column, goes to the row that nobody reads.  Third the position of the last token,
-    `[num_reqs]`.
+    What has been scored before, or is of no column, goes to the row that nobody reads.
     """
     columns = cycle.end[:, None] - torch.arange(count - 1, -1, -1, device=cycle.end.device)
-    positions = cycle.first[:, None] + columns
-    first_row = query_start[:-1, None].long()
-    rows = torch.maximum(first_row + positions - 1 - start[:, None], first_row)
+    positions = cycle.first_position[:, None] + columns
+    first_token = query_start_loc[:-1, None].long()
+    rows = torch.maximum(first_token + positions - 1 - read_start[:, None], first_token)
     is_new = positions >= state.scored[cycle.slots, turn, None]
     keep = is_new & (columns >= 0) & cycle.active[:, None]
     _mark_scored(state, cycle, turn, positions, keep)
-    return rows, kept_row(state, cycle, positions, keep), cycle.last_position
+    return ScorePlaces(rows, kept_row(state, cycle, positions, keep), cycle.last_position)
 
 
 def place_score(
@@ -290,9 +291,9 @@ def place_score(
     gammas: torch.Tensor,  # [num_turns]
 ) -> torch.Tensor:  # [num_reqs]
     """Row among the turn's kept scores for those past the end, while it has tokens to propose."""
-    keep = cycle.active & (cycle.first + cycle.end < state.max_model_len)
+    keep = cycle.active & (cycle.first_position + cycle.end < state.max_model_len)
     keep &= cycle.new_lengths[:, turn] < gammas[turn]
-    positions = (cycle.first + cycle.end)[:, None]
+    positions = (cycle.first_position + cycle.end)[:, None]
     _mark_scored(state, cycle, turn, positions, keep[:, None])
     return kept_row(state, cycle, positions, keep[:, None])[:, 0]
 
@@ -312,12 +313,11 @@ def end_cycle(
     return tokens.masked_fill(columns >= cycle.end[:, None], 0)
 
 
-def outputs(cycle: Cycle, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decided tokens `[num_reqs, num_tokens]`, how many are decided, and how many of the engine
-    step's are rejected, `[num_reqs]` int32; in memory of their own."""
+def outputs(cycle: Cycle, num_tokens: int) -> Outputs:
+    """What is decided, in memory of its own: the cycle's is the next step's too."""
     num_decided = (cycle.num_decided * cycle.active).int()
     num_rejected = ((cycle.num_drafts + 1) * cycle.active).int() - num_decided
-    return cycle.tokens[:, :num_tokens].clone(), num_decided, num_rejected
+    return Outputs(cycle.tokens[:, :num_tokens].clone(), num_decided, num_rejected)
 
 
 def kept_row(

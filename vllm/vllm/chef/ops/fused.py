@@ -11,7 +11,18 @@ from functools import reduce
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm.chef.state import NO_TOP_K, Cycle, ProposalState, SlotStates
+from vllm.chef.state import (
+    NO_TOP_K,
+    Candidates,
+    Cycle,
+    GatheredScores,
+    LastScored,
+    Outputs,
+    PreparedTokens,
+    ProposalState,
+    ScorePlaces,
+    SlotStates,
+)
 from vllm.chef.stats import TurnStats
 
 # Tokens of a request that a program reads at a time.
@@ -52,11 +63,11 @@ def load(
         cycle.slots,
         *cycle.slot_states,
         cycle.active,
-        cycle.start,
-        cycle.first,
+        cycle.step_start,
+        cycle.first_position,
         cycle.end,
         cycle.num_drafts,
-        cycle.first_row,
+        cycle.first_step_row,
         cycle.lengths,
         cycle.new_lengths,
         NUM_TURNS=cycle.lengths.shape[1],
@@ -84,11 +95,11 @@ def _load_kernel(
     cycle_top_p_ptr,
     cycle_min_p_ptr,
     active_ptr,
-    start_ptr,
-    first_ptr,
+    step_start_ptr,
+    first_position_ptr,
     end_ptr,
     num_drafts_ptr,
-    first_row_ptr,
+    first_step_row_ptr,
     lengths_ptr,
     new_lengths_ptr,
     NUM_TURNS: tl.constexpr,
@@ -99,11 +110,11 @@ def _load_kernel(
     if row >= num_reqs:
         none = tl.zeros((), tl.int64)
         tl.store(cycle_slots_ptr + row, tl.full((), -1, tl.int32))
-        tl.store(start_ptr + row, none)
-        tl.store(first_ptr + row, none)
+        tl.store(step_start_ptr + row, none)
+        tl.store(first_position_ptr + row, none)
         tl.store(end_ptr + row, none)
         tl.store(num_drafts_ptr + row, none)
-        tl.store(first_row_ptr + row, none)
+        tl.store(first_step_row_ptr + row, none)
         tl.store(cycle_temperature_ptr + row, 0.0)
         tl.store(cycle_top_k_ptr + row, tl.full((), NO_TOP_K, tl.int32))
         tl.store(cycle_top_p_ptr + row, 1.0)
@@ -132,8 +143,8 @@ def _load_kernel(
 def begin_cycle(
     state: ProposalState,
     cycle: Cycle,
-    query_start: torch.Tensor,
-    row_start: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    cu_num_logits: torch.Tensor,
     seq_lens: torch.Tensor,
     input_ids: torch.Tensor,
     forbidden: torch.Tensor | None = None,
@@ -143,17 +154,17 @@ def begin_cycle(
         cycle.slots,
         state.lengths,
         state.scored,
-        query_start,
-        row_start,
+        query_start_loc,
+        cu_num_logits,
         seq_lens,
         input_ids,
         cycle.prefill_len,
         forbidden,
         cycle.active,
-        cycle.start,
-        cycle.first,
+        cycle.step_start,
+        cycle.first_position,
         cycle.num_drafts,
-        cycle.first_row,
+        cycle.first_step_row,
         cycle.lengths,
         cycle.new_lengths,
         cycle.tokens,
@@ -179,17 +190,17 @@ def _begin_cycle_kernel(
     slots_ptr,
     state_lengths_ptr,
     scored_ptr,
-    query_start_ptr,
-    row_start_ptr,
+    query_start_loc_ptr,
+    cu_num_logits_ptr,
     seq_lens_ptr,
     input_ids_ptr,
     prefill_len_ptr,
     forbidden_ptr,
     active_ptr,
-    start_ptr,
-    first_ptr,
+    step_start_ptr,
+    first_position_ptr,
     num_drafts_ptr,
-    first_row_ptr,
+    first_step_row_ptr,
     lengths_ptr,
     new_lengths_ptr,
     tokens_ptr,
@@ -211,21 +222,21 @@ def _begin_cycle_kernel(
     slot = tl.load(slots_ptr + row).to(tl.int64)
     is_real = slot >= 0
     slot = tl.where(is_real, slot, spare_slot)
-    query_start = tl.load(query_start_ptr + row).to(tl.int64)
-    query_end = tl.load(query_start_ptr + row + 1).to(tl.int64)
-    first_row = tl.load(row_start_ptr + row).to(tl.int64)
-    num_drafts = tl.load(row_start_ptr + row + 1).to(tl.int64) - first_row - 1
+    query_start = tl.load(query_start_loc_ptr + row).to(tl.int64)
+    query_end = tl.load(query_start_loc_ptr + row + 1).to(tl.int64)
+    first_step_row = tl.load(cu_num_logits_ptr + row).to(tl.int64)
+    num_drafts = tl.load(cu_num_logits_ptr + row + 1).to(tl.int64) - first_step_row - 1
     seq_len = tl.load(seq_lens_ptr + row).to(tl.int64)
     prefill_len = tl.load(prefill_len_ptr + row)
-    start = seq_len - (query_end - query_start)
-    first = seq_len - num_drafts
+    step_start = seq_len - (query_end - query_start)
+    first_position = seq_len - num_drafts
 
     limit = num_drafts
     forbidden = tl.full((), -1, tl.int64)
     if HAS_FORBIDDEN:
         forbidden = tl.load(forbidden_ptr + row).to(tl.int64)
         limit += tl.where(forbidden >= 0, 1, 0)
-    limit = tl.where((start >= prefill_len) & is_real, limit, 0)
+    limit = tl.where((step_start >= prefill_len) & is_real, limit, 0)
 
     turn = tl.arange(0, TURN_BLOCK)
     is_turn = turn < NUM_TURNS
@@ -237,7 +248,7 @@ def _begin_cycle_kernel(
     end = tl.sum(lengths, axis=0)
     tl.store(lengths_ptr + row * NUM_TURNS + turn, lengths, mask=is_turn)
     tl.store(new_lengths_ptr + row * NUM_TURNS + turn, tl.zeros_like(lengths), mask=is_turn)
-    valid = tl.where(end > 0, first + end + 1, first)
+    valid = tl.where(end > 0, first_position + end + 1, first_position)
     scored = tl.load(scored_ptr + slot * NUM_TURNS + turn, mask=is_turn, other=0)
     tl.store(scored_ptr + slot * NUM_TURNS + turn, tl.minimum(scored, valid), mask=is_turn)
 
@@ -249,10 +260,10 @@ def _begin_cycle_kernel(
     tl.store(tokens_ptr + row * WIDTH + column, tokens, mask=column < WIDTH)
 
     tl.store(active_ptr + row, is_real & (seq_len >= prefill_len))
-    tl.store(start_ptr + row, start)
-    tl.store(first_ptr + row, first)
+    tl.store(step_start_ptr + row, step_start)
+    tl.store(first_position_ptr + row, first_position)
     tl.store(num_drafts_ptr + row, num_drafts)
-    tl.store(first_row_ptr + row, first_row)
+    tl.store(first_step_row_ptr + row, first_step_row)
     tl.store(end_ptr + row, end)
     tl.store(num_accepted_ptr + row, tl.zeros((), tl.int64))
     tl.store(num_decided_ptr + row, tl.zeros((), tl.int64))
@@ -264,17 +275,17 @@ def _begin_cycle_kernel(
 
 def candidates(
     state: ProposalState, cycle: Cycle, num_segments: int, num_columns: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    made = cycle.tokens.new_empty(5, cycle.num_reqs, num_columns)
+) -> Candidates:
+    out = cycle.tokens.new_empty(5, cycle.num_reqs, num_columns)
     _candidates_kernel[(cycle.num_reqs,)](
         cycle.slots,
         cycle.lengths,
         cycle.tokens,
-        cycle.first,
-        cycle.first_row,
+        cycle.first_position,
+        cycle.first_step_row,
         cycle.num_drafts,
-        made,
-        made.stride(0),
+        out,
+        out.stride(0),
         len(state.lengths) - 1,
         NUM_TURNS=len(state.turns),
         NUM_SEGMENTS=num_segments,
@@ -284,19 +295,19 @@ def candidates(
         RING_SIZE=state.ring_size,
         num_warps=1,
     )
-    return tuple(made)
+    return Candidates(*out)
 
 
-@triton.jit(do_not_specialize=["made_stride"])
+@triton.jit(do_not_specialize=["out_stride"])
 def _candidates_kernel(
     slots_ptr,
     lengths_ptr,
     tokens_ptr,
-    first_ptr,
-    first_row_ptr,
+    first_position_ptr,
+    first_step_row_ptr,
     num_drafts_ptr,
-    made_ptr,
-    made_stride,
+    out_ptr,
+    out_stride,
     spare_slot,
     NUM_TURNS: tl.constexpr,
     NUM_SEGMENTS: tl.constexpr,
@@ -307,7 +318,7 @@ def _candidates_kernel(
 ):
     row = tl.program_id(0)
     slot = _slot(slots_ptr, row, spare_slot)
-    first = tl.load(first_ptr + row)
+    first_position = tl.load(first_position_ptr + row)
     column = tl.arange(0, COLUMN_BLOCK).to(tl.int64)
     is_column = column < NUM_COLUMNS
     end = tl.zeros((), tl.int64)
@@ -320,14 +331,15 @@ def _candidates_kernel(
     proposed = tl.load(
         tokens_ptr + row * WIDTH + column - 1, mask=is_column & is_proposed, other=-1
     )
-    step_rows = tl.load(first_row_ptr + row) + tl.minimum(column, tl.load(num_drafts_ptr + row))
-    position = first + column
-    made_ptr += row * NUM_COLUMNS + column
-    tl.store(made_ptr, proposed, mask=is_column)
-    tl.store(made_ptr + made_stride, segment, mask=is_column)
-    tl.store(made_ptr + 2 * made_stride, position - 1, mask=is_column)
-    tl.store(made_ptr + 3 * made_stride, step_rows, mask=is_column)
-    tl.store(made_ptr + 4 * made_stride, _kept_row(slot, position, RING_SIZE), mask=is_column)
+    first_step_row = tl.load(first_step_row_ptr + row)
+    step_rows = first_step_row + tl.minimum(column, tl.load(num_drafts_ptr + row))
+    position = first_position + column
+    out_ptr += row * NUM_COLUMNS + column
+    tl.store(out_ptr, proposed, mask=is_column)
+    tl.store(out_ptr + out_stride, segment, mask=is_column)
+    tl.store(out_ptr + 2 * out_stride, position - 1, mask=is_column)
+    tl.store(out_ptr + 3 * out_stride, step_rows, mask=is_column)
+    tl.store(out_ptr + 4 * out_stride, _kept_row(slot, position, RING_SIZE), mask=is_column)
 
 
 def gather_scores(
@@ -338,7 +350,7 @@ def gather_scores(
     proposers: Sequence[int],
     dtype: torch.dtype,
     scales: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> GatheredScores:
     num_columns, vocab_size = segment.shape[1], sources[0].shape[1]
     widest = reduce(torch.promote_types, (source.dtype for source in sources))
     members = sources[0].new_empty(len(sources), *segment.shape, vocab_size, dtype=dtype)
@@ -358,7 +370,7 @@ def gather_scores(
         SCALES=scales,
         num_warps=8,
     )
-    return members, proposal
+    return GatheredScores(members, proposal)
 
 
 @triton.jit
@@ -413,7 +425,7 @@ def settle(
         sampled.stride(0),
         num_sampled,
         cycle.active,
-        cycle.first,
+        cycle.first_position,
         cycle.lengths,
         cycle.new_lengths,
         cycle.tokens,
@@ -441,7 +453,7 @@ def _settle_kernel(
     sampled_stride,
     num_sampled_ptr,
     active_ptr,
-    first_ptr,
+    first_position_ptr,
     lengths_ptr,
     new_lengths_ptr,
     tokens_ptr,
@@ -482,7 +494,7 @@ def _settle_kernel(
         turn = tl.arange(0, TURN_BLOCK)
         is_turn = turn < NUM_TURNS
         scored = tl.load(scored_ptr + slot * NUM_TURNS + turn, mask=is_turn, other=0)
-        valid = tl.load(first_ptr + row) + num_accepted + 1
+        valid = tl.load(first_position_ptr + row) + num_accepted + 1
         scored = tl.minimum(scored, valid)
         tl.store(scored_ptr + slot * NUM_TURNS + turn, scored, mask=is_turn)
         none = tl.zeros((TURN_BLOCK,), tl.int64)
@@ -501,7 +513,7 @@ def append(
         tokens,
         gammas,
         cycle.active,
-        cycle.first,
+        cycle.first_position,
         cycle.end,
         cycle.num_drafts,
         cycle.settled,
@@ -522,7 +534,7 @@ def _append_kernel(
     proposed_ptr,
     gammas_ptr,
     active_ptr,
-    first_ptr,
+    first_position_ptr,
     end_ptr,
     num_drafts_ptr,
     settled_ptr,
@@ -538,7 +550,8 @@ def _append_kernel(
     row = tl.program_id(0)
     end = tl.load(end_ptr + row)
     length = tl.load(lengths_ptr + row * NUM_TURNS + TURN)
-    is_wanted = tl.load(active_ptr + row) & (tl.load(first_ptr + row) + end < max_model_len)
+    first_position = tl.load(first_position_ptr + row)
+    is_wanted = tl.load(active_ptr + row) & (first_position + end < max_model_len)
     if TURN == 0:
         is_wanted &= (tl.load(settled_ptr + row) == 0) & (end <= tl.load(num_drafts_ptr + row))
     else:
@@ -551,78 +564,80 @@ def _append_kernel(
         tl.store(lengths_ptr + row * NUM_TURNS + TURN, length + 1)
 
 
-def last_scored(cycle: Cycle) -> tuple[torch.Tensor, torch.Tensor]:
-    made = cycle.end.new_empty(2, cycle.num_reqs)
+def last_scored(cycle: Cycle) -> LastScored:
+    out = cycle.end.new_empty(2, cycle.num_reqs)
     _last_scored_kernel[(cycle.num_reqs,)](
-        cycle.first,
-        cycle.first_row,
+        cycle.first_position,
+        cycle.first_step_row,
         cycle.end,
         cycle.num_drafts,
-        made,
-        made.stride(0),
+        out,
+        out.stride(0),
         num_warps=1,
     )
-    return made[0], made[1]
+    return LastScored(*out)
 
 
-@triton.jit(do_not_specialize=["made_stride"])
-def _last_scored_kernel(first_ptr, first_row_ptr, end_ptr, num_drafts_ptr, made_ptr, made_stride):
+@triton.jit(do_not_specialize=["out_stride"])
+def _last_scored_kernel(
+    first_position_ptr, first_step_row_ptr, end_ptr, num_drafts_ptr, out_ptr, out_stride
+):
     row = tl.program_id(0)
-    first = tl.load(first_ptr + row)
-    first_row = tl.load(first_row_ptr + row)
+    first_position = tl.load(first_position_ptr + row)
+    first_step_row = tl.load(first_step_row_ptr + row)
     end = tl.load(end_ptr + row)
     num_drafts = tl.load(num_drafts_ptr + row)
-    tl.store(made_ptr + row, first_row + tl.minimum(end, num_drafts))
-    tl.store(made_ptr + made_stride + row, first + end - 1)
+    tl.store(out_ptr + row, first_step_row + tl.minimum(end, num_drafts))
+    tl.store(out_ptr + out_stride + row, first_position + end - 1)
 
 
 def prepare_tokens(
     state: ProposalState,
     cycle: Cycle,
     all_token_ids: torch.Tensor,
-    query_start: torch.Tensor,
+    query_start_loc: torch.Tensor,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
     seq_lens: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    start = torch.empty_like(cycle.start)
+) -> PreparedTokens:
+    read_start = torch.empty_like(cycle.step_start)
     is_again = torch.empty_like(input_ids, dtype=torch.bool)
     _prepare_tokens_kernel[(cycle.num_reqs,)](
         cycle.slots,
-        cycle.start,
-        cycle.first,
+        cycle.step_start,
+        cycle.first_position,
         cycle.end,
         cycle.tokens,
         all_token_ids,
         all_token_ids.stride(0),
-        query_start,
+        query_start_loc,
         input_ids,
         positions,
         seq_lens,
-        start,
+        read_start,
         is_again,
         state.max_model_len,
         WIDTH=cycle.tokens.shape[1],
         BLOCK=TOKEN_BLOCK,
         num_warps=1,
     )
-    return start, is_again
+    return PreparedTokens(read_start, is_again)
 
 
 @triton.jit
 def _prepare_tokens_kernel(
     slots_ptr,
-    cycle_start_ptr,
-    first_ptr,
+    step_start_ptr,
+    first_position_ptr,
     end_ptr,
     tokens_ptr,
     all_token_ids_ptr,
     all_token_ids_stride,
-    query_start_ptr,
+    query_start_loc_ptr,
     input_ids_ptr,
     positions_ptr,
     seq_lens_ptr,
-    start_ptr,
+    read_start_ptr,
     is_again_ptr,
     max_model_len,
     WIDTH: tl.constexpr,
@@ -630,20 +645,20 @@ def _prepare_tokens_kernel(
 ):
     row = tl.program_id(0)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    cycle_start = tl.load(cycle_start_ptr + row)
-    first = tl.load(first_ptr + row)
+    step_start = tl.load(step_start_ptr + row)
+    first_position = tl.load(first_position_ptr + row)
     end = tl.load(end_ptr + row)
-    query_start = tl.load(query_start_ptr + row).to(tl.int64)
-    query_len = tl.load(query_start_ptr + row + 1).to(tl.int64) - query_start
-    start = tl.maximum(tl.minimum(first + end, max_model_len) - query_len, 0)
-    tl.store(start_ptr + row, start)
-    tl.store(seq_lens_ptr + row, start + query_len)
+    query_start = tl.load(query_start_loc_ptr + row).to(tl.int64)
+    query_len = tl.load(query_start_loc_ptr + row + 1).to(tl.int64) - query_start
+    read_start = tl.maximum(tl.minimum(first_position + end, max_model_len) - query_len, 0)
+    tl.store(read_start_ptr + row, read_start)
+    tl.store(seq_lens_ptr + row, read_start + query_len)
     num_known = tl.where(slot >= 0, query_len, 0)  # of a request there is
     for block in range(0, query_len, BLOCK):
         offset = block + tl.arange(0, BLOCK)
         is_token = offset < query_len
-        position = start + offset
-        column = position - first
+        position = read_start + offset
+        column = position - first_position
         known = tl.load(
             all_token_ids_ptr + slot * all_token_ids_stride + position,
             mask=(offset < num_known) & (column < 0),
@@ -654,7 +669,7 @@ def _prepare_tokens_kernel(
         at = query_start + offset
         tl.store(input_ids_ptr + at, tl.where(column < 0, known, pending), mask=is_token)
         tl.store(positions_ptr + at, position, mask=is_token)
-        tl.store(is_again_ptr + at, position < cycle_start, mask=is_token)
+        tl.store(is_again_ptr + at, position < step_start, mask=is_token)
 
 
 def prepare_token(
@@ -668,7 +683,7 @@ def prepare_token(
     last = torch.empty_like(cycle.end)
     _prepare_token_kernel[(cycle.num_reqs,)](
         cycle.slots,
-        cycle.first,
+        cycle.first_position,
         cycle.end,
         cycle.tokens,
         all_token_ids,
@@ -687,7 +702,7 @@ def prepare_token(
 @triton.jit
 def _prepare_token_kernel(
     slots_ptr,
-    first_ptr,
+    first_position_ptr,
     end_ptr,
     tokens_ptr,
     all_token_ids_ptr,
@@ -701,15 +716,15 @@ def _prepare_token_kernel(
 ):
     row = tl.program_id(0)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    first = tl.load(first_ptr + row)
+    first_position = tl.load(first_position_ptr + row)
     end = tl.load(end_ptr + row)
     pending = tl.load(tokens_ptr + row * WIDTH + end - 1, mask=end > 0, other=0)
     known = tl.load(
-        all_token_ids_ptr + slot * all_token_ids_stride + tl.maximum(first - 1, 0),
+        all_token_ids_ptr + slot * all_token_ids_stride + tl.maximum(first_position - 1, 0),
         mask=(end <= 0) & (slot >= 0),
         other=0,
     ).to(tl.int64)
-    last = first + end - 1
+    last = first_position + end - 1
     position = tl.minimum(tl.maximum(last, 0), max_model_len - 1)
     tl.store(input_ids_ptr + row, tl.where(end > 0, pending, known))
     tl.store(positions_ptr + row, position)
@@ -722,21 +737,21 @@ def place_scores(
     cycle: Cycle,
     turn: int,
     count: int,
-    query_start: torch.Tensor,
-    start: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    made = cycle.tokens.new_empty(2, cycle.num_reqs, count)
+    query_start_loc: torch.Tensor,
+    read_start: torch.Tensor,
+) -> ScorePlaces:
+    out = cycle.tokens.new_empty(2, cycle.num_reqs, count)
     last = torch.empty_like(cycle.end)
     _place_scores_kernel[(cycle.num_reqs,)](
         cycle.slots,
         state.scored,
         cycle.active,
-        cycle.first,
+        cycle.first_position,
         cycle.end,
-        query_start,
-        start,
-        made,
-        made.stride(0),
+        query_start_loc,
+        read_start,
+        out,
+        out.stride(0),
         last,
         len(state.lengths) - 1,
         TURN=turn,
@@ -746,20 +761,20 @@ def place_scores(
         RING_SIZE=state.ring_size,
         num_warps=1,
     )
-    return *made, last
+    return ScorePlaces(*out, last)
 
 
-@triton.jit(do_not_specialize=["made_stride"])
+@triton.jit(do_not_specialize=["out_stride"])
 def _place_scores_kernel(
     slots_ptr,
     scored_ptr,
     active_ptr,
-    first_ptr,
+    first_position_ptr,
     end_ptr,
-    query_start_ptr,
-    start_ptr,
-    made_ptr,
-    made_stride,
+    query_start_loc_ptr,
+    read_start_ptr,
+    out_ptr,
+    out_stride,
     last_ptr,
     spare_slot,
     TURN: tl.constexpr,
@@ -775,17 +790,17 @@ def _place_scores_kernel(
     at = tl.arange(0, BLOCK).to(tl.int64)
     is_asked = at < COUNT
     end = tl.load(end_ptr + row)
-    first = tl.load(first_ptr + row)
+    first_position = tl.load(first_position_ptr + row)
     column = end - (COUNT - 1) + at
-    position = first + column
-    first_row = tl.load(query_start_ptr + row).to(tl.int64)
-    rows = tl.maximum(first_row + position - 1 - tl.load(start_ptr + row), first_row)
+    position = first_position + column
+    first_token = tl.load(query_start_loc_ptr + row).to(tl.int64)
+    rows = tl.maximum(first_token + position - 1 - tl.load(read_start_ptr + row), first_token)
     keep = is_asked & (position >= scored) & (column >= 0) & tl.load(active_ptr + row)
     kept = tl.where(keep, _kept_row(slot, position, RING_SIZE), _nobodys_row(slot, RING_SIZE))
-    made_ptr += row * COUNT + at
-    tl.store(made_ptr, rows, mask=is_asked)
-    tl.store(made_ptr + made_stride, kept, mask=is_asked)
-    tl.store(last_ptr + row, first + end - 1)
+    out_ptr += row * COUNT + at
+    tl.store(out_ptr, rows, mask=is_asked)
+    tl.store(out_ptr + out_stride, kept, mask=is_asked)
+    tl.store(last_ptr + row, first_position + end - 1)
     scored_until = tl.max(tl.where(keep, position + 1, 0), axis=0)
     tl.store(scored_ptr, tl.maximum(scored, scored_until))
 
@@ -793,16 +808,16 @@ def _place_scores_kernel(
 def place_score(
     state: ProposalState, cycle: Cycle, turn: int, gammas: torch.Tensor
 ) -> torch.Tensor:
-    made = torch.empty_like(cycle.end)
+    out = torch.empty_like(cycle.end)
     _place_score_kernel[(cycle.num_reqs,)](
         cycle.slots,
         state.scored,
         cycle.active,
-        cycle.first,
+        cycle.first_position,
         cycle.end,
         cycle.new_lengths,
         gammas,
-        made,
+        out,
         len(state.lengths) - 1,
         state.max_model_len,
         TURN=turn,
@@ -810,7 +825,7 @@ def place_score(
         RING_SIZE=state.ring_size,
         num_warps=1,
     )
-    return made
+    return out
 
 
 @triton.jit
@@ -818,11 +833,11 @@ def _place_score_kernel(
     slots_ptr,
     scored_ptr,
     active_ptr,
-    first_ptr,
+    first_position_ptr,
     end_ptr,
     new_lengths_ptr,
     gammas_ptr,
-    made_ptr,
+    out_ptr,
     spare_slot,
     max_model_len,
     TURN: tl.constexpr,
@@ -831,12 +846,12 @@ def _place_score_kernel(
 ):
     row = tl.program_id(0)
     slot = _slot(slots_ptr, row, spare_slot)
-    position = tl.load(first_ptr + row) + tl.load(end_ptr + row)
+    position = tl.load(first_position_ptr + row) + tl.load(end_ptr + row)
     length = tl.load(new_lengths_ptr + row * NUM_TURNS + TURN)
     keep = tl.load(active_ptr + row) & (position < max_model_len)
     keep &= length < tl.load(gammas_ptr + TURN)
     kept = tl.where(keep, _kept_row(slot, position, RING_SIZE), _nobodys_row(slot, RING_SIZE))
-    tl.store(made_ptr + row, kept)
+    tl.store(out_ptr + row, kept)
     scored = tl.load(scored_ptr + slot * NUM_TURNS + TURN)
     scored = tl.where(keep, tl.maximum(scored, position + 1), scored)
     tl.store(scored_ptr + slot * NUM_TURNS + TURN, scored)
@@ -942,7 +957,7 @@ def _end_cycle_kernel(
         tl.atomic_add(calls_ptr + turn, calls, mask=is_turn)
 
 
-def outputs(cycle: Cycle, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def outputs(cycle: Cycle, num_tokens: int) -> Outputs:
     tokens = cycle.tokens.new_empty(cycle.num_reqs, num_tokens)
     counts = tokens.new_empty(2, cycle.num_reqs, dtype=torch.int32)
     _outputs_kernel[(cycle.num_reqs,)](
@@ -958,7 +973,7 @@ def outputs(cycle: Cycle, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, 
         COLUMN_BLOCK=triton.next_power_of_2(num_tokens),
         num_warps=1,
     )
-    return tokens, counts[0], counts[1]
+    return Outputs(tokens, *counts)
 
 
 @triton.jit(do_not_specialize=["counts_stride"])

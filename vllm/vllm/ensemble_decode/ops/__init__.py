@@ -10,8 +10,8 @@ from vllm.ensemble_decode.ops import eager, fused
 def combine(
     function: EnsembleFunction,
     logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
-    probs: bool,
+    combines_probs: bool,
 ) -> torch.Tensor:  # [num_rows, vocab_size], float32
     """As `eager.combine` says."""
     ops = fused if logits.is_cuda and fused.can_combine(function, logits) else eager
-    return ops.combine(function, logits, probs)
+    return ops.combine(function, logits, combines_probs)

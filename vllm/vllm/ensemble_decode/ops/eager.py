@@ -12,17 +12,17 @@ from vllm.ensemble_decode.functions import NEG_INF, EnsembleFunction
 def combine(
     function: EnsembleFunction,
     logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
-    probs: bool,
+    combines_probs: bool,
 ) -> torch.Tensor:  # [num_rows, vocab_size], float32
     """Logits whose softmax is the ensemble's distribution.
 
     Args:
-        function: sees float32 logits, or their softmax where `probs`.
+        function: sees float32 logits, or their softmax where `combines_probs`.
         logits: raw, or processed by the sampling parameters (-inf where a token is removed).
-        probs: combine probabilities (`ensemble_target: probs`) instead of logits.
+        combines_probs: combine probabilities (`ensemble_target: probs`) instead of logits.
     """
     logits = logits.float()
-    if not probs:
+    if not combines_probs:
         return _combine_logits(function, logits)
     if function.log_space:
         return _combine_logits(function, logits.log_softmax(dim=-1))

@@ -22,15 +22,15 @@ def can_combine(function: EnsembleFunction, logits: torch.Tensor) -> bool:
 def combine(
     function: EnsembleFunction,
     logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
-    probs: bool,
+    combines_probs: bool,
 ) -> torch.Tensor:  # [num_rows, vocab_size], float32
     """As its namesake; only where `can_combine`."""
     num_members, num_rows, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     coefficients = _on_device(function.coefficients, logits.device)
-    takes_logs = probs and function.log_space
-    takes_probs = probs and not takes_logs
-    floors = not probs and min(function.coefficients) < 0
+    takes_logs = combines_probs and function.log_space
+    takes_probs = combines_probs and not takes_logs
+    floors = not combines_probs and min(function.coefficients) < 0
     out = logits.new_empty(num_rows, vocab_size, dtype=torch.float32)
     # Of each block: by member the extremes and the mass, and of the sum what it offers.
     of_members = out.new_empty(num_rows, 3, num_blocks, num_members)

@@ -1,0 +1,202 @@
+"""A cycle of turns, told once: what is done in which order, whoever runs the members.
+
+Knows turns, columns and proposals; knows neither how members are run nor CUDA graphs.  `take_turn`
+and `propose_more` are what runs without graphs, and what is captured in them.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple, Protocol, Self
+
+import torch
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm.chef.state import Cycle, Outputs, ProposalState
+from vllm.chef.stats import TurnStats
+from vllm.chef.verifier import StepScores, Verifier
+
+
+class EngineStep(NamedTuple):
+    """What vLLM has run when a cycle begins: the pass of the first turn's members."""
+
+    query_start_loc: torch.Tensor  # [num_reqs + 1]
+    cu_num_logits: torch.Tensor  # [num_reqs + 1]
+    seq_lens: torch.Tensor  # [num_reqs]
+    input_ids: torch.Tensor  # [num_tokens]
+    scores: StepScores
+    forbidden: torch.Tensor | None = None  # [num_reqs], as `begin_cycle` has it
+
+    @classmethod
+    def of_batch(
+        cls,
+        batch: InputBatch,
+        scores: StepScores,
+        forbidden: torch.Tensor | None,  # [num_reqs]
+    ) -> Self:
+        num_reqs = batch.num_reqs
+        return cls(
+            batch.query_start_loc[: num_reqs + 1],
+            batch.cu_num_logits[: num_reqs + 1],
+            batch.seq_lens[:num_reqs],
+            batch.input_ids,
+            scores,
+            forbidden,
+        )
+
+
+class Reading(NamedTuple):
+    """A pass of a turn's member over all that is new to it."""
+
+    query_start_loc: torch.Tensor  # [num_reqs + 1]
+    read_start: torch.Tensor  # [num_reqs] position of the first token
+    hidden_states: torch.Tensor  # [num_tokens, hidden_size]
+
+
+class TokenReading(NamedTuple):
+    """A pass of a turn's member over the last token of each request."""
+
+    position: torch.Tensor  # [num_reqs] of the token
+    hidden_states: torch.Tensor  # [num_reqs, hidden_size]
+
+
+class Passes(Protocol):
+    """Makes passes: prepares the inputs and the metadata of a pass, and runs one member."""
+
+    def read(self, turn: int, cycle: Cycle) -> Reading:
+        """Run the turn's member over all that is new to it."""
+
+    def read_token(self, turn: int, cycle: Cycle, number: int) -> TokenReading:
+        """Run it over the last token of each request, as the turn's pass `number` of that kind."""
+
+
+Logits = Callable[
+    [int, torch.Tensor],  # a turn, and its member's hidden states [num_rows, hidden_size]
+    torch.Tensor,  # [num_rows, vocab_size], in the type in which scores are kept
+]
+Draw = Callable[
+    [
+        torch.Tensor,  # [num_reqs, vocab_size], a member's logits
+        Cycle,
+        torch.Tensor,  # [num_reqs] position of the token before
+    ],
+    torch.Tensor,  # [num_reqs], proposed tokens
+]
+
+
+class TurnRunner:
+    """Goes through the turns of a cycle.
+
+    Args:
+        gammas: `[num_turns]` tokens that each turn proposes in the step at hand, at most.
+        compute_logits: a member's head.
+        draw: proposes tokens from a member's logits.
+    """
+
+    def __init__(
+        self,
+        state: ProposalState,
+        ops: ModuleType,
+        gammas: torch.Tensor,
+        verifier: Verifier,
+        compute_logits: Logits,
+        draw: Draw,
+    ) -> None:
+        self.turns, self.state, self.ops, self.gammas = state.turns, state, ops, gammas
+        self.verifier = verifier
+        self.compute_logits = compute_logits
+        self.draw = draw
+
+    def run(
+        self,
+        cycle: Cycle,
+        take_turn: Callable[[int], LogprobsTensors | None],
+        propose_more: Callable[[int], None],
+    ) -> tuple[Outputs, LogprobsTensors | None]:
+        """A cycle, up to the last turn's passes of one token, which `finish` makes.
+
+        `take_turn` and `propose_more` are the methods of those names, or replay graphs of them.
+        """
+        logprobs = None
+        last = len(self.turns) - 1
+        for turn in range(1, last + 1):
+            logprobs = take_turn(turn) or logprobs
+            if turn < last:
+                propose_more(turn)
+        return self.ops.outputs(cycle, self.turns.window + 1), logprobs
+
+    def finish(
+        self,
+        cycle: Cycle,
+        propose_more: Callable[[int], None],
+        stats: TurnStats,
+        calls: torch.Tensor,  # [num_turns] passes of each turn in the cycle
+    ) -> torch.Tensor:  # [num_reqs, window]
+        """The rest of a cycle; returns the tokens that are pending."""
+        propose_more(len(self.turns) - 1)
+        return self.ops.end_cycle(self.state, cycle, stats, calls)
+
+    def take_turn(
+        self, turn: int, cycle: Cycle, step: EngineStep, passes: Passes
+    ) -> LogprobsTensors | None:
+        """A turn after the first, up to its first proposal.
+
+        The second turn begins with what is left of the first, whose pass is vLLM's own: so each
+        turn is one CUDA graph.
+        """
+        logprobs = self._open(cycle, step) if turn == 1 else None
+        reading = passes.read(turn, cycle)
+        logits, last_position = self._keep_scores(turn, cycle, reading)
+        decides = self.turns.is_scorer(turn)
+        if decides:
+            logprobs = self.verifier.decide(turn, step.scores, cycle) or logprobs
+        if not (decides and self.turns.draws):  # which settles a token in all requests
+            tokens = self.draw(logits, cycle, last_position)
+            self.ops.append(self.state, cycle, turn, self.gammas, tokens, decides)
+        return logprobs
+
+    def propose_more(self, turn: int, num_passes: int, cycle: Cycle, passes: Passes) -> None:
+        """The turn's passes of one token: each proposes another."""
+        for number in range(num_passes):
+            position, hidden_states = passes.read_token(turn, cycle, number)
+            logits = self.compute_logits(turn, hidden_states)
+            kept_rows = self.ops.place_score(self.state, cycle, turn, self.gammas)
+            self.state.kept_scores[turn - 1].index_copy_(0, kept_rows, logits)
+            tokens = self.draw(logits, cycle, position)
+            self.ops.append(self.state, cycle, turn, self.gammas, tokens)
+
+    def _open(self, cycle: Cycle, step: EngineStep) -> LogprobsTensors | None:
+        """The first turn: decide, and propose the token past the window, if all of it was read."""
+        scores = step.scores
+        self.ops.begin_cycle(
+            self.state,
+            cycle,
+            step.query_start_loc,
+            step.cu_num_logits,
+            step.seq_lens,
+            step.input_ids,
+            step.forbidden,
+        )
+        logprobs = self.verifier.decide(0, scores, cycle)
+        if not self.turns.draws:
+            source = self.ops.last_scored(cycle)
+            logits = scores.logits[0][source.rows]
+            if scores.mask is not None:
+                logits = logits + scores.mask[source.rows]
+            tokens = self.draw(logits, cycle, source.last_position)
+            self.ops.append(self.state, cycle, 0, self.gammas, tokens)
+        return logprobs
+
+    def _keep_scores(
+        self, turn: int, cycle: Cycle, reading: Reading
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs, vocab_size], [num_reqs]
+        """Keep what the member says of what it has read; returns its logits of the token past the
+        end, and the position of the last token."""
+        # The columns that the member has to score, at most, back from the one past the end.
+        count = self.turns.num_unscored(turn)
+        places = self.ops.place_scores(
+            self.state, cycle, turn, count, reading.query_start_loc, reading.read_start
+        )
+        logits = self.compute_logits(turn, reading.hidden_states[places.rows.flatten()])
+        self.state.kept_scores[turn - 1].index_copy_(0, places.kept_rows.flatten(), logits)
+        return logits[count - 1 :: count], places.last_position
