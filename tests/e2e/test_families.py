@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, generate, greedy
+from engines import counted_replays, engine, generate, greedy
 from families import FAMILIES, logits_of, save_family
-from tiny_models import VOCAB_SIZE
+from tiny_models import VOCAB_SIZE, assert_same_tokens, greedy_loop, load_reference
 
 # The second is longer than all windows, and so is the third with what follows it.
 PROMPTS = [[5, 6, 7], [(7 * i + 3) % VOCAB_SIZE for i in range(40)], [9] * 15]
@@ -95,6 +95,30 @@ def test_pairs_compute_the_same_plain_and_by_turns(pair, swapped, models, tables
     assert_mean_of(tables, names, run(models, names))
     chef = dict(gamma=[1, 2], turn_order=[0, 1])
     assert_mean_of(tables, names, run(models, names, chef, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("pair", [*PAIRS[:4], ("gpt2", "mistral_16")], ids="+".join)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_pairs_emit_the_same_in_cuda_graphs(pair, swapped, compiled, models, tables, monkeypatch):
+    """Requests that ask for nothing run in the graphs of turns; `tables` come before any engine."""
+    names = list(reversed(pair)) if swapped else list(pair)
+    references = [load_reference(models[name]) for name in names]
+    expected = [greedy_loop(references, sum, prompt, 12) for prompt in PROMPTS]
+    ensemble = dict(
+        extra_model=[models[names[1]]], ensemble_fn="mean", ensemble_target="raw-logits"
+    )
+    mode = {} if compiled else {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    replays = counted_replays(monkeypatch)
+    for chef in (None, dict(gamma=[1, 2], turn_order=[0, 1])):
+        with engine(
+            models[names[0]], ensemble, chef, 2, enforce_eager=False, compilation_config=mode
+        ) as llm:
+            outputs = generate(llm, PROMPTS, greedy(12))
+        for prompt, output, tokens in zip(PROMPTS, outputs, expected, strict=True):
+            assert_same_tokens(list(output.token_ids), tokens, references, sum, prompt)
+    assert replays[True] > 0
 
 
 @pytest.mark.parametrize("draft", ["mistral_16", "mixtral", "llama_wide", "phi"])
