@@ -1,16 +1,19 @@
 """Runs an ensemble plain and by turns, and ends with one table: `python main_compare.py`.
 
 Keys are those of `main_dataset.py`, for both runs; `method` is `ensemble` or `cd`. Thin:
-`harness.comparison` runs, `reports.side_by_side` makes the table.
+`harness.comparison` makes the runs' configurations, `reports.side_by_side` the table.
 """
 
+import logging
 import shlex
 import sys
 from pathlib import Path
 
-from harness import comparison
 from harness.command import call
+from harness.comparison import make_configs
+from harness.engine import forget_closed_engines
 from harness.errors import ConfigError
+from harness.run import run
 
 CPU_NOTE = (
     "On a CPU turns can lose: contrastive decoding by turns (method=cd) had 0.8 of the plain speed "
@@ -19,18 +22,23 @@ CPU_NOTE = (
 
 
 def compare() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        jobs = comparison.make_jobs(sys.argv[1:])
-        for number, job in enumerate(jobs, start=1):
-            print(f"[{number} of 2] method={job.folder.name}", flush=True)
-            if status := comparison.run(job):
-                _say_how_to_continue(job.folder.parent)
-                sys.exit(status)
-        # After the runs: pandas and scipy take seconds.
+        configs = make_configs(sys.argv[1:])
+        folders = [Path(config.save_path) for config in configs]
+        try:
+            for number, config in enumerate(configs, start=1):
+                print(f"[{number} of 2] method={config.method.name}", flush=True)
+                run(config, config.save_path)
+                forget_closed_engines()
+        except KeyboardInterrupt:
+            _say_how_to_continue(folders[0].parent)
+            raise
+        # After the runs: pandas and scipy take seconds to import.
         from reports.runs import read_run
         from reports.side_by_side import side_by_side
 
-        plain, turns = (read_run(job.folder, str(job.folder)) for job in jobs)
+        plain, turns = (read_run(folder, str(folder)) for folder in folders)
         print("", side_by_side(plain, turns), sep="\n")
         if plain.summary["device"] == "cpu":
             print("", CPU_NOTE, sep="\n")

@@ -7,6 +7,7 @@ import gc
 import itertools
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,14 @@ def is_ensemble(config: "VllmConfig") -> bool:
     from vllm.ensemble_decode.config import CONFIG_KEY
 
     return isinstance(config.additional_config, dict) and CONFIG_KEY in config.additional_config
+
+
+def forget_closed_engines() -> None:
+    """Free what closed engines leave in this process, so that another can be started in it."""
+    if "vllm.distributed.parallel_state" in sys.modules:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
 
 
 def _num_cores() -> int:

@@ -33,9 +33,11 @@ def _heading(run: Run) -> str:
     members = " + ".join(names[member] for member in run.members)
     batch_size = run.flat.get("batch_size")
     in_flight = "all requests at once" if batch_size is None else f"batch size {batch_size}"
-    num_samples = run.summary["num_samples"]
-    where = f"{run.flat['dataset.name']} ({num_samples} samples), {in_flight}"
-    return f"{members}: {where}, temperature {run.temperature}, {run.summary['device']}"
+    data = f"{run.flat['dataset.name']} ({run.summary['num_samples']} samples)"
+    parts = [data, in_flight, f"temperature {run.temperature}"]
+    if (max_tokens := run.flat.get("method.generate.max_tokens")) is not None:
+        parts.append(f"at most {max_tokens} tokens")
+    return f"{members}: {', '.join([*parts, run.summary['device']])}"
 
 
 def _rows(plain: Run, turns: Run, comparison: Comparison) -> list[Sequence[str]]:

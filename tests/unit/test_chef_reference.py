@@ -13,6 +13,7 @@ from itertools import product
 from random import Random
 
 import pytest
+from quick import quick
 from scipy.stats import chisquare
 
 from vllm.chef.reference import Chef, Output, acceptance, residual, verify
@@ -159,7 +160,7 @@ def setting(policy: str, vocab_size: int, seed: int = 0) -> tuple[list, list[Tur
 
 
 @pytest.mark.parametrize("combine, eos", [(weighted, None), (contrastive, 2)])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", quick(POLICIES, "2 members, 1-1", "sd, 3 members"))
 def test_every_branch_adds_up_to_the_ensemble(policy, combine, eos):
     members, turns, scorers = setting(policy, vocab_size=3)
     rng = EveryBranch()
@@ -196,16 +197,18 @@ def draws_p_value(
     return chi_square_p_value(draws, exact)
 
 
-@pytest.mark.parametrize("policy", [*LONGER_POLICIES, "2 members, 1-1"])
+@pytest.mark.parametrize("policy", quick([*LONGER_POLICIES, "2 members, 1-1"], "2 members, 1-5"))
 def test_draws_are_from_the_ensemble(policy):
     assert draws_p_value(policy, vocab_size=3, length=4) > P_VALUE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", LONGER_POLICIES)
 def test_draws_past_the_longest_segment(policy):
     assert draws_p_value(policy, vocab_size=2, length=8, num_draws=3_000) > P_VALUE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["2 members, 5-1", "sd, 4 members"])
 def test_draws_of_a_contrastive_ensemble(policy):
     assert draws_p_value(policy, vocab_size=5, length=3, combine=contrastive) > P_VALUE
@@ -219,6 +222,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("policy", ["2 members, 1-1", "3 members, 2-1-3", "sd, 2 members"])
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", BROKEN)
 def test_the_test_notices_a_broken_rule(policy, broken):
     assert draws_p_value(policy, 3, 4, verify=BROKEN[broken]) < 1e-12
@@ -233,6 +237,7 @@ class KnowsTheWindow(Chef):
             self.window.pop()
 
 
+@pytest.mark.slow
 def test_the_test_notices_a_drop_that_depends_on_the_dropped_token():
     assert draws_p_value("2 members, 1-1", 3, 4, method=KnowsTheWindow) < 1e-12
 
@@ -330,7 +335,7 @@ def simulate(name: str, num_tokens: int, seed: int = 0) -> Output:
     return chef.generate((), num_tokens)
 
 
-@pytest.mark.parametrize("name", SPEEDS)
+@pytest.mark.parametrize("name", quick(SPEEDS, "1-1, a = 0.8", "1-5, a = b = 0.8"))
 def test_tokens_per_cycle_are_as_derived(name):
     out = simulate(name, 3000)
     assert len(out.tokens) / out.cycles == pytest.approx(SPEEDS[name][-1], rel=0.03)

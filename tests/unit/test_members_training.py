@@ -217,6 +217,7 @@ def test_quantised_rows_are_near(scripts):
     assert (error.abs() <= scale / 2 * 1.001).all()
 
 
+@pytest.mark.slow
 def test_stored_members_of_smollm2_are_small_enough(scripts, tmp_path):
     """12 MB and 16 MB, of models that have SmolLM2-135M's shape and nothing in them."""
     config = LlamaConfig(
@@ -273,6 +274,7 @@ def test_training_lowers_what_it_minimises(scripts, root, base, trained):
     assert torch.equal(amateur.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_weights(scripts, root, base, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(scripts.training_text, "default_roots", lambda: (root,))
     scripts.train_members.main(["--base", str(base), "--out", str(tmp_path), *FLAGS])

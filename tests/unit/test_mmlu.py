@@ -224,6 +224,7 @@ def test_every_form_of_an_answer_finds_its_option_whatever_the_options(form):
             assert extract_letter(form.format(letter=letter, text=text), row["choices"]) == letter
 
 
+@pytest.mark.slow
 def test_a_text_without_end_is_read_in_linear_time():
     for part in ("A ", "answer ", "the answer is ", "I would ", "(", "**", "\n", "so it is "):
         start = time.process_time()

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pandas as pd
 import pytest
+from quick import quick
 from run_directories import TURNS, make_config, make_run
 
 from reports import figures, tables
@@ -168,6 +169,7 @@ def test_figures_are_pictures_in_both_themes(study):
         assert f'src="{name}_light.svg"' in text
 
 
+@pytest.mark.slow
 def test_the_same_results_make_the_same_files(study):
     main([str(study), "--output", str(study / "report")])
     main([str(study), "--output", str(study / "second")])
@@ -212,7 +214,7 @@ def test_lines_end_where_nothing_was_judged(tmp_path):
     assert line == ("cd_chef", 1, "small", [0.25, 0.5])
 
 
-@pytest.mark.parametrize("num_runs", [1, 40])
+@pytest.mark.parametrize("num_runs", quick([1, 40], 1))
 def test_any_study_can_be_drawn(tmp_path, num_runs):
     for i in range(num_runs):
         config = make_config(
