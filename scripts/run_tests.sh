@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up, then lints and tests: scripts/run_tests.sh [arguments for pytest]
+# Sets up, lints, builds the documentation and tests: scripts/run_tests.sh [arguments for pytest]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,5 +12,6 @@ python scripts/prepare_models.py
 
 ruff check .
 ruff format --check .
+scripts/docs.sh build
 # Two processes, for two cores; a file's tests stay together, since they share engines.
 exec python -m pytest -n 2 --dist loadfile "$@"
