@@ -13,12 +13,14 @@ import torch
 
 from vllm.chef.cycle import EngineStep, Reading, TokenReading, TurnRunner
 from vllm.chef.gammas import StepGammas
+from vllm.chef.graphs import CycleGraphs
 from vllm.chef.ops import eager as ops
 from vllm.chef.passes import reading_query_start_loc
 from vllm.chef.prompt_logprobs import at_step_tokens
 from vllm.chef.sampling import FilterParams
 from vllm.chef.state import Cycle, Outputs, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
+from vllm.chef.step import CycleStep
 from vllm.chef.turns import Turns, chef_turns, sd_turns
 from vllm.chef.verifier import StepScores
 
@@ -133,17 +135,11 @@ class World:
         shallower = self.rng.random() < 0.3
         window = self.turns.window
         self.gammas.set_depth(self.rng.randint(0, window) if shallower else window)
-        runner, cycle = self.turn_runner, self.cycle
-
-        def propose_more(turn: int) -> None:
-            runner.propose_more(turn, self.gammas.num_passes(turn), cycle, self.passes)
-
-        def take_turn(turn: int) -> None:
-            runner.take_turn(turn, cycle, step, self.passes)
-
-        outputs, _ = runner.run(cycle, take_turn, propose_more)
-        pending = runner.finish(cycle, propose_more, self.stats, self.gammas.calls)
-        self.commit(queries, outputs, pending)
+        cycle_step = CycleStep(
+            None, self.cycle, self.turn_runner, self.passes, self.gammas, CycleGraphs()
+        )
+        outputs, _ = cycle_step.run(step)
+        self.commit(queries, outputs, cycle_step.finish(self.stats))
 
     def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> None:
         """A random decision in the place of the verifier's, whose scores must be there."""

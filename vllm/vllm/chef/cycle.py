@@ -67,7 +67,7 @@ class Passes(Protocol):
         """Run the turn's member over all that is new to it."""
 
     def read_token(self, turn: int, cycle: Cycle, number: int) -> TokenReading:
-        """Run it over the last token of each request, as the turn's pass `number` of that kind."""
+        """Run it over the last token of each request; `number` such passes came before."""
 
 
 Logits = Callable[
@@ -115,7 +115,7 @@ class TurnRunner:
     ) -> tuple[Outputs, LogprobsTensors | None]:
         """A cycle, up to the last turn's passes of one token, which `finish` makes.
 
-        `take_turn` and `propose_more` are the methods of those names, or replay graphs of them.
+        `take_turn` and `propose_more` call the methods of those names, or replay graphs of them.
         """
         logprobs = None
         last = len(self.turns) - 1
@@ -141,8 +141,8 @@ class TurnRunner:
     ) -> LogprobsTensors | None:
         """A turn after the first, up to its first proposal.
 
-        The second turn begins with what is left of the first, whose pass is vLLM's own: so each
-        turn is one CUDA graph.
+        vLLM itself has run the first turn's pass.  What is left of that turn begins the second one,
+        so that a turn needs no more than one CUDA graph up to here.
         """
         logprobs = self._open(cycle, step) if turn == 1 else None
         reading = passes.read(turn, cycle)
@@ -190,8 +190,10 @@ class TurnRunner:
     def _keep_scores(
         self, turn: int, cycle: Cycle, reading: Reading
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs, vocab_size], [num_reqs]
-        """Keep what the member says of what it has read; returns its logits of the token past the
-        end, and the position of the last token."""
+        """Keep the member's scores of what it has read.
+
+        Returns its logits of the token past the end, and the position of the last token.
+        """
         # The columns that the member has to score, at most, back from the one past the end.
         count = self.turns.num_unscored(turn)
         places = self.ops.place_scores(

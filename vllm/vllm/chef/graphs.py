@@ -49,8 +49,10 @@ def obstacle_to_graphs(speculator: DraftModelSpeculator, query_len: int) -> str 
 
 
 def for_the_same_batches(vllm_config: VllmConfig, step_len: int, length: int) -> VllmConfig:
-    """The same, with graphs for `length` tokens of as many requests as vLLM has graphs for of
-    `step_len`: its sizes are in tokens, which it rounds up."""
+    """A copy whose capture sizes cover the same request counts, at `length` tokens each.
+
+    vLLM's own sizes are in tokens.  It rounds them up to whole requests of `step_len` tokens.
+    """
     config = copy(vllm_config)
     # Of dynamic speculation it would make graphs of other lengths too.
     config.speculative_config = None
@@ -139,8 +141,8 @@ class TurnGraphs:
                 manager.capture(captured, *args, progress_bar_desc=description)
 
     def find(self, num_reqs: int, step_len: int, filters: bool) -> Replay | None:
-        """What replays the graph in which the member reads, after an engine step of so many tokens
-        per request; None where there is none."""
+        """A call that replays the graph in which the member reads; None where there is no graph
+        for so many requests of `step_len` tokens each in the engine step."""
         if step_len not in self.lengths:
             return None
         manager, length = self.reading[step_len, filters], self.lengths[step_len]
@@ -150,7 +152,7 @@ class TurnGraphs:
         return partial(manager.run_fullgraph, desc)
 
     def find_passes(self, number: int, num_reqs: int) -> Replay | None:
-        """What replays so many passes of one token; None where there is no graph of them."""
+        """A call that replays so many passes of one token; None where there is no graph of them."""
         manager = self.loops.get(number)
         if manager is None:
             return None
@@ -174,8 +176,8 @@ class StepBuffers:
 
     Args:
         members: of the first turn.
-        engine_inputs: vLLM's own, of its uniform batches.
-        step_lens: all that a request of a replayed step may have tokens.
+        engine_inputs: the input buffers of vLLM's own pass.
+        step_lens: the numbers of tokens that each request of a replayed step may have.
     """
 
     def __init__(
@@ -192,7 +194,7 @@ class StepBuffers:
             num_rows, sum(members.hidden_sizes), dtype=dtype, device=device
         )
         """[num_rows, sum of the members' hidden sizes] of its rows of logits"""
-        # What the first graph of a step makes of them is for those after it as well.
+        # The first graph of a step computes them, and those after it read them too.
         self.logits = [
             logits.new_zeros(num_rows, logits.shape[-1])
             for logits in members.compute_member_logits(self.hidden_states[:1])
@@ -206,7 +208,7 @@ class StepBuffers:
         hidden_states: torch.Tensor,  # [num_tokens, sum of the members' hidden sizes]
         logits_indices: torch.Tensor,  # [num_rows]
     ) -> None:
-        """Ahead of the graphs of a step, since vLLM's own hidden states move about."""
+        """Copy them ahead of a step's graphs: vLLM's own move about."""
         out = self.hidden_states[: len(logits_indices)]
         torch.index_select(hidden_states, 0, logits_indices, out=out)
 

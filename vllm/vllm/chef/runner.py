@@ -105,7 +105,8 @@ class ChefRunner(MemberRunner):
     def _find_graphs(
         self, step: CycleStep, grammar_output: GrammarOutput | None
     ) -> list[Replay] | None:
-        """What replays the step; None where it has no graphs, or its requests ask for more."""
+        """Calls that replay the step; None where it has no graphs, or its requests ask for more
+        than these hold."""
         if grammar_output is not None or self.prompt_logprobs_worker.is_asked:
             return None
         if not asks_for_filters_only(self.sampler, step.batch):
@@ -130,7 +131,7 @@ class ChefRunner(MemberRunner):
         batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> EngineStep:
-        """What the first turn's members make of the step, and what a grammar leaves of it."""
+        """The step as vLLM has run it, with the first turn's logits and the grammar's mask."""
         logits = self.model.compute_member_logits(hidden_states[batch.logits_indices])
         mask = forbidden = None
         if grammar_output is not None:

@@ -41,9 +41,9 @@ logger = init_logger(__name__)
 class ChefSpeculator(StandaloneARSpeculator):
     """Loads and calls the members whose turns come after the first.
 
-    vLLM's runner calls `load_model`, ours `set_sampler`, vLLM's `set_attn`,
-    `init_cudagraph_manager` and `capture`, in this order.  In a step ours calls `begin`, which
-    gives it a `CycleStep`, and vLLM's `propose`, which finishes that.
+    Before the first step, these are called in this order: `load_model`, `set_sampler`, `set_attn`,
+    `init_cudagraph_manager`, `capture`.  All are vLLM's but `set_sampler`.  In each step our runner
+    calls `begin` and gets a `CycleStep`.  Later vLLM calls `propose`, which finishes it.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.gammas = StepGammas(turns, depths, device)
         self.graphs = CycleGraphs()
 
-    # What vLLM calls before the first step
+    # Before the first step
 
     def load_draft_model(
         self, target_model: MemberGroup, target_attn_layer_names: set[str]
@@ -90,7 +90,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         return load_member(self.vllm_config, self.member_configs, member)
 
     def _make_state(self) -> None:
-        """As large as it gets while vLLM measures what loading takes."""
+        """Windows and scores of all requests; part of what vLLM measures as the models' memory."""
         self.state = ProposalState(
             self.turns,
             self.max_num_reqs,
@@ -213,7 +213,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         cycle = self.all_cycle.rows(num_reqs)
         self.turn_runner.propose_more(turn, num_passes, cycle, passes)
 
-    # A step
+    # In a step
 
     def begin(self, batch: InputBatch, num_tokens: int) -> CycleStep:
         """Start the step's cycle, which is to leave `num_tokens` in a window, at most."""
@@ -245,7 +245,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         return self.ops.load(self.all_cycle, batch.idx_mapping[: batch.num_reqs], states)
 
     def _refresh_block_tables(self) -> None:
-        """Of kernels with blocks of another size, which graphs do not derive themselves."""
+        """For kernels whose block size is not vLLM's: graphs read their tables, and make none."""
         for groups in self.attn_groups:
             for group in groups:
                 tables = self.block_tables.input_block_tables[group.kv_cache_group_id]
@@ -270,10 +270,10 @@ class ChefSpeculator(StandaloneARSpeculator):
         """End the step: the last turn's proposals, and the window for the next step."""
         return self._dummy_run(input_batch) if dummy_run else self.step.finish(self.stats)
 
-    # vLLM's memory profile
+    # For vLLM's memory profile
 
     def _dummy_run(self, input_batch: InputBatch) -> torch.Tensor:
-        """Every member once over as many tokens, also for its compilation."""
+        """Run every member once over as many tokens; this compiles it as well."""
         num_tokens = input_batch.num_tokens + input_batch.num_reqs * self.num_extra_query_per_req
         num_tokens = min(num_tokens, self.max_num_tokens)
         for turn in range(1, len(self.turns)):
@@ -282,6 +282,6 @@ class ChefSpeculator(StandaloneARSpeculator):
         return self.draft_tokens[: input_batch.num_reqs]
 
     def dummy_decision(self, batch: InputBatch, scores: StepScores) -> None:
-        """The last decision of a cycle, which goes over most columns."""
+        """The last decision of a cycle, which takes the most memory."""
         cycle = self._load_cycle(batch)
         self.verifier.decide(self.turns.last_scorer, scores, cycle)

@@ -34,9 +34,11 @@ class CycleStep:
         self.gammas, self.graphs = gammas, graphs
 
     def find_graphs(self, filters: bool) -> list[Replay] | None:
-        """What replays the turns after the first, for requests that ask for no more than
-        temperature and, where `filters`, min-p, top-k and top-p; None where a turn has no graph of
-        such a step."""
+        """Calls that replay the turns after the first; None where a turn has no graph of the step.
+
+        They are for requests that ask for no more than temperature and, where `filters`, min-p,
+        top-k and top-p.
+        """
         step_len = uniform_step_len(self.batch)
         if step_len is None:
             return None
@@ -73,7 +75,10 @@ class CycleStep:
         return self.turn_runner.finish(self.cycle, self._propose_more, stats, self.gammas.calls)
 
     def _propose_more(self, turn: int) -> None:
-        """In a graph where there is one of so many passes, also after a turn that had none."""
+        """The turn's passes of one token, in a graph where there is one.
+
+        They may have a graph where what the turn has read before had none.
+        """
         num_passes = self.gammas.num_passes(turn)
         replay = self.graphs.find_passes(turn, num_passes, self.cycle.num_reqs)
         if replay is not None:
