@@ -15,8 +15,7 @@ from run_directories import make_config, make_run
 import main_compare
 from harness import comparison
 from harness.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
+from repository import ROOT
 
 
 @pytest.fixture(autouse=True)
