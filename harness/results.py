@@ -57,6 +57,13 @@ class RunDirectory:
     def open(self) -> None:
         """Make the directory; leave out a line that a killed run left unfinished."""
         try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._file = self.samples.open("ab")
         except OSError as error:

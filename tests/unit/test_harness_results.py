@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from omegaconf import OmegaConf
@@ -26,16 +28,17 @@ SAMPLE = {
 
 
 @pytest.fixture
-def directory(tmp_path) -> RunDirectory:
-    run = RunDirectory(tmp_path / "a" / "run", CONFIG)
-    run.open()
-    return run
+def directory(tmp_path) -> Iterator[RunDirectory]:
+    with closing(RunDirectory(tmp_path / "a" / "run", CONFIG)) as run:
+        run.open()
+        yield run
 
 
 def test_nothing_is_written_before_create(tmp_path):
     run = RunDirectory(tmp_path / "a" / "run", CONFIG)
     assert list(tmp_path.iterdir()) == []
-    run.open()
+    with closing(run):
+        run.open()
     assert OmegaConf.load(tmp_path / "a" / "run" / "config.yaml") == CONFIG
 
 
@@ -67,8 +70,9 @@ def test_run_of_the_same_configuration_is_continued(directory):
     directory.append_sample(SAMPLE)
     directory.close()
     again = RunDirectory(directory.path, {**CONFIG, "save_path": "b", "verbose": True})
-    again.open()
-    again.append_sample({**SAMPLE, "index": 1})
+    with closing(again):
+        again.open()
+        again.append_sample({**SAMPLE, "index": 1})
     assert [sample["index"] for sample in again.read_samples()] == [0, 1]
     assert OmegaConf.load(directory.path / "config.yaml") == CONFIG
 
@@ -119,8 +123,9 @@ def test_line_that_was_cut_off_is_left_out(directory):
     directory.samples.write_bytes(text[:-5])
     again = RunDirectory(directory.path, CONFIG)
     assert again.read_samples() == [SAMPLE]
-    again.open()
-    again.append_sample({**SAMPLE, "index": 2})
+    with closing(again):
+        again.open()
+        again.append_sample({**SAMPLE, "index": 2})
     assert [sample["index"] for sample in again.read_samples()] == [0, 2]
 
 
@@ -147,7 +152,8 @@ def test_of_two_runs_that_start_together_the_other_may_be_a_different_one(tmp_pa
 
 def test_directory_with_other_files_is_taken(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    RunDirectory(tmp_path, CONFIG).open()
+    with closing(RunDirectory(tmp_path, CONFIG)) as run:
+        run.open()
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "notes.txt", "samples.jsonl"]
 
 
@@ -186,7 +192,8 @@ def test_path_below_a_file_is_refused(tmp_path):
 
 def test_relative_path_in_a_folder_that_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    RunDirectory("new/run", CONFIG).open()
+    with closing(RunDirectory("new/run", CONFIG)) as run:
+        run.open()
     assert (tmp_path / "new" / "run" / "samples.jsonl").is_file()
 
 

@@ -231,7 +231,9 @@ def test_job_that_outlives_its_sweep_keeps_its_gpu(monkeypatch):
         job = popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=fds)
     assert sweep._lock(sweep._visible_devices(), 1) == {}
     job.communicate(b"\n")
-    assert [*sweep._lock(sweep._visible_devices(), 1)] == ["0"]
+    free = sweep._lock(sweep._visible_devices(), 1)
+    assert [*free] == ["0"]
+    free["0"].close()
 
 
 def test_gpus_are_those_that_the_driver_lists(monkeypatch):
