@@ -11,7 +11,6 @@ from pathlib import Path
 import engines  # noqa: F401 - its settings of this process, before vLLM is imported
 import pytest
 from bench_engine import BenchEngine
-from quick import quick
 from report import complete, expected_tokens, turns_of
 from runs import Plan, Run
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -53,7 +52,8 @@ def settings() -> Namespace:
     )
 
 
-@pytest.mark.parametrize("case", quick(CASES, "stock"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_acceptance_is_what_was_set(case, settings, tmp_path):
     run = Run.parse(CASES[case])
     settings.temperature = [1.0 if case in ("chef-1-1", "outside") else 0.0]
