@@ -10,10 +10,11 @@ from pathlib import Path
 
 import engines  # noqa: F401 - its settings of this process, before vLLM is imported
 import pytest
-from bench_engine import BenchEngine
-from report import complete, expected_tokens, turns_of
-from runs import Plan, Run
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+from benchmarks.bench_engine import BenchEngine
+from benchmarks.plans import Plan, Run
+from benchmarks.ratios import complete, expected_tokens, turns_of
 
 TINY = "llama-tiny"
 RATES = (0.0, 0.7, 1.0)
