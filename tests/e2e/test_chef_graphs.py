@@ -231,6 +231,7 @@ MORE_THAN_FILTERS = [
 ]
 
 
+@pytest.mark.slow
 def test_graphs_are_for_requests_that_ask_for_filters_only(models):
     settings = dict(extra_model=models[1:2], ensemble_fn="mean", ensemble_target="logits")
     with engine(models[0], settings, dict(gamma=[1, 4]), 4) as llm:

@@ -161,7 +161,8 @@ class Steps:
 
 
 @pytest.fixture(scope="module")
-def llm(models, ensemble) -> LLM:
+def llm(models, ensemble, expected) -> LLM:
+    # `expected` first: an engine that ends takes with it what another has in this process.
     with engine(models[0], ensemble, CHEF, WINDOW, async_scheduling=False) as llm:
         yield llm
 

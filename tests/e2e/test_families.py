@@ -35,6 +35,8 @@ PAIRS = [
     ("opt", "olmo3"),
 ]
 
+pytestmark = pytest.mark.slow
+
 Tables = dict[str, list[torch.Tensor]]
 
 

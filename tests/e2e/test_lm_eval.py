@@ -356,6 +356,7 @@ def check_samples(root: Path, samples: dict, references) -> None:
         assert sample["acc"] == float(scores.index(max(scores)) == sample["doc"]["gold"])
 
 
+@pytest.mark.slow
 def test_multirun_is_refused(root, cwd):
     result = command(root, cwd, "--multirun", *ARGUMENTS)
     assert result.returncode != 0

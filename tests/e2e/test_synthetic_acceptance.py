@@ -10,11 +10,11 @@ from pathlib import Path
 
 import engines  # noqa: F401 - its settings of this process, before vLLM is imported
 import pytest
-from bench_engine import BenchEngine
-from quick import quick
-from report import complete, expected_tokens, turns_of
-from runs import Plan, Run
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+from benchmarks.bench_engine import BenchEngine
+from benchmarks.plans import Plan, Run
+from benchmarks.ratios import complete, expected_tokens, turns_of
 
 TINY = "llama-tiny"
 RATES = (0.0, 0.7, 1.0)
@@ -53,7 +53,8 @@ def settings() -> Namespace:
     )
 
 
-@pytest.mark.parametrize("case", quick(CASES, "stock"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_acceptance_is_what_was_set(case, settings, tmp_path):
     run = Run.parse(CASES[case])
     settings.temperature = [1.0 if case in ("chef-1-1", "outside") else 0.0]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from compile_for_cuda import compile_launches, recorded
+from quick import quick
 from vllm.triton_utils import HAS_TRITON
 
 from vllm.ensemble_decode.functions import make_function
@@ -53,7 +54,7 @@ def logits(num_members: int, vocab_size: int, removed: bool, dtype: torch.dtype)
 @pytest.mark.parametrize("probs", [False, True])
 @pytest.mark.parametrize("removed", [False, True])
 @pytest.mark.parametrize("vocab_size", [7, fused.BLOCK, 2 * fused.BLOCK + 100])
-@pytest.mark.parametrize("case", FUNCTIONS)
+@pytest.mark.parametrize("case", quick(FUNCTIONS, "weights", "contrastive-3"))
 def test_kernels_combine_as_torch_does(case, vocab_size, removed, probs, dtype):
     name, num_members, args = FUNCTIONS[case]
     function = make_function(name, num_members, args)

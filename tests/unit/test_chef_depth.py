@@ -6,6 +6,7 @@ from operator import mul
 from types import SimpleNamespace
 
 import pytest
+from quick import quick
 
 from vllm.chef import depth as depth_module
 from vllm.chef import scheduler as scheduler_module
@@ -51,7 +52,7 @@ class World:
         return accepted + 1
 
 
-@pytest.mark.parametrize("num_reqs", [1, 3, 64])
+@pytest.mark.parametrize("num_reqs", quick([1, 3, 64], 3))
 @pytest.mark.parametrize(
     ("acceptance", "base", "each"),
     [
@@ -74,7 +75,7 @@ def test_best_depth_is_found_and_held(num_reqs, acceptance, base, each):
     assert world.tokens / num_reqs / world.seconds > 0.95 * best
 
 
-@pytest.mark.parametrize("num_reqs", [1, 8])
+@pytest.mark.parametrize("num_reqs", quick([1, 8], 8))
 @pytest.mark.parametrize(
     "acceptance", [(0.9, 0.5), (0.4, 0.8), (0.3, 0.9), (0.5, 0.9), (0.9, 0.7), (0.8, 0.8)]
 )

@@ -1,8 +1,9 @@
 """Random rows of logits for the tests of CPU kernels, and the requests that they are of."""
 
 import torch
+from quick import quick
 
-VOCAB_SIZES = (5, 64, 1000, 1025, 3000)
+VOCAB_SIZES = quick((5, 64, 1000, 1025, 3000), 5, 1025)
 MAX_NUM_REQS = 6
 SEEDS = torch.tensor([0, -1, 2**40 + 3, -(2**62), 12345, 7])
 

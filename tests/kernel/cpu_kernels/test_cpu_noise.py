@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from quick import quick
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
 
-@pytest.mark.parametrize("vocab_size", [5, 1025])
+@pytest.mark.parametrize("vocab_size", quick([5, 1025], 5))
 def test_draws_over_seeds_and_positions(compare, vocab_size):
     """All noise and no logits: the draw is then the noise, and 150 of them must be the same."""
     generator = torch.Generator().manual_seed(1)
