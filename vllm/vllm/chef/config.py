@@ -16,7 +16,7 @@ CONFIG_KEY = "chef"
 POLICIES = ("chef", "sd")
 AUTO, DEFAULT_MAX_GAMMA = "auto", 5
 SCHEDULER = "vllm.chef.scheduler.make_scheduler"
-# What vLLM's own speculation can be asked for, and members that take turns would not do.
+# Options of vLLM's own speculation that members in turns would ignore, with their defaults.
 CARRIER_OPTIONS = {
     "parallel_drafting": False,
     "use_local_argmax_reduction": False,
@@ -33,16 +33,17 @@ class ChefConfig(PlainData):
     """Turns as the user asks for them.
 
     Args:
-        policy: `chef`, members take turns; `sd`, the last member always proposes.
-        gamma: tokens that a member proposes in its turn. A number: of the cheapest member, the
-            others propose one. A list: one entry per member in the user's order. "auto": chosen
-            as it goes, by batch size, from none at all to `max_gamma`.
-        max_gamma: of "auto", a number or a list as `gamma`; None: 5.
-        turn_order: the members' places in the user's order, in the order of their calls. None
-            leaves it to `chef_turns`.
+        policy: `chef`: members take turns. `sd`: the last member always proposes.
+        gamma: tokens that a member proposes in its turn. A number is for the cheapest member, and
+            every other member proposes one token. A list has one entry per member, in the user's
+            order. With "auto", the engine chooses while it runs, by batch size, from 0 to
+            `max_gamma` tokens.
+        max_gamma: the limit for "auto", a number or a list like `gamma`. None: 5.
+        turn_order: the members' places in the user's order, in the order of their calls. None:
+            `chef_turns` chooses.
 
     Raises:
-        ValueError: one line that names the key, for any value that cannot be meant.
+        ValueError: one line that names the key, for any value that is out of range.
     """
 
     config_key: ClassVar[str] = CONFIG_KEY
@@ -75,7 +76,7 @@ class ChefConfig(PlainData):
 
     @property
     def gamma_limit(self) -> int | tuple[int, ...]:
-        """What a member proposes in its turn, at most."""
+        """The most tokens that a member proposes in its turn."""
         return self.max_gamma or DEFAULT_MAX_GAMMA if self.is_adaptive else self.gamma
 
     def _checked_gamma(self, name: str) -> int | tuple[int, ...]:
@@ -106,7 +107,7 @@ class ChefConfig(PlainData):
         object.__setattr__(self, "turn_order", tuple(order))
 
     def make_turns(self, costs: Sequence[float], scores: Sequence[bool]) -> Turns:
-        """The turns of members with these relative costs; `scores` as in `Turns`.
+        """The turns of members with these relative costs. For `scores`, see `Turns`.
 
         Raises:
             ValueError: one line that names the key and the remedy.
@@ -146,7 +147,8 @@ class ChefConfig(PlainData):
 def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfig], Turns]:
     """The ensemble, its members and their turns, checked before any weight is loaded.
 
-    Raises ValueError with one line that names the key and the remedy.
+    Raises:
+        ValueError: one line that names the key and the remedy.
     """
     ensemble, members = check_ensemble(vllm_config)
     config = ChefConfig.from_additional_config(vllm_config.additional_config)
@@ -158,7 +160,7 @@ def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfi
 
 
 def relative_cost(member: ModelConfig) -> float:
-    """About the member's number of weights that a token reads, from its config alone."""
+    """Roughly the number of the member's weights that one token reads, from its config alone."""
     config = member.hf_text_config
     hidden = member.get_hidden_size()
     head_size = member.get_head_size()
@@ -170,10 +172,11 @@ def relative_cost(member: ModelConfig) -> float:
 
 
 def max_scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
-    """Tokens that a step may schedule, so that no member's pass is longer than vLLM compiles for.
+    """The most tokens that a step may schedule, so that every pass fits the length vLLM compiles
+    for.
 
-    The last member sees, besides what is scheduled, what the others proposed in the same step;
-    vLLM's scheduler itself allows for one such token per request.
+    The last member sees the scheduled tokens, and also the tokens that the others proposed in the
+    same step. vLLM's scheduler itself reserves room for one such token per request.
     """
     scheduler = vllm_config.scheduler_config
     more = turns.num_new(len(turns) - 1) - 1
@@ -181,15 +184,21 @@ def max_scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
 
 
 def depth_schedule(turns: Turns) -> list[list[int]]:
-    """All depths, as vLLM's `num_speculative_tokens_per_batch_size`, so that it prepares for each:
-    one per batch size, of which there must be as many.  Which is taken when, the scheduler decides.
+    """All depths, as vLLM's `num_speculative_tokens_per_batch_size`, so that vLLM prepares for each
+    depth.
+
+    The schedule has one depth per batch size, so there must be as many batch sizes as depths. The
+    scheduler decides which depth a step uses.
     """
     depths = list(reversed(range(turns.window + 1)))
     return [[size, size, depth] for size, depth in enumerate(depths, start=1)]
 
 
 def _check_carrier(vllm_config: VllmConfig, turns: Turns, is_adaptive: bool) -> None:
-    """vLLM carries a window from step to step as the draft tokens of a draft model."""
+    """Check the speculation that carries the window.
+
+    vLLM carries a window from step to step as the draft tokens of a draft model.
+    """
     speculative = vllm_config.speculative_config
     given = None if speculative is None else speculative.num_speculative_tokens
     if speculative is None or speculative.method != "draft_model" or given != turns.window:
@@ -231,7 +240,7 @@ def _check_adaptive(vllm_config: VllmConfig, turns: Turns) -> None:
 
 
 def _check_parallel(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> None:
-    """What would have the ranks wait for each other in passes that not all of them make."""
+    """Refuse members whose ranks would wait for each other in passes that not all ranks make."""
     parallel = vllm_config.parallel_config
     experts = [member.model for member in members if member.is_moe]
     if experts and parallel.data_parallel_size > 1:

@@ -1,7 +1,8 @@
-"""A cycle of turns, told once: what is done in which order, whoever runs the members.
+"""The order of a cycle of turns, written once.
 
-Knows turns, columns and proposals; knows neither how members are run nor CUDA graphs.  `take_turn`
-and `propose_more` are what runs without graphs, and what is captured in them.
+This module knows turns, columns and proposals. It does not know how members are run, or CUDA
+graphs. `take_turn` and `propose_more` run without graphs, and the same functions are captured in
+graphs.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ class EngineStep(NamedTuple):
     seq_lens: torch.Tensor  # [num_reqs]
     input_ids: torch.Tensor  # [num_tokens]
     scores: StepScores
-    forbidden: torch.Tensor | None = None  # [num_reqs], as `begin_cycle` has it
+    forbidden: torch.Tensor | None = None  # [num_reqs], see `begin_cycle`
 
     @classmethod
     def of_batch(
@@ -46,7 +47,7 @@ class EngineStep(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """A pass of a turn's member over all that is new to it."""
+    """A pass of a turn's member over all tokens that are new to it."""
 
     query_start_loc: torch.Tensor  # [num_reqs + 1]
     read_start: torch.Tensor  # [num_reqs] position of the first token
@@ -56,29 +57,32 @@ class Reading(NamedTuple):
 class TokenReading(NamedTuple):
     """A pass of a turn's member over the last token of each request."""
 
-    position: torch.Tensor  # [num_reqs] of the token
+    position: torch.Tensor  # [num_reqs] position of that token
     hidden_states: torch.Tensor  # [num_reqs, hidden_size]
 
 
 class Passes(Protocol):
-    """Makes passes: prepares the inputs and the metadata of a pass, and runs one member."""
+    """Prepares the inputs and the metadata of a pass, and runs one member."""
 
     def read(self, turn: int, cycle: Cycle) -> Reading:
-        """Run the turn's member over all that is new to it."""
+        """Run the turn's member over all tokens that are new to it."""
 
     def read_token(self, turn: int, cycle: Cycle, number: int) -> TokenReading:
-        """Run it over the last token of each request; `number` such passes came before."""
+        """Run the turn's member over the last token of each request.
+
+        `number` counts the passes of this kind that the turn has made before.
+        """
 
 
 Logits = Callable[
     [int, torch.Tensor],  # a turn, and its member's hidden states [num_rows, hidden_size]
-    torch.Tensor,  # [num_rows, vocab_size], in the type in which scores are kept
+    torch.Tensor,  # [num_rows, vocab_size], in the dtype of `ProposalState.scores`
 ]
 Draw = Callable[
     [
         torch.Tensor,  # [num_reqs, vocab_size], a member's logits
         Cycle,
-        torch.Tensor,  # [num_reqs] position of the token before
+        torch.Tensor,  # [num_reqs] position of the token before the drawn one
     ],
     torch.Tensor,  # [num_reqs], proposed tokens
 ]
@@ -88,7 +92,7 @@ class TurnRunner:
     """Goes through the turns of a cycle.
 
     Args:
-        gammas: `[num_turns]` tokens that each turn proposes in the step at hand, at most.
+        gammas: `[num_turns]` the most tokens that each turn proposes in this step.
         compute_logits: a member's head.
         draw: proposes tokens from a member's logits.
     """
@@ -113,9 +117,9 @@ class TurnRunner:
         take_turn: Callable[[int], LogprobsTensors | None],
         propose_more: Callable[[int], None],
     ) -> tuple[Outputs, LogprobsTensors | None]:
-        """A cycle, up to the last turn's passes of one token, which `finish` makes.
+        """Run a cycle, except for the last turn's passes of one token, which `finish` makes.
 
-        `take_turn` and `propose_more` call the methods of those names, or replay graphs of them.
+        `take_turn` and `propose_more` call the methods of the same names, or replay graphs of them.
         """
         logprobs = None
         last = len(self.turns) - 1
@@ -130,9 +134,9 @@ class TurnRunner:
         cycle: Cycle,
         propose_more: Callable[[int], None],
         stats: TurnStats,
-        calls: torch.Tensor,  # [num_turns] passes of each turn in the cycle
+        calls: torch.Tensor,  # [num_turns] passes of each turn in this cycle
     ) -> torch.Tensor:  # [num_reqs, window]
-        """The rest of a cycle; returns the tokens that are pending."""
+        """Run the rest of a cycle. Returns the pending tokens."""
         propose_more(len(self.turns) - 1)
         return self.ops.end_cycle(self.state, cycle, stats, calls)
 
@@ -141,8 +145,8 @@ class TurnRunner:
     ) -> LogprobsTensors | None:
         """A turn after the first, up to its first proposal.
 
-        vLLM itself has run the first turn's pass.  What is left of that turn begins the second one,
-        so that a turn needs no more than one CUDA graph up to here.
+        vLLM itself has run the first turn's pass. The second turn begins with the rest of the first
+        turn. Each turn therefore needs only one CUDA graph up to here.
         """
         logprobs = self._open(cycle, step) if turn == 1 else None
         reading = passes.read(turn, cycle)
@@ -150,13 +154,13 @@ class TurnRunner:
         decides = self.turns.is_scorer(turn)
         if decides:
             logprobs = self.verifier.decide(turn, step.scores, cycle) or logprobs
-        if not (decides and self.turns.draws):  # which settles a token in all requests
+        if not (decides and self.turns.draws):  # a draw settles a token in every request
             tokens = self.draw(logits, cycle, last_position)
             self.ops.append(self.state, cycle, turn, self.gammas, tokens, decides)
         return logprobs
 
     def propose_more(self, turn: int, num_passes: int, cycle: Cycle, passes: Passes) -> None:
-        """The turn's passes of one token: each proposes another."""
+        """The turn's passes of one token. Each pass proposes one more token."""
         for number in range(num_passes):
             position, hidden_states = passes.read_token(turn, cycle, number)
             logits = self.compute_logits(turn, hidden_states)
@@ -166,7 +170,10 @@ class TurnRunner:
             self.ops.append(self.state, cycle, turn, self.gammas, tokens)
 
     def _open(self, cycle: Cycle, step: EngineStep) -> LogprobsTensors | None:
-        """The first turn: decide, and propose the token past the window, if all of it was read."""
+        """The rest of the first turn: decide, then propose the token past the window.
+
+        It proposes only where the first turn has read the whole window.
+        """
         scores = step.scores
         self.ops.begin_cycle(
             self.state,
@@ -194,7 +201,7 @@ class TurnRunner:
 
         Returns its logits of the token past the end, and the position of the last token.
         """
-        # The columns that the member has to score, at most, back from the one past the end.
+        # The most columns that the member has to score, counted back from the one past the end.
         count = self.turns.num_unscored(turn)
         places = self.ops.place_scores(
             self.state, cycle, turn, count, reading.query_start_loc, reading.read_start

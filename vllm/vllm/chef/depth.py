@@ -1,8 +1,8 @@
-"""How deep to speculate: chosen from what cycles have brought and taken so far.
+"""How deep to speculate: chosen from the tokens and the time of past cycles.
 
-Plain numbers; knows neither models nor vLLM.  Depth is the number of tokens that a step leaves
-pending for the next.  At depth 0 a cycle decides one token with one call of each member, as the
-plain ensemble does; so depth 0 is where speculation loses.
+Plain numbers. This module knows neither models nor vLLM. The depth is the number of tokens that a
+step leaves pending for the next step. At depth 0, a cycle decides one token with one call of each
+member, like the plain ensemble. Depth 0 is the best choice where speculation loses.
 """
 
 import logging
@@ -13,42 +13,43 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-# Steps that a depth is tried for; the first ones still have something of the depth before.
+# Steps of a trial, and how many of them are not timed: the first ones are still affected by the
+# previous depth.
 PROBE_STEPS, SKIPPED_STEPS = 6, 2
-# Steps between two probes: four times as many each time that nothing better is found.
+# Steps between two trials. The number grows fourfold each time that no better depth is found.
 MIN_HOLD_STEPS, MAX_HOLD_STEPS = 64, 2048
-# Steps between two looks at whether the depth still seems the best: the few steps of a probe may
-# have been lucky, and the straight line wrong.
+# Steps between two reviews of the chosen depth. A trial's few steps may have been lucky, or the
+# interpolation may be wrong.
 REVIEW_STEPS = 16
-# About how many cycles of requests are remembered, and how many times of steps.
+# Approximate number of request cycles that are remembered, and number of step times.
 NUM_CYCLES, NUM_TIMES = 4000, 32
-# What the acceptance of a turn counts for at each of its places, and that of all turns at each
-# turn, in proposals.
+# Weight of a prior, in proposals. A turn's mean acceptance is the prior for each of its places. The
+# mean acceptance of all turns is the prior for each turn.
 PRIOR_WEIGHT = 2
 
 
 class DepthChooser:
-    """Chooses the depth of most expected tokens per second, for each size of a batch.
+    """Chooses the depth with the most expected tokens per second, for each batch size.
 
-    Every so often it tries others for a few steps; in between it takes another one if what came
-    since speaks for that.
+    It regularly tries other depths for a few steps. Between trials it changes the depth if newer
+    measurements favour another one.
 
-    What a depth brings is estimated over all batches, place by place (`tokens`).  What it takes is
-    measured by batch size, between those depths that were tried by straight lines.
+    The tokens of a depth are estimated over all batches, place by place (`tokens`). The time of a
+    depth is measured per batch size. Depths that were not tried are interpolated linearly.
 
     Args:
-        places: of each depth, `Turns.places`.
+        places: by depth, `Turns.places`.
     """
 
     def __init__(self, places: Sequence[Sequence[tuple[int, int]]]) -> None:
         self.max_depth = max_depth = len(places) - 1
         kinds = sorted({place for of_depth in places for place in of_depth})
         self.places = [np.array([kinds.index(p) for p in of_depth], int) for of_depth in places]
-        """Of each depth, the kind of each place"""
+        """By depth, the kind of each place. A kind is a turn and a place in its segment."""
         self.turns = np.array([turn for turn, _ in kinds], int)
-        """[num_kinds]"""
+        """[num_kinds] turn of each kind"""
         self.judged, self.accepted = np.zeros((2, len(kinds)))
-        """[num_kinds] tokens at such places, old ones counting less"""
+        """[num_kinds] tokens at such places. Older tokens count less."""
         self.batches: dict[int, _Batch] = defaultdict(lambda: _Batch(max_depth))
 
     def __getitem__(self, num_reqs: int) -> int:
@@ -62,10 +63,10 @@ class DepthChooser:
         num_decided: Sequence[int],  # [num_reqs]
         seconds: float,
     ) -> None:
-        """Take account of a step all of whose requests were at `depth`, and stayed there."""
+        """Record a step in which all requests were at `depth` and stayed there."""
         for counts in (self.judged, self.accepted):
             counts *= (1 - 1 / NUM_CYCLES) ** num_reqs
-        decided = np.asarray(num_decided)[:, None]  # the last of them is not a pending token
+        decided = np.asarray(num_decided)[:, None]  # the last decided token was not pending
         place = np.arange(1, depth + 1)
         self.judged[self.places[depth]] += (decided >= place).sum(axis=0)
         self.accepted[self.places[depth]] += (decided > place).sum(axis=0)
@@ -88,11 +89,12 @@ class DepthChooser:
         )
 
     def tokens(self, depth: int) -> float:
-        """Tokens that a cycle of this depth decides per request, expected; at least 1.
+        """Expected tokens that a cycle of this depth decides per request. At least 1.
 
-        `1 + sum_j h_1 ... h_j`, where `h_j` is how often the token at place `j` is accepted if
-        those before it are (the estimator of Kaplan and Meier, 1958). So cycles of any depth tell
-        of the places that they have; whose place it is decides, which differs by depth.
+        The value is `1 + sum_j h_1 ... h_j`. `h_j` is the rate at which the token at place `j` is
+        accepted if the tokens before it are (estimator of Kaplan and Meier, 1958). Cycles of every
+        depth therefore count for the places that they have. Rates belong to a turn and a place in
+        its segment, because the turn at place `j` differs by depth.
         """
         overall = _rates(self.accepted.sum(), self.judged.sum(), 0.0)
         of_turns = [np.bincount(self.turns, counts) for counts in (self.accepted, self.judged)]
@@ -100,18 +102,18 @@ class DepthChooser:
         return 1.0 + float(rates[self.places[depth]].cumprod().sum())
 
     def best(self, num_reqs: int) -> int:
-        """The depth of most tokens per second; the smaller one where two are equal."""
+        """The depth with the most tokens per second. If two are equal, the smaller one."""
         times = self.batches[_size(num_reqs)].times()
         return max(range(self.max_depth + 1), key=lambda depth: self.tokens(depth) / times[depth])
 
 
 class _Batch:
-    """Batches of about one size: times by depth, and which depth is tried when."""
+    """Batches of similar size: step times by depth, and the schedule of trials."""
 
     def __init__(self, max_depth: int) -> None:
         self.max_depth = max_depth
         self.measured: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=NUM_TIMES))
-        # The deepest first: it tells what all the others bring.
+        # The deepest first, because it shows what all the other depths would bring.
         self.probes = deque(dict.fromkeys([max_depth, 0, max_depth // 2]))
         self.chosen = max_depth
         self.hold = MIN_HOLD_STEPS
@@ -123,7 +125,7 @@ class _Batch:
 
     @property
     def is_probed(self) -> bool:
-        """Whether all that was to be tried has been."""
+        """Whether all planned trials have just ended."""
         return not self.probes and self.num_steps == 0
 
     @property
@@ -132,7 +134,7 @@ class _Batch:
 
     def observe(self, depth: int, seconds: float) -> None:
         if depth != self.depth:
-            return  # a step that was under way when the depth changed
+            return  # the step was under way when the depth changed
         self.num_steps += 1
         if self.num_steps > SKIPPED_STEPS:
             self.measured[depth].append(seconds)
@@ -147,17 +149,23 @@ class _Batch:
         is_same = depth == self.chosen
         self.hold = min(4 * self.hold, MAX_HOLD_STEPS) if is_same else MIN_HOLD_STEPS
         self.chosen = depth
-        self.num_steps = 1  # of those that it is held for
+        self.num_steps = 1  # of the steps that the depth is held
 
     def times(self) -> np.ndarray:  # [max_depth + 1]
-        """Seconds per step by depth: lower quartiles, since what delays a step is no depth's."""
+        """Seconds per step by depth.
+
+        Each is a lower quartile, because a delayed step says nothing about its depth.
+        """
         depths = sorted(depth for depth, times in self.measured.items() if times)
         seconds = [np.quantile(self.measured[depth], 0.25, method="higher") for depth in depths]
         return np.interp(range(self.max_depth + 1), depths, seconds)
 
     def _candidates(self) -> list[int]:
-        """What may have become better meanwhile. The deepest is always among them, since a shallow
-        depth does not tell what a deeper one would bring."""
+        """Depths that may have become better since the last trial.
+
+        The deepest is always among them, because a shallow depth does not show what a deeper one
+        would bring.
+        """
         near = [self.max_depth, self.chosen - 1, self.chosen + 1]
         known = dict.fromkeys(depth for depth in near if 0 <= depth <= self.max_depth)
         return [depth for depth in known if depth != self.chosen]
@@ -168,5 +176,5 @@ def _rates(accepted: np.ndarray, judged: np.ndarray, prior: np.ndarray | float) 
 
 
 def _size(num_reqs: int) -> int:
-    """Batches of like sizes share their times: 1, 2, 3 to 4, 5 to 8, ..."""
+    """Batches of similar size share their times: 1, 2, 3 to 4, 5 to 8, ..."""
     return (num_reqs - 1).bit_length()

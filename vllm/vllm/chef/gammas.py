@@ -1,4 +1,4 @@
-"""How many tokens each turn proposes in the step at hand, on the host and where graphs find it."""
+"""How many tokens each turn proposes in a step, on the host and in memory where graphs find it."""
 
 from collections.abc import Iterable
 
@@ -8,10 +8,10 @@ from vllm.chef.turns import Turns
 
 
 class StepGammas:
-    """The gammas of a step, which follow from its depth: the tokens that it may leave pending.
+    """The gammas of a step. They follow from its depth: the tokens that it may leave pending.
 
     Args:
-        depths: all that a step may have.
+        depths: all depths that a step may have.
     """
 
     def __init__(self, turns: Turns, depths: Iterable[int], device: torch.device) -> None:
@@ -34,15 +34,15 @@ class StepGammas:
             self._set(gammas)
 
     def num_passes(self, turn: int) -> int:
-        """Passes of one token that the turn makes in the step at hand."""
+        """Passes of one token that the turn makes in the current step."""
         return self.turns.num_passes(self._at_hand[turn])
 
     def possible_passes(self, turn: int) -> set[int]:
-        """The same, of all steps."""
+        """The numbers of passes that the turn may make in any step."""
         return {self.turns.num_passes(gammas[turn]) for gammas in self._on_device}
 
     def _set(self, gammas: tuple[int, ...]) -> None:
         self._at_hand = gammas
         self.on_device.copy_(self._on_device[gammas])
         self.calls = self._calls[gammas]
-        """[num_turns] passes of each turn's members in the step at hand"""
+        """[num_turns] passes of each turn's members in the current step"""

@@ -1,4 +1,4 @@
-"""Grammars, whose masks all members share, and the windows that vLLM cuts for their sake."""
+"""Grammars: all members share their masks, and vLLM cuts windows because of them."""
 
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -6,11 +6,11 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 def forbidden_tokens(
     batch: InputBatch,
-    mask: torch.Tensor,  # [num_rows, vocab_size] 0 or -inf, of the step's rows of logits
-    draft_tokens: torch.Tensor,  # [max_num_reqs, window] that were pending, by slot
-    lengths: torch.Tensor,  # [num_slots, num_turns] of their segments
+    mask: torch.Tensor,  # [num_rows, vocab_size] 0 or -inf, one row per row of logits
+    draft_tokens: torch.Tensor,  # [max_num_reqs, window] tokens that were pending, by slot
+    lengths: torch.Tensor,  # [num_slots, num_turns] lengths of their segments
 ) -> torch.Tensor:  # [num_reqs]
-    """The pending token behind the drafts, where a grammar is why vLLM left it out, or -1."""
+    """The pending token after the drafts, if a grammar is why vLLM left it out. Otherwise -1."""
     slots = batch.idx_mapping[: batch.num_reqs]
     cu_num_logits = batch.cu_num_logits[: batch.num_reqs + 1].long()
     num_drafts = cu_num_logits.diff() - 1

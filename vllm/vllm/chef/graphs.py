@@ -1,8 +1,9 @@
-"""CUDA graphs of a turn: the one in which its member reads, and those of its passes of one token.
+"""CUDA graphs of a turn: one for its first pass, and one for its passes of one token.
 
-Each holds all there is between its first and last operation, decisions and draws included, so that
-a step is a launch or two per turn.  That takes an attention backend which can refresh its metadata
-in a graph; with any other, turns run without graphs.  Built on vLLM's manager of a speculator's.
+Each graph holds all operations of its part, including decisions and draws. A step therefore
+launches one or two graphs per turn. The graphs need an attention backend that can refresh its
+metadata inside a graph. With any other backend, turns run without graphs. The module builds on
+vLLM's graph manager for speculators.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,14 +28,17 @@ from vllm.chef.sampling import StepParams
 from vllm.chef.verifier import StepScores
 from vllm.ensemble_decode.model import MemberGroup
 
-# A choice, num_reqs, num_tokens, attention metadata and slot mappings by layer
+# The number or flags of the graph, num_reqs, num_tokens, attention metadata and slot mappings by
+# layer
 Captured = Callable[[int, int, int, Any, Any], None]
 Replay = Callable[[], None]
 
 
 def obstacle_to_graphs(speculator: DraftModelSpeculator, query_len: int) -> str | None:
-    """Why no pass over `query_len` tokens of each request can be in a graph, by the backends of the
-    speculator's attention; None where it can."""
+    """Why no graph can hold a pass over `query_len` tokens of each request. None if one can.
+
+    The answer depends on the backends of the speculator's attention.
+    """
     if not speculator.supports_decode_metadata_update:
         return "attention metadata that cannot be refreshed in a graph"
     support = speculator.attn_cg_support
@@ -51,16 +55,16 @@ def obstacle_to_graphs(speculator: DraftModelSpeculator, query_len: int) -> str 
 def for_the_same_batches(vllm_config: VllmConfig, step_len: int, length: int) -> VllmConfig:
     """A copy whose capture sizes cover the same request counts, at `length` tokens each.
 
-    vLLM's own sizes are in tokens.  It rounds them up to whole requests of `step_len` tokens.
+    vLLM's own sizes are in tokens. vLLM rounds them up to whole requests of `step_len` tokens.
     """
     config = copy(vllm_config)
-    # Of dynamic speculation it would make graphs of other lengths too.
+    # With dynamic speculation, vLLM would also make graphs of other lengths.
     config.speculative_config = None
     config.compilation_config = compilation = copy(vllm_config.compilation_config)
     largest = compilation.max_cudagraph_capture_size or 0
     nums_reqs = {ceil(size / step_len) for size in compilation.cudagraph_capture_sizes or []}
     sizes = {n * length for n in nums_reqs if n * step_len <= largest}
-    # No step is larger, and vLLM's slot mappings have no more room.
+    # No step is larger. vLLM's slot mappings have no room for more tokens either.
     max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     compilation.cudagraph_capture_sizes = sorted(size for size in sizes if size <= max_num_tokens)
     compilation.max_cudagraph_capture_size = max(compilation.cudagraph_capture_sizes, default=0)
@@ -70,8 +74,9 @@ def for_the_same_batches(vllm_config: VllmConfig, step_len: int, length: int) ->
 def offer_every_length(manager: CudaGraphManager) -> None:
     """Let `manager.dispatch` find a graph where requests may have several lengths (`gamma: auto`).
 
-    vLLM offers a batch the graphs of the next larger number of tokens alone. Sizes are rounded up
-    to each length, so that often none of those has the batch's: then it would run without.
+    vLLM offers a batch only the graphs of the next larger number of tokens. Sizes are rounded up to
+    a multiple of each length. Often none of the offered graphs then has the batch's length, and the
+    batch would run without a graph.
     """
     graphs = manager._capture_descs.get(CUDAGraphMode.FULL, [])
     graphs = sorted(graphs, key=lambda desc: desc.num_tokens)
@@ -88,13 +93,13 @@ class TurnGraphs:
     """The graphs of one turn after the first.
 
     Args:
-        lengths: by tokens per request in the engine step, where all requests decode, those that
-            the member reads.
-        num_passes: how many passes of one token may follow.
-        take_turn: what a turn does up to its first proposal; takes first the tokens per request in
-            the engine step, then whether requests may have filters. Those are a dozen kernels,
-            which requests without any should not wait for.
-        propose_more: the passes of one token; takes their number first.
+        lengths: tokens per request that the member reads, by tokens per request in the engine step.
+            All requests decode.
+        num_passes: the possible numbers of passes of one token.
+        take_turn: the turn, up to its first proposal. Its first arguments are the tokens per
+            request in the engine step, and whether requests may have filters. Filters are a dozen
+            kernels, and requests without filters should not wait for them.
+        propose_more: the passes of one token. Its first argument is their number.
     """
 
     def __init__(
@@ -115,7 +120,7 @@ class TurnGraphs:
             for step_len, length in lengths.items()
             for filters in (False, True)
         }
-        """By tokens per request in the engine step, and whether requests may have filters"""
+        """By tokens per request in the engine step, and by whether requests may have filters"""
         self.loops = {
             number: SpeculatorCudaGraphManager(vllm_config, device, mode, 1)
             for number in num_passes
@@ -124,7 +129,7 @@ class TurnGraphs:
         self.take_turn, self.propose_more = take_turn, propose_more
 
     def capture(self, *args: Any) -> None:
-        """As `SpeculatorCudaGraphManager.capture`, without its first argument."""
+        """Like `SpeculatorCudaGraphManager.capture`, without its first argument."""
         captures = []
         for (step_len, filters), manager in self.reading.items():
             name = f"reading after {step_len}" + (", with filters" if filters else "")
@@ -141,8 +146,11 @@ class TurnGraphs:
                 manager.capture(captured, *args, progress_bar_desc=description)
 
     def find(self, num_reqs: int, step_len: int, filters: bool) -> Replay | None:
-        """A call that replays the graph in which the member reads; None where there is no graph
-        for so many requests of `step_len` tokens each in the engine step."""
+        """A call that replays the graph in which the member reads.
+
+        None if there is no graph for this many requests of `step_len` tokens each in the engine
+        step.
+        """
         if step_len not in self.lengths:
             return None
         manager, length = self.reading[step_len, filters], self.lengths[step_len]
@@ -152,7 +160,7 @@ class TurnGraphs:
         return partial(manager.run_fullgraph, desc)
 
     def find_passes(self, number: int, num_reqs: int) -> Replay | None:
-        """A call that replays so many passes of one token; None where there is no graph of them."""
+        """A call that replays `number` passes of one token. None if there is no such graph."""
         manager = self.loops.get(number)
         if manager is None:
             return None
@@ -162,7 +170,7 @@ class TurnGraphs:
         return partial(manager.run_fullgraph, desc)
 
     def max_step_tokens(self) -> int:
-        """In the engine step of the largest batch that has a graph; 0 where there is none."""
+        """Tokens in the engine step of the largest batch that has a graph. 0 if none has."""
         nums_tokens = [
             desc.num_reqs * step_len
             for (step_len, _), manager in self.reading.items()
@@ -172,12 +180,14 @@ class TurnGraphs:
 
 
 class StepBuffers:
-    """The engine step in memory that does not move, where the graphs of its turns find it.
+    """The engine step, in memory that does not move, so that the turns' graphs find it.
 
     Args:
-        members: of the first turn.
+        members: the members of the first turn.
         engine_inputs: the input buffers of vLLM's own pass.
         step_lens: the numbers of tokens that each request of a replayed step may have.
+        num_rows: rows of logits in the largest replayed step.
+        dtype: dtype of the hidden states.
     """
 
     def __init__(
@@ -193,22 +203,22 @@ class StepBuffers:
         self.hidden_states = torch.zeros(
             num_rows, sum(members.hidden_sizes), dtype=dtype, device=device
         )
-        """[num_rows, sum of the members' hidden sizes] of its rows of logits"""
-        # The first graph of a step computes them, and those after it read them too.
+        """[num_rows, sum of the members' hidden sizes], one row per row of logits"""
+        # The first graph of a step computes the logits. The later graphs read them.
         self.logits = [
             logits.new_zeros(num_rows, logits.shape[-1])
             for logits in members.compute_member_logits(self.hidden_states[:1])
         ]
         rows = torch.arange(engine_inputs.max_num_reqs + 1, dtype=torch.int32, device=device)
         self.query_start_loc = {step_len: rows * step_len for step_len in step_lens}
-        """By tokens per request, [max_num_reqs + 1]; all tokens have rows of logits"""
+        """By tokens per request, [max_num_reqs + 1]. All tokens have rows of logits."""
 
     def load(
         self,
         hidden_states: torch.Tensor,  # [num_tokens, sum of the members' hidden sizes]
         logits_indices: torch.Tensor,  # [num_rows]
     ) -> None:
-        """Copy them ahead of a step's graphs: vLLM's own move about."""
+        """Copy the hidden states before a step's graphs run, because vLLM's own tensors move."""
         out = self.hidden_states[: len(logits_indices)]
         torch.index_select(hidden_states, 0, logits_indices, out=out)
 
@@ -219,7 +229,7 @@ class StepBuffers:
             kept[:num_rows].copy_(computed)
 
     def step(self, num_reqs: int, step_len: int, params: StepParams) -> EngineStep:
-        """A step of so many requests; its logits are there once `score` has run."""
+        """A step of `num_reqs` requests. Its logits are valid once `score` has run."""
         query_start_loc = self.query_start_loc[step_len][: num_reqs + 1]
         logits = [logits[: num_reqs * step_len] for logits in self.logits]
         return EngineStep(
@@ -232,10 +242,10 @@ class StepBuffers:
 
 
 class CycleGraphs:
-    """The graphs of all turns after the first, and where they find the engine step.
+    """The graphs of all turns after the first, and the memory where they find the engine step.
 
     Args:
-        turns: `[num_turns - 1]`; none where turns run without graphs.
+        turns: `[num_turns - 1]`. Empty if turns run without graphs.
     """
 
     step_buffers: StepBuffers
@@ -246,21 +256,21 @@ class CycleGraphs:
     def reserve(
         self, members: MemberGroup, engine_inputs: InputBuffers, dtype: torch.dtype
     ) -> None:
-        """Make the memory of the engine step, whose members are the first turn's."""
+        """Allocate the memory of the engine step. `members` are the first turn's."""
         num_rows = max(graphs.max_step_tokens() for graphs in self.turns)
         step_lens = self.turns[0].lengths
         self.step_buffers = StepBuffers(members, engine_inputs, step_lens, num_rows, dtype)
 
     def capture(self, *args: Any) -> None:
-        """As `TurnGraphs.capture`, of all turns."""
+        """Call `TurnGraphs.capture` for all turns."""
         for graphs in self.turns:
             graphs.capture(*args)
 
     def find(self, num_reqs: int, step_len: int, filters: bool) -> list[Replay] | None:
-        """By turn, as `TurnGraphs.find`; None where one has no graph."""
+        """By turn, the result of `TurnGraphs.find`. None if one turn has no graph."""
         replays = [graphs.find(num_reqs, step_len, filters) for graphs in self.turns]
         return replays if replays and None not in replays else None
 
     def find_passes(self, turn: int, number: int, num_reqs: int) -> Replay | None:
-        """As `TurnGraphs.find_passes`, of a turn."""
+        """`TurnGraphs.find_passes` of one turn."""
         return self.turns[turn - 1].find_passes(number, num_reqs) if self.turns else None

@@ -1,7 +1,7 @@
-"""The passes of single members: without CUDA graphs, and as they are captured in them.
+"""The passes of single members, without CUDA graphs and captured in them.
 
-Knows vLLM's input buffers, block tables and attention metadata; knows nothing of what is made of a
-member's hidden states.
+This module knows vLLM's input buffers, block tables and attention metadata. It does not know what a
+member's hidden states are used for.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ class MemberCaller:
     """Runs members through vLLM's speculator, and writes their inputs into its buffers.
 
     Args:
-        speculator: has the members of the turns after the first as its `model`, a list.
+        speculator: its `model` is a list, the members of the turns after the first.
         all_token_ids: `[max_num_reqs, max_model_len]`, vLLM's tokens of all requests.
     """
 
@@ -41,7 +41,7 @@ class MemberCaller:
     def run(
         self, turn: int, num_tokens: int, attn_metadata: Any, slot_mappings: Any
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
-        """One pass of the turn's member over what is in the input buffers."""
+        """One pass of the turn's member over the tokens in the input buffers."""
         speculator = self.speculator
         members, speculator.model = speculator.model, speculator.model[turn - 1]
         try:
@@ -60,7 +60,8 @@ class MemberCaller:
         turn: int,
         hidden_states: torch.Tensor,  # [num_rows, hidden_size]
     ) -> torch.Tensor:  # [num_rows, vocab_size]
-        # What is proposed from must be what is kept to judge the proposal by.
+        # A token must be judged by the same logits from which it was proposed. Both have the kept
+        # dtype.
         logits = self.speculator.model[turn - 1].compute_logits(hidden_states)
         return logits.to(self.state.scores.dtype)
 
@@ -70,7 +71,7 @@ class MemberCaller:
         query_start_loc: torch.Tensor,  # [num_reqs + 1]
         num_tokens: int,
     ) -> PreparedTokens:
-        """All that a turn reads, as input of its first pass."""
+        """Write all tokens that a turn reads, as input of its first pass."""
         buffers = self.speculator.input_buffers
         return self.ops.prepare_tokens(
             self.state,
@@ -83,7 +84,7 @@ class MemberCaller:
         )
 
     def prepare_token(self, cycle: Cycle) -> torch.Tensor:  # [num_reqs]
-        """The last token of each request, as input of a pass; returns where it is."""
+        """Write the last token of each request, as input of a pass. Returns its position."""
         buffers, num_reqs = self.speculator.input_buffers, cycle.num_reqs
         return self.ops.prepare_token(
             self.state,
@@ -106,10 +107,11 @@ class MemberCaller:
         is_again: torch.Tensor | None = None,  # [num_tokens] bool
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # [num_kv_cache_groups, at least num_tokens]
-        """Where the tokens in the input buffers are kept; by default in vLLM's own buffer.
+        """KV cache slots of the tokens in the input buffers.
 
-        Tokens that `is_again` fill a request's share of the batch up from the front.  They must not
-        be kept: a sliding window may have let go of what they look back to.
+        By default, they are written to vLLM's own buffer. Tokens with `is_again` fill the front of
+        a request's share of the batch. Their keys and values must not be written again, because a
+        sliding window may have freed the tokens that they attend to.
         """
         buffers = self.speculator.input_buffers
         mappings = self.speculator.block_tables.compute_slot_mappings(
@@ -130,7 +132,7 @@ class EagerPasses:
     def __init__(self, caller: MemberCaller, batch: InputBatch) -> None:
         self.caller, self.batch = caller, batch
         self.readings: list[Reading] = []
-        """What has been read so far, by turn"""
+        """The readings so far, by turn"""
 
     def read(self, turn: int, cycle: Cycle) -> Reading:
         batch, rows, caller = self.batch, slice(cycle.num_reqs + 1), self.caller
@@ -167,7 +169,7 @@ class EagerPasses:
         turn: int,
         cycle: Cycle,
         query_start_loc_np: np.ndarray,  # [num_reqs + 1]
-        num_more: int,  # tokens that a request may have behind those of the engine step
+        num_more: int,  # tokens that a request may have after those of the engine step
         is_again: torch.Tensor | None = None,  # [num_tokens] bool
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
         num_reqs, num_tokens = cycle.num_reqs, int(query_start_loc_np[-1])
@@ -189,9 +191,9 @@ class EagerPasses:
 
 
 class CapturedPasses:
-    """The passes of a CUDA graph, which holds `num_tokens`, as many of each request.
+    """The passes in a CUDA graph of `num_tokens` tokens, the same number for each request.
 
-    Nothing in them waits for the host: the graph's metadata is refreshed where it lies.
+    No pass waits for the host. The graph's metadata is refreshed in place.
     """
 
     def __init__(
@@ -222,7 +224,7 @@ class CapturedPasses:
         is_again: torch.Tensor | None = None,  # [num_tokens] bool
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
         if self.attn_metadata is not None:
-            # Into vLLM's own buffer, where the graph's layers find them.
+            # Write to vLLM's own buffer, where the graph's layers find the mappings.
             self.caller.slot_mappings(cycle, self.num_tokens, is_again)
             self.caller.speculator._update_draft_decode_metadata(self.attn_metadata, cycle.num_reqs)
         return self.caller.run(turn, self.num_tokens, self.attn_metadata, self.slot_mappings)
@@ -233,9 +235,9 @@ def reading_query_start_loc(
     turn: int,
     max_model_len: int,
     query_start_loc: torch.Tensor,  # [num_reqs + 1] of the engine step
-    cu_num_logits: torch.Tensor,  # [num_reqs + 1] of its rows of logits
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1] of the engine step
 ) -> torch.Tensor:  # [num_reqs + 1] int32
-    """query_start_loc of what a turn reads, in batches of any shape."""
+    """query_start_loc of the tokens that a turn reads, for batches of any shape."""
     step_lens, num_rows = query_start_loc.diff(), cu_num_logits.diff()
     prompt = step_lens + turns.num_new(turn)
     decoding = prompt.clamp(max=turns.num_unscored(turn))

@@ -1,4 +1,4 @@
-"""Log-probabilities of the prompt under the ensemble, whose members read it one after another."""
+"""Log-probabilities of the prompt under the ensemble, when members read it one after another."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,10 +16,10 @@ LogitsFn = Callable[[torch.Tensor], list[torch.Tensor]]
 
 
 class TurnPromptLogprobsWorker(PromptLogprobsWorker):
-    """vLLM's worker, which is given the hidden states of the first turn, with those of all.
+    """vLLM's worker, extended from the hidden states of the first turn to those of all turns.
 
     Args:
-        heads: num_turns x (members, their logits from the turn's hidden states).
+        heads: num_turns x (members, function from the turn's hidden states to their logits).
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class TurnPromptLogprobsWorker(PromptLogprobsWorker):
         self.function = ensemble.make_function()
         self.heads = heads
         self.hidden_states: list[torch.Tensor] = []
-        """num_turns x [num_tokens, hidden_size] of the step, empty where nobody asks"""
+        """num_turns x [num_tokens, hidden_size] of the step; empty if no request asks"""
 
     @property
     def is_asked(self) -> bool:
@@ -47,9 +47,9 @@ class TurnPromptLogprobsWorker(PromptLogprobsWorker):
         cycle: Cycle,
         batch: InputBatch,
     ) -> None:
-        """Keep the hidden states of the step at hand, where somebody asks."""
+        """Keep the hidden states of the current step, if a request asks for log-probabilities."""
         if self.is_asked:
-            # Without what CUDA graphs pad it by.
+            # Drop the rows that pad the batch for CUDA graphs.
             first_turn = hidden_states[: batch.num_tokens]
             self.hidden_states = [first_turn, *at_step_tokens(readings, cycle, batch)]
 
@@ -83,19 +83,21 @@ class TurnPromptLogprobsWorker(PromptLogprobsWorker):
 def at_step_tokens(
     readings: Sequence[Reading], cycle: Cycle, batch: InputBatch
 ) -> list[torch.Tensor]:  # num_turns - 1 x [num_tokens, hidden_size]
-    """What members have computed at the tokens of the engine step; anything where a request
-    decodes."""
+    """Hidden states that members have computed at the tokens of the engine step.
+
+    For a request that decodes, the values may be anything.
+    """
     num_reqs = cycle.num_reqs
     query_start_loc = batch.query_start_loc[: num_reqs + 1]
     query_lens = query_start_loc.long().diff()
     num_tokens = int(batch.query_start_loc_np[num_reqs])
     found = []
     for reading in readings:
-        # The turn may have begun before the engine step's first token.
+        # The turn's reading may start before the engine step's first token.
         shift = cycle.step_start - reading.read_start
         shift = shift + reading.query_start_loc[:-1] - query_start_loc[:-1]
         shift = torch.repeat_interleave(shift, query_lens, output_size=num_tokens)
         at = torch.arange(num_tokens, device=shift.device) + shift
-        # What is read of a request that decodes may begin later and end before.
+        # The reading of a decoding request may start later and end earlier.
         found.append(reading.hidden_states[at.clamp(0, len(reading.hidden_states) - 1)])
     return found

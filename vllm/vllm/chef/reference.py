@@ -1,8 +1,7 @@
 """The chef algorithm for one sequence, on members that are plain functions.
 
-The oracle of the tests, to be read beside `docs/algorithm.md`.  It knows members, turns and the
-window of pending tokens, and nothing of the engine: no batch, no KV cache, no tensors.
-"""
+It is the oracle of the tests. Read it beside `docs/algorithm.md`. It knows members, turns and the
+window of pending tokens. It knows nothing of the engine: no batch, no KV cache, no tensors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,22 +10,22 @@ from typing import Any, NamedTuple
 
 Tokens = tuple[int, ...]
 Distribution = Sequence[float]  # [vocab_size], sums to 1
-Member = Callable[[Tokens], Distribution]  # of the next token, given all tokens so far
+Member = Callable[[Tokens], Distribution]  # distribution of the token after these tokens
 
 
 class Proposal(NamedTuple):
     token: int
     turn: int  # tokens of one turn are a segment of the window
-    probs: Distribution  # what the token was drawn from
+    probs: Distribution  # distribution that the token was drawn from
 
 
 @dataclass
 class Output:
     tokens: Tokens
-    cycles: int  # every turn called once, the first turn first
-    calls: list[int]  # forward passes; this and the next by member, in the user's order
+    cycles: int  # a cycle calls every turn once, the first turn first
+    calls: list[int]  # forward passes; this and the next lists are by member, in the user's order
     proposed: list[int]  # tokens
-    judged: list[int]  # accepted or replaced; the other proposals were dropped unseen
+    judged: list[int]  # accepted or replaced; all other proposals were dropped unjudged
     accepted: list[int]
 
 
@@ -35,7 +34,7 @@ def draw(weights: Sequence[float], rng: Random) -> int:
 
 
 def greedy_probs(probs: Distribution) -> Distribution:
-    """All on the likeliest token: sampling from it is decoding at temperature 0."""
+    """All probability on the likeliest token. Sampling from it is decoding at temperature 0."""
     best = max(range(len(probs)), key=probs.__getitem__)
     return [float(token == best) for token in range(len(probs))]
 
@@ -45,14 +44,14 @@ def acceptance(token: int, p: Distribution, r: Distribution) -> float:
 
 
 def residual(p: Distribution, r: Distribution) -> Sequence[float]:
-    """What `r` has left where `p` proposed too seldom; `draw` normalises it."""
+    """The probability by which `r` exceeds `p`, per token. `draw` normalises it."""
     return [max(0.0, r_x - p_x) for p_x, r_x in zip(p, r, strict=True)]
 
 
 def verify(
     token: int, p: Distribution, r: Distribution, rng: Random, accept=acceptance, replace=residual
 ) -> tuple[bool, int]:
-    """Accepted or not, and the token to emit: one from `r` (arXiv 2211.17192, algorithm 1)."""
+    """Accepted or not, and the token to emit: drawn from `r` (arXiv 2211.17192, algorithm 1)."""
     probability = accept(token, p, r)
     if draw([1 - probability, probability], rng):
         return True, token
@@ -60,13 +59,13 @@ def verify(
 
 
 class Chef:
-    """Members that take turns at proposing, and judge what was proposed by the ensemble."""
+    """Members that take turns to propose tokens. The ensemble judges the tokens."""
 
     def __init__(
         self,
         members: Sequence[Member],
         combine: Callable[[list[Distribution]], Distribution],
-        turns: Sequence[Any],  # each has `members` and `gamma`, as `turns.Turn`
+        turns: Sequence[Any],  # each has `members` and `gamma`, like `turns.Turn`
         rng: Random,
         scorers: Sequence[int] | None = None,  # members that `combine` sees; None: all
         greedy: bool = False,
@@ -78,7 +77,7 @@ class Chef:
         self.scorers = range(len(members)) if scorers is None else scorers
         self.scoring = [any(member in self.scorers for member in turn.members) for turn in turns]
         self.last_scoring = max(i for i in range(len(turns)) if self.scoring[i])
-        # `*_sd`: the first turn only scores, and the token past the window is drawn from r.
+        # `*_sd`: the first turn only scores. The token past the window is drawn from r.
         self.is_sd = turns[0].gamma == 0
 
     def generate(self, prompt: Tokens, max_tokens: int, eos: int | None = None) -> Output:
@@ -96,19 +95,19 @@ class Chef:
         return out
 
     def _call(self, i: int, replaced_before: bool) -> bool:
-        """One turn; whether it replaced a token, as an earlier one of the cycle may have done."""
+        """One turn. Returns whether it replaced a token. `replaced_before`: an earlier turn did."""
         for member in self.turns[i].members:
             self._forward(member)
         replaced = self.scoring[i] and self._decide(self._segments_scored_by_all(i))
         end_is_scored = i == self.last_scoring and not (self.window or replaced or replaced_before)
         if self.is_sd and end_is_scored:
             self.committed += (draw(self._target(), self.rng),)
-        # Chef: gamma passes in all. After a replacement the first of one token is spent on it.
+        # Chef makes gamma passes. After a replacement, the first pass gives no proposal.
         self._propose(i, self.turns[i].gamma - (replaced and not self.is_sd))
         return replaced
 
     def _forward(self, member: int) -> None:
-        """One pass over all it has not seen: scores of the window and one position past its end."""
+        """One pass over all unseen tokens. It scores the window and one position past its end."""
         text, seen, model = self._text(), self.scores[member], self.members[member]
         prefixes = [text[:end] for end in range(len(self.committed), len(text) + 1)]
         self.scores[member] = {x: seen[x] if x in seen else model(x) for x in prefixes}
@@ -118,16 +117,16 @@ class Chef:
         return self.committed + tuple(proposal.token for proposal in self.window)
 
     def _target(self) -> Distribution:
-        """r at the oldest position that is not committed; every scorer must have been there."""
+        """r at the first position that is not committed. Every scorer must have scored it."""
         return self.sharpen(self.combine([self.scores[m][self.committed] for m in self.scorers]))
 
     def _segments_scored_by_all(self, i: int) -> list[int]:
-        """The turns after `i` up to the next that scores: with `i`, all have scored these."""
+        """The segments that all have scored once `i` ran: up to the next turn that scores."""
         after = [(i + k) % len(self.turns) for k in range(1, len(self.turns) + 1)]
         return after[: [self.scoring[turn] for turn in after].index(True) + 1]
 
     def _decide(self, segments: list[int]) -> bool:
-        """Judges these segments, oldest token first; whether a token was replaced."""
+        """Judge these segments, oldest token first. Returns whether a token was replaced."""
         while self.window and self.window[0].turn in segments:
             token, turn, probs = self.window.pop(0)
             (proposer,) = self.turns[turn].members

@@ -26,15 +26,15 @@ from vllm.ensemble_decode.runner import MemberRunner
 
 
 class ChefRunner(MemberRunner):
-    """vLLM's runner with the first turn's members as its model and the others in the speculator.
+    """vLLM's runner. Its model is the first turn's members. The others are in the speculator.
 
-    `sample` holds the whole cycle but the last turn's proposals, which vLLM makes (`propose`)
-    while the step's tokens travel to the host.
+    `sample` holds the whole cycle except for the last turn's proposals. vLLM asks for those
+    (`propose`) while the step's tokens travel to the host.
     """
 
     speculator: ChefSpeculator
     model: MemberGroup
-    num_tokens_to_propose: int  # of the step at hand
+    num_tokens_to_propose: int  # in the current step
 
     @classmethod
     def check(cls, vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfig], Turns]:
@@ -105,8 +105,10 @@ class ChefRunner(MemberRunner):
     def _find_graphs(
         self, step: CycleStep, grammar_output: GrammarOutput | None
     ) -> list[Replay] | None:
-        """Calls that replay the step; None where it has no graphs, or its requests ask for more
-        than these hold."""
+        """Calls that replay the step.
+
+        None if the step has no graphs, or if its requests need more than the graphs hold.
+        """
         if grammar_output is not None or self.prompt_logprobs_worker.is_asked:
             return None
         if not asks_for_filters_only(self.sampler, step.batch):
@@ -118,7 +120,7 @@ class ChefRunner(MemberRunner):
         self,
         hidden_states: torch.Tensor,  # [num_reqs, hidden_size]
     ) -> None:
-        """A decision for as many requests as there may be, for vLLM's memory profile."""
+        """A decision for the largest number of requests, for vLLM's memory profile."""
         num_reqs = hidden_states.shape[0]
         batch = InputBatch.make_dummy(num_reqs, num_reqs, self.input_buffers)
         logits = self.model.compute_member_logits(hidden_states)
@@ -150,7 +152,7 @@ class ChefRunner(MemberRunner):
 def sampler_output(
     outputs: Outputs, logprobs: LogprobsTensors | None
 ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-    """What vLLM's `sample` returns."""
+    """The return value of vLLM's `sample`."""
     output = SamplerOutput(
         sampled_token_ids=outputs.tokens,
         logprobs_tensors=logprobs,

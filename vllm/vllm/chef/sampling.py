@@ -1,7 +1,9 @@
-"""What the requests' sampling parameters make of logits, in a proposal and in a decision.
+"""How the requests' sampling parameters change logits, in a proposal and in a decision.
 
-A decision takes them in one of two ways: `FilterParams`, all on the device, which CUDA graphs can
-hold, or `AllParams`, by vLLM's sampler, which asks the host what each request wants.
+A decision applies them in one of two ways:
+
+- `FilterParams` runs on the device only, so CUDA graphs can hold it.
+- `AllParams` uses vLLM's sampler, which asks the host what each request wants.
 """
 
 from collections.abc import Callable
@@ -24,11 +26,11 @@ Process = Callable[
 
 
 class Layout(NamedTuple):
-    """Of logits `[num_reqs * num_columns, vocab_size]`, as vLLM's kernels are told."""
+    """The layout of logits `[num_reqs * num_columns, vocab_size]`, as vLLM's kernels expect it."""
 
-    requests: torch.Tensor  # [num_reqs] the requests
-    request: torch.Tensor  # [num_reqs * num_columns] of each row
-    column: torch.Tensor  # [num_reqs * num_columns] of each row, int32
+    requests: torch.Tensor  # [num_reqs] rows of the requests in the batch
+    request: torch.Tensor  # [num_reqs * num_columns] request of each row
+    column: torch.Tensor  # [num_reqs * num_columns] column of each row, int32
     cu_num_logits: torch.Tensor  # [num_reqs + 1] int32
 
 
@@ -36,31 +38,32 @@ class StepParams(Protocol):
     """The sampling parameters of a step's requests, as a decision applies them."""
 
     scales: bool
-    """Whether the members' logits come divided by the temperature, in float32"""
+    """Whether the processor expects the members' logits divided by the temperature, in float32"""
 
     def logprobs_dims(self) -> tuple[int, int] | None:
-        """As vLLM's `Sampler.get_logprobs_dims`; None where no request asks for any."""
+        """The result of vLLM's `Sampler.get_logprobs_dims`. None if no request asks for any."""
 
     def processor(
         self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout
     ) -> Process:
-        """What applies them to the logits of some of the step's requests.
+        """A function that applies the parameters to the logits of some of the step's requests.
 
         Args:
             part: those requests.
-            cycle: of the whole step.
-            candidates, layout: of the part.
+            cycle: the cycle of the whole step.
+            candidates, layout: those of the part.
         """
 
 
 class FilterParams:
-    """Temperature and, where `filters`, min-p, top-k and top-p, as the cycle has them.
+    """Temperature and, if `filters`, min-p, top-k and top-p, with the cycle's values.
 
-    Nothing in it asks the host.  A request without one of them leaves that one's kernel at once.
+    Nothing waits for the host. If a request does not use a filter, that filter's kernel returns at
+    once.
 
     Args:
-        scales: as above; else the temperature is applied here.
-        filters: whether a request may have more than a temperature.
+        scales: see `StepParams`. If False, the temperature is applied here.
+        filters: whether a request may use more than the temperature.
     """
 
     def __init__(self, scales: bool, filters: bool) -> None:
@@ -88,7 +91,7 @@ class FilterParams:
 
 
 class AllParams:
-    """All sampling parameters, by vLLM's sampler, and log-probabilities."""
+    """All sampling parameters, applied by vLLM's sampler, and log-probabilities."""
 
     scales = False
 
@@ -110,7 +113,7 @@ class AllParams:
             slots,
             batch.idx_mapping_np[part],
             candidates.positions.flatten(),
-            inputs.flatten().int(),  # as vLLM's kernels have them
+            inputs.flatten().int(),  # vLLM's kernels expect int32
             layout.column,
             batch.seq_lens_cpu_upper_bound.numpy()[part] + num_columns,
         )
@@ -123,8 +126,10 @@ class AllParams:
 
 
 def asks_for_filters_only(sampler: Sampler, batch: InputBatch) -> bool:
-    """Whether no request has log-probabilities to report, or another sampling parameter than
-    temperature, min-p, top-k and top-p."""
+    """Whether the step needs at most temperature, min-p, top-k and top-p.
+
+    False if a request reports log-probabilities or uses another sampling parameter.
+    """
     slots = batch.idx_mapping_np[: batch.num_reqs]
     if sampler.get_logprobs_dims(slots) is not None:
         return False
@@ -142,7 +147,7 @@ def asks_for_filters_only(sampler: Sampler, batch: InputBatch) -> bool:
 
 
 def asks_for_filters(sampler: Sampler, batch: InputBatch) -> bool:
-    """Whether a request has min-p, top-k or top-p."""
+    """Whether a request uses min-p, top-k or top-p."""
     slots, states = batch.idx_mapping_np[: batch.num_reqs], sampler.sampling_states
     return bool(
         (states.min_p.np[slots] != 0).any()
@@ -152,8 +157,11 @@ def asks_for_filters(sampler: Sampler, batch: InputBatch) -> bool:
 
 
 def reserve_buffers(vocab_size: int, device: torch.device) -> None:
-    """Let vLLM's top-k have its buffer as large as it gets: it takes a larger one when it needs it,
-    and CUDA graphs would be left with the old.  Few rows have a buffer of their own."""
+    """Make vLLM's top-k allocate its largest buffers now.
+
+    vLLM's top-k replaces its buffer when it needs a larger one. CUDA graphs would keep the old
+    buffer. A batch of few rows has a buffer of its own.
+    """
     num_rows = num_compute_units(device.index)
     logits = torch.zeros(num_rows, vocab_size, dtype=torch.float32, device=device)
     top_p = logits[:, 0] + 1
@@ -163,16 +171,16 @@ def reserve_buffers(vocab_size: int, device: torch.device) -> None:
 
 
 def draw_proposals(
-    logits: torch.Tensor,  # [num_reqs, vocab_size] of a member, raw
+    logits: torch.Tensor,  # [num_reqs, vocab_size] raw logits of a member
     cycle: Cycle,
-    position: torch.Tensor,  # [num_reqs] of the token before
+    position: torch.Tensor,  # [num_reqs] position of the token before the drawn one
     requests: torch.Tensor,  # [at least num_reqs] 0, 1, ...
     use_fp64: bool,
 ) -> torch.Tensor:  # [num_reqs]
-    """Draws from a member's distribution.
+    """Draw tokens from a member's distribution.
 
-    Of the sampling parameters only the temperature counts here: the others may cost acceptance,
-    never exactness.
+    Only the temperature is applied here. Ignoring the other sampling parameters may cost
+    acceptance, but never exactness.
     """
     return gumbel_sample(
         logits,
@@ -181,7 +189,8 @@ def draw_proposals(
         cycle.seeds,
         position,
         apply_temperature=True,
-        # Noise of its own: a replacement must not know how its proposal was drawn.
+        # Proposals have separate noise: a replacement must be independent of how its proposal was
+        # drawn.
         is_drafting=True,
         use_fp64=use_fp64,
     )

@@ -1,7 +1,7 @@
-"""vLLM's scheduler with a depth of speculation that is chosen as it goes.
+"""vLLM's scheduler with a depth of speculation that is chosen at run time.
 
-Only with `gamma: auto`.  vLLM's own dynamic speculation looks the number of tokens up by batch
-size; here the table answers from what has been measured.
+It is used only with `gamma: auto`. vLLM's own dynamic speculation looks up the number of tokens by
+batch size. Here the lookup table is a `DepthChooser`, which answers from measurements.
 """
 
 import time
@@ -18,14 +18,14 @@ from vllm.chef.depth import DepthChooser
 
 
 class _AdaptiveDepth:
-    """To be mixed into a scheduler of vLLM's."""
+    """A mixin for vLLM's schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _, _, turns = check_chef(self.vllm_config)
         places = [turns.places(depth) for depth in range(turns.window + 1)]
         self.depths = self.dynamic_sd_lookup = DepthChooser(places)
-        self._last: tuple[int, int] | None = None  # requests and depth of the step before
+        self._last: tuple[int, int] | None = None  # requests and depth of the previous step
         self._last_time = 0.0
 
     def update_from_output(
@@ -33,7 +33,7 @@ class _AdaptiveDepth:
     ) -> Any:
         now = time.perf_counter()
         step = _uniform_step(scheduler_output)
-        # The time from one step's end to the next is that of a step where both are alike.
+        # If two successive steps are alike, the time between their ends is the time of one step.
         if step is not None and step == self._last:
             num_reqs, depth = step
             decided = [len(tokens) for tokens in model_runner_output.sampled_token_ids]
@@ -43,14 +43,17 @@ class _AdaptiveDepth:
 
 
 def _uniform_step(output: SchedulerOutput) -> tuple[int, int] | None:
-    """Number of requests and depth of a step that only decodes and leaves the depth as it is."""
+    """Number of requests and depth of a step that only decodes and does not change the depth.
+
+    None for any other step.
+    """
     depth, num_reqs = output.num_spec_tokens_to_schedule, len(output.num_scheduled_tokens)
     counts = output.num_scheduled_tokens.values()
     if not num_reqs or output.scheduled_new_reqs or any(n != 1 + depth for n in counts):
         return None
     drafts = output.scheduled_spec_decode_tokens
     if depth and len(drafts) < num_reqs:
-        return None  # a prompt of as many tokens
+        return None  # a prompt part has 1 + depth tokens by chance
     return num_reqs, depth
 
 
@@ -63,7 +66,10 @@ class AsyncChefScheduler(_AdaptiveDepth, AsyncScheduler):
 
 
 def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
-    """What `scheduler_cls` names: vLLM decides late whether it schedules ahead."""
+    """The scheduler factory that `scheduler_cls` names.
+
+    A factory is needed because vLLM decides late whether it schedules asynchronously.
+    """
     is_async = vllm_config.scheduler_config.async_scheduling
     scheduler = AsyncChefScheduler if is_async else ChefScheduler
     return scheduler(vllm_config=vllm_config, **kwargs)

@@ -1,7 +1,7 @@
 """The members whose turns come after the first, as vLLM's speculator.
 
-Knows vLLM's life cycle of a speculator, whose draft tokens carry the window from step to step; what
-a cycle is, `cycle.py` knows.
+This module knows vLLM's life cycle of a speculator. The speculator's draft tokens carry the window
+from step to step. `cycle.py` knows the order of a cycle.
 """
 
 from functools import partial
@@ -41,9 +41,10 @@ logger = init_logger(__name__)
 class ChefSpeculator(StandaloneARSpeculator):
     """Loads and calls the members whose turns come after the first.
 
-    Before the first step, these are called in this order: `load_model`, `set_sampler`, `set_attn`,
-    `init_cudagraph_manager`, `capture`.  All are vLLM's but `set_sampler`.  In each step our runner
-    calls `begin` and gets a `CycleStep`.  Later vLLM calls `propose`, which finishes it.
+    Before the first step, these methods are called in this order: `load_model`, `set_sampler`,
+    `set_attn`, `init_cudagraph_manager`, `capture`. All are vLLM's but `set_sampler`. In each step
+    our runner calls `begin` and gets a `CycleStep`. Later vLLM calls `propose`, which finishes the
+    step.
     """
 
     def __init__(
@@ -90,7 +91,10 @@ class ChefSpeculator(StandaloneARSpeculator):
         return load_member(self.vllm_config, self.member_configs, member)
 
     def _make_state(self) -> None:
-        """Windows and scores of all requests; part of what vLLM measures as the models' memory."""
+        """Allocate the windows and scores of all requests.
+
+        vLLM measures this memory as part of the models' memory.
+        """
         self.state = ProposalState(
             self.turns,
             self.max_num_reqs,
@@ -100,10 +104,12 @@ class ChefSpeculator(StandaloneARSpeculator):
             self.device,
         )
         self.all_cycle = make_cycle(self.state, self.max_num_reqs)
-        """What the rows of all steps' cycles are part of"""
+        """The cycle of the largest batch. Each step's cycle is a view of its first rows."""
 
     def set_sampler(self, sampler: Sampler) -> None:
-        """Put together what needs vLLM's sampler, which comes after the members."""
+        """Build the objects that need vLLM's sampler, which vLLM makes after the members are
+        loaded.
+        """
         self.sampler = sampler
         self.verifier = Verifier(self.ensemble, self.turns, self.state, sampler)
         self.caller = MemberCaller(self, self.state, self.req_states.all_token_ids.gpu)
@@ -118,7 +124,9 @@ class ChefSpeculator(StandaloneARSpeculator):
         )
 
     def logits_functions(self) -> list[tuple[tuple[int, ...], LogitsFn]]:
-        """(members, their logits from the turn's hidden states) of the turns after the first."""
+        """(members, function from the turn's hidden states to their logits) of the turns after the
+        first.
+        """
         return [
             (turn.members, lambda hidden, model=model: [model.compute_logits(hidden)])
             for turn, model in zip(self.turns.sequence[1:], self.model, strict=True)
@@ -126,7 +134,7 @@ class ChefSpeculator(StandaloneARSpeculator):
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn(*args, **kwargs)
-        # vLLM's is too short for what the last member may read.
+        # vLLM's own buffer is too short for what the last member may read.
         self.expanded_slot_mappings = torch.empty(
             self.block_tables.num_kv_cache_groups,
             self.input_buffers.max_num_tokens,
@@ -154,12 +162,12 @@ class ChefSpeculator(StandaloneARSpeculator):
         )
 
     def _can_capture(self) -> bool:
-        """Whether all that turns do can be in graphs; if not, a line in the log says why."""
+        """Whether graphs can hold all operations of the turns. If not, the log says why."""
         step_len, further = 1 + self.turns.window, range(1, len(self.turns))
         query_len = max(self.turns.num_read(turn, step_len) for turn in further)
         obstacle = obstacle_to_graphs(self, query_len)
         if isinstance(self.verifier.function, Custom):
-            # It may look at values, or change from call to call.
+            # A custom function may read values on the host, or change from call to call.
             obstacle = "an ensemble_fn of your own"
         if obstacle is not None:
             logger.warning_once("Turns run without CUDA graphs: %s.", obstacle)
@@ -191,7 +199,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         attn_metadata: Any,
         slot_mappings: Any,
     ) -> None:
-        """`take_turn`, with all that it needs in memory that does not move."""
+        """`take_turn`, with all its inputs in memory that does not move."""
         if turn == 1:
             self.graphs.step_buffers.score(num_reqs * step_len)
         params = FilterParams(self.ensemble.samples_members, filters)
@@ -208,7 +216,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         attn_metadata: Any,
         slot_mappings: Any,
     ) -> None:
-        """`propose_more`, likewise."""
+        """`propose_more`, with all its inputs in memory that does not move."""
         passes = CapturedPasses(self.caller, num_tokens, attn_metadata, slot_mappings)
         cycle = self.all_cycle.rows(num_reqs)
         self.turn_runner.propose_more(turn, num_passes, cycle, passes)
@@ -216,7 +224,7 @@ class ChefSpeculator(StandaloneARSpeculator):
     # In a step
 
     def begin(self, batch: InputBatch, num_tokens: int) -> CycleStep:
-        """Start the step's cycle, which is to leave `num_tokens` in a window, at most."""
+        """Start the step's cycle. It leaves at most `num_tokens` in each window."""
         self.gammas.set_depth(num_tokens)
         if self.graphs.turns:
             self._refresh_block_tables()
@@ -232,7 +240,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         return self.step
 
     def _load_cycle(self, batch: InputBatch) -> Cycle:
-        # To where CUDA graphs find them: vLLM's own move about.
+        # Copy to memory where CUDA graphs find them, because vLLM's own tensors move.
         sampling = self.sampler.sampling_states
         states = SlotStates(
             self.req_states.prefill_len.gpu,
@@ -245,7 +253,10 @@ class ChefSpeculator(StandaloneARSpeculator):
         return self.ops.load(self.all_cycle, batch.idx_mapping[: batch.num_reqs], states)
 
     def _refresh_block_tables(self) -> None:
-        """For kernels whose block size is not vLLM's: graphs read their tables, and make none."""
+        """Refresh the block tables of kernels whose block size differs from vLLM's.
+
+        Graphs read these tables, but do not compute them.
+        """
         for groups in self.attn_groups:
             for group in groups:
                 tables = self.block_tables.input_block_tables[group.kv_cache_group_id]
@@ -256,7 +267,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         batch: InputBatch,
         mask: torch.Tensor,  # [num_rows, vocab_size]
     ) -> torch.Tensor:  # [num_reqs]
-        """As `grammar.forbidden_tokens`."""
+        """See `grammar.forbidden_tokens`."""
         return forbidden_tokens(batch, mask, self.req_states.draft_tokens, self.state.lengths)
 
     @torch.inference_mode()
@@ -267,13 +278,13 @@ class ChefSpeculator(StandaloneARSpeculator):
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:  # [num_reqs, window]
-        """End the step: the last turn's proposals, and the window for the next step."""
+        """End the step: make the last turn's proposals, and return the window for the next step."""
         return self._dummy_run(input_batch) if dummy_run else self.step.finish(self.stats)
 
     # For vLLM's memory profile
 
     def _dummy_run(self, input_batch: InputBatch) -> torch.Tensor:
-        """Run every member once over as many tokens; this compiles it as well."""
+        """Run every member once over as many tokens as it may get. This also compiles it."""
         num_tokens = input_batch.num_tokens + input_batch.num_reqs * self.num_extra_query_per_req
         num_tokens = min(num_tokens, self.max_num_tokens)
         for turn in range(1, len(self.turns)):

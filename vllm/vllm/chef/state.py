@@ -1,8 +1,9 @@
 """What is pending: the windows of all requests, and the members' scores on them.
 
-Knows positions and columns; knows neither models nor distributions.  A *column* is a position
-counted from the request's first undecided token; everything is device data, in memory that never
-moves, so that CUDA graphs find it.  `ops/` has what is done with it, and returns the named tuples.
+This module knows positions and columns. It knows neither models nor distributions. A *column* is a
+position counted from the request's first undecided token. All tensors are on the device and never
+move, so that CUDA graphs find them. The operations in `ops/` work on them and return the named
+tuples.
 """
 
 from dataclasses import dataclass, fields
@@ -12,16 +13,16 @@ import torch
 
 from vllm.chef.turns import Turns
 
-# Of a row of no request; no vocabulary is as large.
+# For a row without a request. No vocabulary is as large.
 NO_TOP_K = 2**31 - 1
 
 
 class ProposalState:
-    """Kept from step to step, per slot of a request.
+    """State that is kept from step to step, per slot of a request.
 
-    Scores are kept by position, in a ring, so that nothing moves when tokens are committed. The
-    ring's last row takes what nobody needs, in the place of a mask. The last slot is that of rows
-    which fill a CUDA graph's batch up, whose slot is -1.
+    Scores are kept by position in a ring, so nothing moves when tokens are committed. The ring's
+    last row takes scores that nobody needs, so no mask is necessary. The last slot is for rows that
+    pad the batch of a CUDA graph. The slot number of those rows is -1.
     """
 
     def __init__(
@@ -36,11 +37,11 @@ class ProposalState:
         self.turns = turns
         self.max_model_len = max_model_len
         num_turns, num_slots = len(turns), max_num_reqs + 1
-        # Live at once, at most: the step's window, the first turn's proposal, the window of the
-        # next step, and the position past its end.
+        # Positions in use at the same time, at most: the step's window, the first turn's proposal,
+        # the window of the next step, and the position past its end.
         self.ring_size = 2 * turns.window + 2
         self.lengths = torch.zeros(num_slots, num_turns, dtype=torch.int64, device=device)
-        """[num_slots, num_turns] tokens of each turn's segment in the window"""
+        """[num_slots, num_turns] length of each turn's segment in the window"""
         self.scored = torch.zeros(num_slots, num_turns, dtype=torch.int64, device=device)
         """[num_slots, num_turns] the first position that the turn's members have not scored"""
         self.scores = torch.zeros(
@@ -51,52 +52,60 @@ class ProposalState:
             dtype=dtype,
             device=device,
         )
-        """[num_turns - 1, num_slots, ring_size + 1, vocab_size] raw logits of the turns after
-        the first, whose own are the engine step's"""
+        """[num_turns - 1, num_slots, ring_size + 1, vocab_size] raw logits of the turns after the
+        first
+
+        The first turn's logits come with each engine step and are not kept.
+        """
         self.kept_scores = [scores.flatten(0, 1) for scores in self.scores]
-        """num_turns - 1 x [num_slots * (ring_size + 1), vocab_size], the same"""
+        """num_turns - 1 x [num_slots * (ring_size + 1), vocab_size] views of `scores`"""
 
 
 class SlotStates(NamedTuple):
-    """vLLM's states of requests that a cycle needs, `[max_num_reqs]` by slot."""
+    """vLLM's request states that a cycle needs, `[max_num_reqs]` by slot."""
 
     prefill_len: torch.Tensor  # int32
     temperature: torch.Tensor  # float32
     seeds: torch.Tensor  # int64
-    top_k: torch.Tensor  # int32, the size of the vocabulary where there is none
+    top_k: torch.Tensor  # int32, vocab_size if unset
     top_p: torch.Tensor  # float32
     min_p: torch.Tensor  # float32
 
 
 @dataclass
 class Cycle:
-    """The undecided tokens of the step at hand, in which every turn is called once.
+    """The undecided tokens of one step, in which every turn is called once.
 
-    `columns` of a request: its window as the step found it, the first turn's proposal, then what
-    the turns after propose; a replacement takes the place of what it replaces and of all behind.
+    The columns of a request hold, in this order:
+
+    - the window that the step found
+    - the first turn's proposal
+    - the proposals of the later turns
+
+    A replacement takes the place of the replaced token and drops all tokens behind it.
     """
 
-    slots: torch.Tensor  # [num_reqs] int32, slots of the requests; -1 where there is none
+    slots: torch.Tensor  # [num_reqs] int32, slots of the requests; -1 in rows without a request
     prefill_len: torch.Tensor  # [num_reqs]
     temperature: torch.Tensor  # [num_reqs] float32
     seeds: torch.Tensor  # [num_reqs]
-    top_k: torch.Tensor  # [num_reqs] int32, the size of the vocabulary where there is none
+    top_k: torch.Tensor  # [num_reqs] int32, vocab_size if unset
     top_p: torch.Tensor  # [num_reqs] float32
     min_p: torch.Tensor  # [num_reqs] float32
-    active: torch.Tensor  # [num_reqs] bool, False: the prompt goes on in the next step
+    active: torch.Tensor  # [num_reqs] bool, False while the prompt goes on in the next step
     step_start: torch.Tensor  # [num_reqs] position of the first token of the engine step
     first_position: torch.Tensor  # [num_reqs] position of column 0
-    num_drafts: torch.Tensor  # [num_reqs] the engine step has rows for these columns and the next
+    num_drafts: torch.Tensor  # [num_reqs] the engine step has num_drafts + 1 rows of logits
     first_step_row: torch.Tensor  # [num_reqs] row of column 0 in the engine step
-    lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step found
-    new_lengths: torch.Tensor  # [num_reqs, num_turns] of the segments that the step leaves
+    lengths: torch.Tensor  # [num_reqs, num_turns] lengths of the segments that the step found
+    new_lengths: torch.Tensor  # [num_reqs, num_turns] lengths of the segments that the step leaves
     tokens: torch.Tensor  # [num_reqs, num_columns + 1], the last column is never read
     end: torch.Tensor  # [num_reqs] number of columns in use
     num_accepted: torch.Tensor  # [num_reqs] columns whose proposal was accepted
-    num_decided: torch.Tensor  # [num_reqs] columns that are decided, hence the step's output
-    replaced: torch.Tensor  # [num_reqs] bool: the column after the accepted ones has another token
+    num_decided: torch.Tensor  # [num_reqs] columns that are decided; they are the step's output
+    replaced: torch.Tensor  # [num_reqs] bool: the token after the accepted ones was replaced
     settled: torch.Tensor  # [num_reqs] bool: no more columns are decided in this cycle
-    just_settled: torch.Tensor  # [num_reqs] bool: by the latest decision
+    just_settled: torch.Tensor  # [num_reqs] bool: the latest decision settled the request
 
     @property
     def num_reqs(self) -> int:
@@ -104,7 +113,7 @@ class Cycle:
 
     @property
     def segments(self) -> torch.Tensor:  # [num_reqs, num_turns]
-        """Lengths of the segments in the order of `Turns.in_window`."""
+        """Lengths of the segments, in the order of `Turns.in_window`."""
         return self.lengths.roll(-1, dims=1)
 
     @property
@@ -113,73 +122,78 @@ class Cycle:
 
     @property
     def slot_states(self) -> SlotStates:
-        """What was looked up by slot, `[num_reqs]` by row."""
+        """The states that `load` looked up by slot, `[num_reqs]` by row."""
         return SlotStates(*(getattr(self, field) for field in SlotStates._fields))
 
     def rows(self, num_reqs: int) -> "Cycle":
-        """The first requests, sharing memory."""
+        """The first `num_reqs` requests. The tensors share memory."""
         return self.part(slice(num_reqs))
 
     def part(self, requests: slice) -> "Cycle":
-        """Some of the requests, sharing memory."""
+        """Some of the requests. The tensors share memory."""
         return Cycle(*(getattr(self, field.name)[requests] for field in fields(Cycle)))
 
 
 class Candidates(NamedTuple):
-    """What a decision judges, `[num_reqs, num_columns]` each."""
+    """What a decision judges. Each tensor is `[num_reqs, num_columns]`."""
 
     proposed: torch.Tensor
-    """Tokens as vLLM's verification has them: that of column k in place k + 1, -1 for none"""
-    segment: torch.Tensor  # of each column
-    positions: torch.Tensor  # of the token before
+    """Tokens as vLLM's verification needs them: the token of column k stands in place k + 1. -1:
+    none
+    """
+    segment: torch.Tensor  # the segment that each column lies in
+    positions: torch.Tensor  # of the token before each column
     step_rows: torch.Tensor
-    """Rows of the column's scores in the engine step, which has none past its drafts"""
-    kept_rows: torch.Tensor  # the same among the scores that are kept of a turn
+    """Rows of each column's scores in the engine step
+
+    Columns past the step's drafts have no row of their own. They get the last one.
+    """
+    kept_rows: torch.Tensor  # rows of each column's scores in `kept_scores` of a turn
 
     def part(self, requests: slice) -> Self:
-        """Of some of the requests, sharing memory."""
+        """The candidates of some of the requests. The tensors share memory."""
         return type(self)(*(field[requests] for field in self))
 
 
 class GatheredScores(NamedTuple):
-    """What is said of each column, raw or as `gather_scores` is asked."""
+    """The scores of each column, either raw or divided by the temperature (see `gather_scores`)."""
 
     members: torch.Tensor  # [num_members, num_reqs, num_columns, vocab_size]
-    proposal: torch.Tensor  # [num_reqs, num_columns, vocab_size], of the member that proposed it
+    proposal: torch.Tensor  # [num_reqs, num_columns, vocab_size], scores of the column's proposer
 
 
 class LastScored(NamedTuple):
-    """Where the first turn proposes from."""
+    """The scores from which the first turn proposes."""
 
-    rows: torch.Tensor  # [num_reqs] of the engine step
-    last_position: torch.Tensor  # [num_reqs] of the last token
+    rows: torch.Tensor  # [num_reqs] rows of logits of the engine step
+    last_position: torch.Tensor  # [num_reqs] position of the last token
 
 
 class PreparedTokens(NamedTuple):
     """What a turn's first pass reads."""
 
     read_start: torch.Tensor  # [num_reqs] position of the first token
-    is_again: torch.Tensor  # [num_tokens] bool: before those of the engine step
+    is_again: torch.Tensor  # [num_tokens] bool: the token stands before the engine step's tokens
 
 
 class ScorePlaces(NamedTuple):
-    """Where the scores of what was read come from, and are kept."""
+    """Where the scores of a reading come from, and where they are kept."""
 
-    rows: torch.Tensor  # [num_reqs, count] of the hidden states
-    kept_rows: torch.Tensor  # [num_reqs, count] of the scores that are kept of a turn
-    last_position: torch.Tensor  # [num_reqs] of the last token
+    rows: torch.Tensor  # [num_reqs, count] rows of the hidden states
+    kept_rows: torch.Tensor  # [num_reqs, count] rows of `kept_scores` of the turn
+    last_position: torch.Tensor  # [num_reqs] position of the last token
 
 
 class Outputs(NamedTuple):
     """What a cycle gives to the engine."""
 
     tokens: torch.Tensor  # [num_reqs, num_tokens]
-    num_decided: torch.Tensor  # [num_reqs] int32, of the tokens
-    num_rejected: torch.Tensor  # [num_reqs] int32, of the engine step's
+    num_decided: torch.Tensor  # [num_reqs] int32, how many of `tokens` are decided
+    num_rejected: torch.Tensor  # [num_reqs] int32, of the engine step's tokens
 
 
 def make_cycle(state: ProposalState, max_num_reqs: int) -> Cycle:
-    """Memory for the cycles of up to so many requests, as yet of none."""
+    """Memory for the cycles of up to `max_num_reqs` requests. It holds no request yet."""
     num_turns, device = len(state.turns), state.lengths.device
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What became of the proposals: counted on the device, read when somebody asks."""
+"""Counts of what happened to the proposals. They are kept on the device and read on request."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from vllm.chef.turns import Turns
 
 
 class TurnStats:
-    """Counts over all requests since the last `reset`; `ops` count each cycle as it ends."""
+    """Counts over all requests since the last `reset`. `ops` update them when a cycle ends."""
 
     def __init__(self, turns: Turns, device: torch.device) -> None:
         self.turns = turns
@@ -26,7 +26,10 @@ class TurnStats:
             counts.zero_()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers; by member in the user's order, and by position in its segment."""
+        """The counts as plain numbers.
+
+        Lists are by member in the user's order, and within a member by place in its segment.
+        """
         num_cycles, num_tokens = self.totals.tolist()
         turn_of, max_gammas = self.turns.turn_of, self.turns.max_gammas
         calls = self.calls.tolist()

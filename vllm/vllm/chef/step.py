@@ -1,6 +1,6 @@
 """A step of the engine after vLLM's own pass: its cycle, replayed from CUDA graphs or run without.
 
-Knows the batch at hand and which graphs fit it; what a cycle is, `cycle.py` knows.
+This module knows the batch and which graphs fit it. `cycle.py` knows the order of a cycle.
 """
 
 import numpy as np
@@ -17,8 +17,10 @@ from vllm.chef.stats import TurnStats
 
 
 class CycleStep:
-    """The cycle of one step: `replay` where `find_graphs` finds graphs of it, else `run`; then
-    `finish`."""
+    """The cycle of one step.
+
+    Call `replay` if `find_graphs` finds graphs, else `run`. Then call `finish`.
+    """
 
     def __init__(
         self,
@@ -34,10 +36,10 @@ class CycleStep:
         self.gammas, self.graphs = gammas, graphs
 
     def find_graphs(self, filters: bool) -> list[Replay] | None:
-        """Calls that replay the turns after the first; None where a turn has no graph of the step.
+        """Calls that replay the turns after the first. None if a turn has no graph for this step.
 
-        They are for requests that ask for no more than temperature and, where `filters`, min-p,
-        top-k and top-p.
+        The graphs apply temperature only. If `filters`, they also apply min-p, top-k and top-p.
+        Requests that need more than that run without graphs.
         """
         step_len = uniform_step_len(self.batch)
         if step_len is None:
@@ -46,10 +48,10 @@ class CycleStep:
 
     def replay(
         self,
-        replays: list[Replay],  # of `find_graphs`
-        hidden_states: torch.Tensor,  # [num_tokens, ...] of the engine step
+        replays: list[Replay],  # from `find_graphs`
+        hidden_states: torch.Tensor,  # [num_tokens, sum of the first turn's hidden sizes]
     ) -> tuple[Outputs, LogprobsTensors | None]:
-        """The cycle, up to the last turn's passes of one token."""
+        """Replay the cycle, except for the last turn's passes of one token."""
         self.graphs.step_buffers.load(hidden_states, self.batch.logits_indices)
 
         def take_turn(turn: int) -> None:
@@ -67,17 +69,17 @@ class CycleStep:
 
     @property
     def readings(self) -> list[Reading]:
-        """By turn, what was read without graphs."""
+        """By turn, the readings made without graphs."""
         return self.passes.readings
 
     def finish(self, stats: TurnStats) -> torch.Tensor:  # [num_reqs, window]
-        """The last turn's passes of one token, and the window for the next step."""
+        """Make the last turn's passes of one token, and return the window for the next step."""
         return self.turn_runner.finish(self.cycle, self._propose_more, stats, self.gammas.calls)
 
     def _propose_more(self, turn: int) -> None:
-        """The turn's passes of one token, in a graph where there is one.
+        """The turn's passes of one token, replayed if a graph holds them.
 
-        They may have a graph where what the turn has read before had none.
+        They may have a graph even where the turn's first pass had none.
         """
         num_passes = self.gammas.num_passes(turn)
         replay = self.graphs.find_passes(turn, num_passes, self.cycle.num_reqs)
@@ -88,7 +90,11 @@ class CycleStep:
 
 
 def uniform_step_len(batch: InputBatch) -> int | None:
-    """Tokens of every request in the engine step, where all are drafts but the first."""
+    """Tokens of each request in the engine step, if all requests have the same number.
+
+    None if the numbers differ, or if a request has prompt tokens: then not all its tokens but the
+    first are drafts.
+    """
     query_start_loc = batch.query_start_loc_np[: batch.num_reqs + 1]
     length = int(query_start_loc[1])
     if not (np.diff(query_start_loc) == length).all():

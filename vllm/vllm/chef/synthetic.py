@@ -1,8 +1,8 @@
 """Acceptance set instead of measured, for benchmarks: vLLM's `rejection_sample_method="synthetic"`.
 
-All of a verification runs as ever; vLLM's kernel then compares its random number, which depends on
-the request's seed and the position alone, with a rate and not with what the distributions say.
-The output is no longer the ensemble's.
+The whole verification runs as usual. vLLM's kernel then compares its random number with a rate,
+instead of the probabilities of the distributions. The random number depends only on the request's
+seed and the position. The output is no longer the ensemble's.
 """
 
 import math
@@ -22,10 +22,10 @@ def unconditional_rates(rate: float, num_tokens: int) -> list[float]:
 
 
 def common_rate(speculative: SpeculativeConfig) -> float | None:
-    """The rate at which a synthetic verification accepts each token; None where it is a real one.
+    """The rate at which a synthetic verification accepts each token. None if verification is real.
 
-    Windows are filled by turns, so that a place in one says nothing about who proposed the token:
-    all places need the same rate.
+    Turns fill the windows, so a place in a window does not show who proposed its token. All places
+    therefore need the same rate.
 
     Raises:
         ValueError: one line that names the key and the remedy.
@@ -34,11 +34,11 @@ def common_rate(speculative: SpeculativeConfig) -> float | None:
         return None
     given = speculative.synthetic_acceptance_rates
     rate = given[0]
-    # What lies behind a place that accepts nothing is not reached.
+    # Places behind one that accepts nothing are never reached.
     rates = [
         here / before for before, here in zip([1.0, *given], given, strict=False) if before > 0
     ]
-    # Entries may be rounded: what matters is that nobody asks for different rates.
+    # Entries may be rounded. The tolerance only has to detect different rates.
     if not all(math.isclose(other, rate, abs_tol=1e-3) for other in rates):
         raise ValueError(
             "method.llm.speculative_config.synthetic_acceptance_rates: turns accept all tokens at "
@@ -49,10 +49,11 @@ def common_rate(speculative: SpeculativeConfig) -> float | None:
 
 def configured_rates(
     turns: Turns, device: torch.device
-) -> torch.Tensor | None:  # [max tokens that a decision may judge]
-    """What `rejection_sample` takes as conditional rates, by vLLM's configuration at hand.
+) -> torch.Tensor | None:  # [window + 1], the most tokens that a decision judges
+    """Conditional rates for `rejection_sample`, from vLLM's current configuration.
 
-    A benchmark may fill the tensor with another rate at any time between two steps.
+    None if verification is real. A benchmark may fill the tensor with another rate between any two
+    steps.
     """
     config = get_current_vllm_config_or_none()
     if config is None or config.speculative_config is None:

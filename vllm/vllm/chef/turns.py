@@ -1,6 +1,6 @@
-"""Whose turn it is: the order in which members are called, and how many tokens each proposes.
+"""The order in which members are called, and how many tokens each proposes.
 
-Plain data; knows neither models nor scores.
+Plain data. This module knows neither models nor scores.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Turn:
-    """One call: `members` (places in the user's order) run together and propose `gamma` tokens."""
+    """One call: `members` run together and propose `gamma` tokens.
+
+    `members` holds places in the user's order.
+    """
 
     members: tuple[int, ...]
     gamma: int
@@ -17,14 +20,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Turns:
-    """A cycle of calls. The first turn opens the engine's step, the others follow in it.
+    """A cycle of calls. The first turn opens the engine's step, and the others follow in it.
 
     Args:
-        sequence: the first proposes one token (chef), or none (`*_sd`); then the token past the
-            window is drawn from the ensemble once the last scorer has scored it. Each other
-            turn has one member, which proposes one token or more.
-        scores: by member, whether the ensemble counts it. One that it does not count proposes,
-            and is never waited for.
+        sequence: the first turn proposes one token (chef) or none (`*_sd`). If it proposes none,
+            the token past the window is drawn from the ensemble, once the last scorer has scored
+            it. Each other turn has one member, which proposes one token or more.
+        scores: by member, whether the ensemble counts it. A member that is not counted only
+            proposes. No decision waits for its scores.
     """
 
     sequence: tuple[Turn, ...]
@@ -41,67 +44,82 @@ class Turns:
 
     @property
     def max_gammas(self) -> tuple[int, ...]:
-        """By turn, tokens that it proposes at most."""
+        """By turn, the most tokens that it proposes."""
         return tuple(turn.gamma for turn in self.sequence)
 
     @property
     def in_window(self) -> list[int]:
-        """The turns in the order of their segments, as the step finds the window; the first turn's
-        own proposal comes last."""
+        """The turns in the order of their segments in the window that a step finds.
+
+        The first turn's own proposal comes last.
+        """
         return [*range(1, len(self)), 0]
 
     @property
     def turn_of(self) -> dict[int, int]:
-        """By member, the turn it is called in."""
+        """By member, the turn in which it is called."""
         return {member: at for at, turn in enumerate(self.sequence) for member in turn.members}
 
     @property
     def window(self) -> int:
-        """Tokens carried from one step to the next, at most: what the first turn has not seen."""
+        """The most tokens carried from one step to the next. The first turn has not seen them."""
         return sum(self.max_gammas[1:])
 
     @property
     def draws(self) -> bool:
-        """Whether the token past the window is drawn from the ensemble, not proposed."""
+        """Whether the token past the window is drawn from the ensemble instead of proposed."""
         return self.sequence[0].gamma == 0
 
     @property
     def last_scorer(self) -> int:
-        """The turn that ends the step's decisions."""
+        """The turn that makes the last decision of a step."""
         return max(turn for turn in range(len(self)) if self.is_scorer(turn))
 
     def is_scorer(self, turn: int) -> bool:
         return any(self.scores[member] for member in self.sequence[turn].members)
 
     def num_new(self, turn: int) -> int:
-        """Tokens that have come behind those of the engine step when a turn after the first is
-        called, at most: proposals of the turns before it, or one replacement."""
+        """The most tokens that follow the engine step's tokens when a turn after the first is
+        called.
+
+        They are proposals of the turns before it, or one replacement.
+        """
         return max(1, sum(self.max_gammas[:turn]))
 
     def num_unscored(self, turn: int) -> int:
-        """Positions that the turn's members have not scored when it is called, at most: what the
-        other turns proposed, and the one past the end. Where tokens are drawn, all turns score
-        (`config.py` sees to that), and so none comes after the draw."""
+        """The most positions that the turn's members have not scored when it is called.
+
+        They are the tokens that the other turns proposed, and the position past the end. A drawn
+        token adds none: where tokens are drawn, all turns score (`config.py` ensures it), so no
+        turn comes after the draw.
+        """
         return 1 + sum(self.max_gammas) - self.max_gammas[turn]
 
     def num_read(self, turn: int, step_len: int) -> int:
-        """Tokens that a turn's member reads in its first pass, of a request that decodes, with
-        `step_len` tokens in the engine step: no more than it has not scored what comes after."""
+        """Tokens of a decoding request that a turn's member reads in its first pass.
+
+        The engine step has `step_len` tokens of the request. The number is capped at the positions
+        the member has not scored.
+        """
         return min(step_len + self.num_new(turn), self.num_unscored(turn))
 
     def num_passes(self, gamma: int) -> int:
-        """Passes of one token after the first of a turn that proposes `gamma`: one less, since the
-        first gives the first proposal; where tokens are drawn, the drawn one goes through before.
+        """Passes of one token that follow the first pass of a turn that proposes `gamma` tokens.
+
+        The first pass gives the first proposal, so there is one pass less than `gamma`. Where
+        tokens are drawn, there are `gamma`: the first of them reads the drawn token.
         """
         return max(0, gamma - (not self.draws))
 
     def num_calls(self, gammas: Sequence[int]) -> tuple[int, ...]:
-        """Passes of each turn's members in a cycle in which the turns propose `gammas`."""
+        """By turn, the passes of its members in a cycle in which the turns propose `gammas`."""
         return (1, *(1 + self.num_passes(gamma) for gamma in gammas[1:]))
 
     def gammas(self, num_tokens: int) -> tuple[int, ...]:
-        """Tokens that each turn proposes in a step that leaves a window of `num_tokens`, at most:
-        as many of the last turns' as there is room for, since the cheapest come last."""
+        """Tokens that each turn proposes in a step that leaves a window of at most `num_tokens`.
+
+        The last turns get the room first, because the cheapest members come last.
+        """
         first, *others = self.max_gammas
         gammas = [first]
         for max_gamma in reversed(others):
@@ -110,25 +128,28 @@ class Turns:
         return tuple(gammas)
 
     def places(self, num_tokens: int) -> list[tuple[int, int]]:
-        """Of a window of `num_tokens`, each token's turn and place among that turn's."""
+        """By token of a window of `num_tokens`: its turn, and its place in that segment."""
         gammas = self.gammas(num_tokens)
         return [(turn, at) for turn in range(1, len(self)) for at in range(gammas[turn])]
 
     def num_decidable(self, turn: int) -> int:
-        """Segments that all scorers have scored after this turn, counted in the order of the
-        window as the step finds it: those of turns 1, 2, ..., and the first turn's last."""
+        """The number of segments that all scorers have scored after this turn.
+
+        Segments count in the order of the window that the step finds: turns 1, 2, ..., and then the
+        first turn.
+        """
         if not self.is_scorer(turn):
             return 0
         later = [at for at in range(turn + 1, len(self)) if self.is_scorer(at)]
         return later[0] if later else len(self)
 
     def max_decided(self, turn: int) -> int:
-        """Tokens that are decided by the end of this turn, at most."""
+        """The most tokens that are decided by the end of this turn."""
         return sum(self.max_gammas[at] for at in self.in_window[: self.num_decidable(turn)])
 
 
 def sd_turns(num_members: int, gamma: int) -> Turns:
-    """`*_sd`: the last member always proposes; the others only score, in one call."""
+    """`*_sd`: the last member always proposes. The others only score, in one call."""
     *others, last = range(num_members)
     return Turns((Turn(tuple(others), 0), Turn((last,), gamma)), (True,) * num_members)
 
@@ -142,9 +163,9 @@ def chef_turns(
     """Turns of one member each.
 
     Args:
-        gammas, costs, scores: by member, in the user's order; `costs` are relative.
-        order: the members in the order of their calls. None: the costliest that proposes one
-            token opens, and the others follow by the tokens they propose, those with most last.
+        gammas, costs, scores: by member, in the user's order. `costs` are relative.
+        order: the members in the order of their calls. None: `primary` chooses the first. The
+            others follow by the tokens they propose, fewest first.
 
     Raises:
         ValueError: one line that names the key and the remedy.
@@ -167,7 +188,11 @@ def chef_turns(
 
 
 def primary(gammas: Sequence[int], costs: Sequence[float], scores: Sequence[bool]) -> int:
-    """The member that opens the step: the costliest scorer of those that propose one token."""
+    """The member that opens the step: the costliest scorer among those that propose one token.
+
+    Raises:
+        ValueError: one line that names the key and the remedy.
+    """
     candidates = [m for m in range(len(gammas)) if gammas[m] == 1 and scores[m]]
     if not candidates:
         raise ValueError(
@@ -178,6 +203,6 @@ def primary(gammas: Sequence[int], costs: Sequence[float], scores: Sequence[bool
 
 
 def spread_gamma(gamma: int, costs: Sequence[float]) -> list[int]:
-    """One number for all members: the cheapest proposes `gamma` tokens, the others one each."""
+    """One gamma per member: the cheapest member proposes `gamma` tokens, every other member one."""
     cheapest = min(reversed(range(len(costs))), key=lambda member: costs[member])
     return [gamma if member == cheapest else 1 for member in range(len(costs))]

@@ -1,8 +1,9 @@
-"""The mathematics of a turn: which pending tokens the ensemble accepts, and what it puts instead.
+"""Which pending tokens the ensemble accepts, and what replaces a rejected one.
 
-Knows distributions; runs no model.  A token x that a member proposed from q is accepted with
-probability min(1, r(x) / q(x)), r being the ensemble's distribution; otherwise a draw from
-norm(max(0, r - q)) takes its place (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
+This module knows distributions and runs no model. Let q be the distribution that a member drew
+token x from, and r the ensemble's distribution. Token x is accepted with probability min(1, r(x) /
+q(x)). A rejected token is replaced by a draw from norm(max(0, r - q)) (Leviathan et al. 2023, arXiv
+2211.17192, algorithm 1).
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,28 +29,29 @@ from vllm.ensemble_decode.ops import combine
 
 
 class StepScores(NamedTuple):
-    """What the first turn's members say of an engine step, one row per column and request."""
+    """The first turn's scores of an engine step: one row per column and request."""
 
     logits: list[torch.Tensor]  # members of the turn x [num_rows, vocab_size]
     params: StepParams
     mask: torch.Tensor | None = None
-    """[num_rows, vocab_size] of a grammar, 0 or -inf, for all members"""
+    """[num_rows, vocab_size] mask of a grammar, 0 or -inf, the same for all members"""
 
 
 class Verdict(NamedTuple):
-    """Of a decision on some of a step's requests."""
+    """The result of a decision on some requests of a step."""
 
-    sampled: torch.Tensor  # [num_reqs, num_columns] accepted tokens, then the ensemble's own
+    sampled: torch.Tensor  # [num_reqs, num_columns] accepted tokens, then a token of the ensemble
     num_sampled: torch.Tensor  # [num_reqs]
     reported: torch.Tensor | None
-    """[num_reqs * num_columns, vocab_size] logits that log-probabilities are reported of"""
+    """[num_reqs * num_columns, vocab_size] logits from which log-probabilities are reported"""
 
 
 class Verifier:
     """Decides the columns of a cycle.
 
-    Each call goes over all columns from the first: those decided before come out the same, since
-    the noise of a draw depends on the request's seed and the position alone.
+    Each call judges all columns, from the first one on. Columns that were decided before get the
+    same result again, because the noise of a draw depends only on the request's seed and the
+    position.
     """
 
     def __init__(
@@ -61,19 +63,19 @@ class Verifier:
         self.state = state
         self.sampler = sampler
         self.ops = ops_for(state.scores.device)
-        # [num_turns] members that propose, in the order of the window
+        # [num_turns] the first member of each turn, in the order of the window
         self.proposers = [turns[turn].members[0] for turn in turns.in_window]
         self.turn_of = turns.turn_of
         self.layouts: dict[int, Layout] = {}
         """By number of columns"""
-        # Not None only where a benchmark sets the acceptance.
+        # Only a benchmark sets the acceptance. Otherwise this is None.
         self.synthetic_rates = configured_rates(turns, state.scores.device)
 
     def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> LogprobsTensors | None:
-        """Decide what all scorers have scored once `turn` has run.
+        """Decide the segments that all scorers have scored once `turn` has run.
 
-        Returns the log-probabilities of all decided tokens, after the last scorer's turn and where
-        a request asks for them.
+        Returns the log-probabilities of all decided tokens after the last scorer's turn, if a
+        request asks for them. Otherwise returns None.
         """
         is_last = turn == self.turns.last_scorer
         num_segments = self.turns.num_decidable(turn)
@@ -106,10 +108,14 @@ class Verifier:
         num_segments: int,
         logprobs_dims: tuple[int, int] | None,
     ) -> Verdict:
-        """A decision on the requests of a part; `candidates` are theirs, all else is the step's."""
+        """A decision on the requests in `part`.
+
+        `candidates` are those of the part. All other arguments belong to the whole step.
+        """
         members, proposal = self._gather(cycle.part(part), candidates, scores, num_segments)
         if scores.mask is not None:
-            # The first turn proposes after the grammar's mask, the others know of none.
+            # The first turn proposes after the grammar's mask. The other turns do not know the
+            # mask.
             mask = scores.mask[candidates.step_rows]
             is_first = candidates.segment == self.turns.in_window.index(0)
             proposal = torch.where(is_first[:, :, None], proposal + mask, proposal)
@@ -124,8 +130,10 @@ class Verifier:
     def _gather(
         self, cycle: Cycle, candidates: Candidates, scores: StepScores, num_segments: int
     ) -> GatheredScores:
-        """As the step's sampling parameters take them; a member that has not scored may have
-        anything."""
+        """The scores, in the form that the step's sampling parameters need.
+
+        Past the segments that a member has scored, its scores may be anything.
+        """
         sources, rows = [], []
         for member in range(self.ensemble.num_members):
             turn = self.turn_of[member]
@@ -153,8 +161,11 @@ class Verifier:
         process: Process,
         reports: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of the ensemble's distribution `[num_reqs * num_columns, vocab_size]` after the
-        sampling parameters, and where `reports` those that log-probabilities are reported of."""
+        """The target logits `[num_reqs * num_columns, vocab_size]`, and the logits to report.
+
+        The target is the ensemble's distribution after the sampling parameters. The second result
+        holds the logits from which log-probabilities are reported. It is None unless `reports`.
+        """
         combines_probs, raw = self.ensemble.combines_probs, None
         if self.ensemble.samples_members:
             target = combine(self.function, process(members), combines_probs)
@@ -193,8 +204,11 @@ class Verifier:
         )
 
     def _layout(self, num_reqs: int, num_columns: int) -> Layout:
-        """Kept for as many requests as there may be, of which a batch takes the first: it says
-        nothing of them, and would be computed anew in every step."""
+        """The layout for this many requests and columns.
+
+        It depends on these two numbers only. It is therefore computed once for the largest batch,
+        and a batch takes its first rows.
+        """
         if num_columns not in self.layouts:
             num_slots, device = len(self.state.lengths), self.state.lengths.device
             requests = torch.arange(num_slots, device=device)
@@ -215,7 +229,7 @@ class Verifier:
         )
 
     def _chunks(self, num_reqs: int, num_columns: int) -> Iterator[slice]:
-        """Requests whose logits fit into what vLLM allows a verification to take."""
+        """Slices of requests whose logits fit into the size that vLLM allows for a verification."""
         size = get_max_chunk_logits(self.state.scores.shape[-1])
         size = max(1, size // (num_columns * self.ensemble.num_members))
         for start in range(0, num_reqs, size):
@@ -229,7 +243,10 @@ class Verifier:
         num_logprobs: int,
         max_token_ids: int,
     ) -> LogprobsTensors:
-        """Of every column's token, most likely tokens beside it; vLLM reads the decided ones."""
+        """Log-probabilities of every column's token, and of the most likely tokens beside it.
+
+        vLLM reads only the decided columns.
+        """
         parts = []
         for part, logits in zip(self._chunks(cycle.num_reqs, num_columns), reported, strict=True):
             slots = cycle.slots[part]

@@ -1,4 +1,6 @@
-"""What a cycle does with its columns: `eager` in torch, the same functions `fused` in Triton."""
+"""Operations of a cycle on its columns: `eager` in torch, and the same functions in Triton,
+`fused`.
+"""
 
 from types import ModuleType
 

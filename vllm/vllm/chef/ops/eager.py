@@ -1,6 +1,6 @@
-"""What a cycle does with its columns, in torch: the reference for `fused.py`, and the CPU's own.
+"""Operations of a cycle on its columns, in torch: used on CPU, and the reference for `fused.py`.
 
-All but `gather_scores` change `state` and `cycle` in place, and nothing waits for the host.
+The operations change `state` and `cycle` in place. None waits for the host.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ def load(
     slots: torch.Tensor,  # [num_reqs]
     states: SlotStates,
 ) -> Cycle:
-    """The rows of a step's requests, of all that a cycle has; the others are of no request.
+    """Write a step's requests into the first rows of `cycle`, and return those rows.
 
-    Those are emptied, since a later graph of the cycle may hold more of them than the one that
-    begins it.
+    The other rows hold no request. They are emptied, because a later graph of the cycle may cover
+    more rows than the graph that begins it.
     """
     rows = cycle.rows(len(slots))
     cycle.slots.fill_(-1)
@@ -41,7 +41,7 @@ def load(
     for field in ("step_start", "first_position", "first_step_row", "num_drafts", "end"):
         getattr(cycle, field)[len(slots) :] = 0
     cycle.lengths[len(slots) :] = cycle.new_lengths[len(slots) :] = 0
-    # Nor do they have filters, which would take time.
+    # They have no filters either, because filters take time.
     for field, none in (("temperature", 0), ("top_k", NO_TOP_K), ("top_p", 1), ("min_p", 0)):
         getattr(cycle, field)[len(slots) :] = none
     rows.slots.copy_(slots)
@@ -59,11 +59,11 @@ def begin_cycle(
     input_ids: torch.Tensor,  # [num_tokens]
     forbidden: torch.Tensor | None = None,  # [num_reqs]
 ) -> None:
-    """Take up the windows that vLLM scheduled, for the requests that were loaded.
+    """Take over the windows that vLLM scheduled, for the loaded requests.
 
-    `forbidden` is the pending token that vLLM left out as the first that a grammar does not allow,
-    -1 where it did not.  It stays in the window, where it is bound to be replaced: leaving it out
-    because of what it is would change the distribution of what comes in its place.
+    `forbidden` is a pending token that vLLM left out because it is the first that a grammar does
+    not allow. -1 if there is none. The token stays in the window, and is certain to be replaced.
+    Leaving it out because of its value would change the distribution of its replacement.
     """
     slots, window = cycle.slots, state.turns.window
     query_start_loc, cu_num_logits = query_start_loc.long(), cu_num_logits.long()
@@ -71,15 +71,16 @@ def begin_cycle(
     num_drafts = cu_num_logits.diff() - 1
     step_start = seq_lens - query_start_loc.diff()
     first_position = seq_lens - num_drafts
-    # vLLM may schedule less than the whole window, at the end of a context for example. What is
-    # left out falls. Drafts of a request whose prompt is read in this step only fill a batch up.
+    # vLLM may schedule less than the whole window, for example at the end of a context. The rest is
+    # dropped. If the step reads a request's prompt, the request's drafts only pad the batch.
     limit = num_drafts if forbidden is None else num_drafts + (forbidden >= 0)
     limit = limit.masked_fill((step_start < cycle.prefill_len) | (slots < 0), 0)
     ends = torch.minimum(state.lengths[slots, 1:].cumsum(1), limit[:, None])
     zero = ends.new_zeros(len(slots), 1)
     cycle.lengths.copy_(torch.cat([zero, ends.diff(dim=1, prepend=zero)], dim=1))
     end = ends[:, -1]
-    # Scores past the window are of other tokens now; without a window, of another request even.
+    # Scores past the window belong to tokens that have changed. Without a window they may even
+    # belong to another request.
     valid = torch.where(end > 0, first_position + end + 1, first_position)
     state.scored[slots] = torch.minimum(state.scored[slots], valid[:, None])
     # Drafts are the last tokens of a request's query.
@@ -126,18 +127,20 @@ def candidates(
 def gather_scores(
     cycle: Cycle,
     sources: Sequence[torch.Tensor],  # num_members x [any number of rows, vocab_size], raw logits
-    rows: Sequence[torch.Tensor],  # num_members x [num_reqs, num_columns], of the sources
+    rows: Sequence[torch.Tensor],  # num_members x [num_reqs, num_columns], rows of `sources`
     segment: torch.Tensor,  # [num_reqs, num_columns]
-    proposers: Sequence[int],  # members, by segment
+    proposers: Sequence[int],  # by segment, the member that proposed it
     dtype: torch.dtype,
     scales: bool,
 ) -> GatheredScores:
-    """What the members and the proposers say of each column.
+    """The logits of the members and of the proposer, for each column.
 
-    The members' logits come as `dtype`, divided by the temperature where `scales` (not by 0, which
-    stands for greedy decoding).  A proposer's come raw, in the widest dtype of the sources, since a
-    proposal must be judged by the very scores that it was drawn from.  At temperature 0 it is
-    judged by its token alone: there they may be anything.
+    The members' logits have the dtype `dtype`. If `scales`, they are divided by the temperature. A
+    temperature of 0 stands for greedy decoding, and its logits are not divided.
+
+    The proposer's logits are raw, in the widest dtype of the sources. A proposal must be judged by
+    exactly the logits from which it was drawn. At temperature 0 only the proposed token matters,
+    and the proposer's logits may be anything.
     """
     widest = reduce(torch.promote_types, (source.dtype for source in sources))
     raw = [source[at].to(widest) for source, at in zip(sources, rows, strict=True)]
@@ -154,13 +157,16 @@ def gather_scores(
 def settle(
     state: ProposalState,
     cycle: Cycle,
-    sampled: torch.Tensor,  # [num_reqs, num_columns] accepted tokens, then the ensemble's own
+    sampled: torch.Tensor,  # [num_reqs, num_columns] accepted tokens, then a token of the ensemble
     num_sampled: torch.Tensor,  # [num_reqs]
     num_segments: int,
     draws: bool,
 ) -> None:
-    """Commit the accepted columns; and where a proposal was rejected, or `draws`, the token of the
-    ensemble's that comes after them, which drops all behind it."""
+    """Commit the accepted columns and, if there is one, the ensemble's token after them.
+
+    The ensemble's token is committed where a proposal was rejected, and everywhere if `draws`. It
+    drops all tokens behind it.
+    """
     num_accepted = num_sampled.long() - 1
     live = cycle.active & ~cycle.settled
     replaced = live & (num_accepted < cycle.segments[:, :num_segments].sum(1))
@@ -175,7 +181,8 @@ def settle(
     cycle.tokens.scatter_(1, column[:, None], token)
     cycle.end.copy_(torch.where(settled, column + 1, cycle.end))
     cycle.new_lengths.masked_fill_(settled[:, None], 0)
-    # The scores at its own column depend on what stands before it, those behind on the token.
+    # The scores at the token's own column depend only on earlier tokens and stay valid. The scores
+    # behind it depend on the token.
     valid = torch.where(settled, cycle.first_position + column + 1, NO_POSITION)
     state.scored[cycle.slots] = torch.minimum(state.scored[cycle.slots], valid[:, None])
 
@@ -188,12 +195,18 @@ def append(
     tokens: torch.Tensor,  # [num_reqs]
     has_decided: bool = False,
 ) -> None:
-    """Put a turn's proposed token behind all others, where it still has one to propose and the
-    context has room.  Where the turn `has_decided` after its pass, the token is not for requests in
-    which that settled another."""
+    """Append a turn's proposed token behind all others.
+
+    It is appended only where all of these hold:
+
+    - the turn has tokens left to propose
+    - the context has room
+    - if the turn `has_decided` after its pass: that decision did not settle the request
+    """
     where = cycle.active & (cycle.first_position + cycle.end < state.max_model_len)
     if turn == 0:
-        # The first turn has scored what the engine step had, and proposes for what it knows.
+        # The first turn has scored the engine step's tokens only. It proposes where they include
+        # the last token.
         where &= ~cycle.settled & (cycle.end <= cycle.num_drafts)
     else:
         where &= cycle.new_lengths[:, turn] < gammas[turn]
@@ -206,8 +219,11 @@ def append(
 
 
 def last_scored(cycle: Cycle) -> LastScored:
-    """Where the first turn proposes from.  Where it did not read the last token, the row is of one
-    before; nothing is proposed there."""
+    """The rows from which the first turn proposes.
+
+    Where the first turn has not read the last token, the row belongs to an earlier one. Nothing is
+    proposed there.
+    """
     rows = cycle.first_step_row + torch.minimum(cycle.end, cycle.num_drafts)
     return LastScored(rows, cycle.last_position)
 
@@ -221,8 +237,12 @@ def prepare_tokens(
     positions: torch.Tensor,  # [num_tokens], written
     seq_lens: torch.Tensor,  # [num_reqs], written
 ) -> PreparedTokens:
-    """Inputs of the pass in which a member reads: a request's last tokens, with what has been
-    decided and proposed in this cycle; where it has fewer, tokens that are overwritten later."""
+    """Write the inputs of the pass in which a member reads.
+
+    A request's input is its last tokens, including those decided and proposed in this cycle. If it
+    has fewer tokens than its share of the batch, the rest is filled with tokens that are
+    overwritten later.
+    """
     num_tokens = len(input_ids)
     query_lens = query_start_loc.long().diff()
     end = (cycle.first_position + cycle.end).clamp(max=state.max_model_len)
@@ -250,7 +270,7 @@ def prepare_token(
     positions: torch.Tensor,  # [num_reqs], written
     seq_lens: torch.Tensor,  # [num_reqs], written
 ) -> torch.Tensor:  # [num_reqs]
-    """The last token of each request, as input of a pass.  Returns the positions as int64."""
+    """Write the last token of each request, as input of a pass. Returns the positions as int64."""
     pending = cycle.tokens.gather(1, (cycle.end - 1).clamp(min=0)[:, None])[:, 0]
     before = (cycle.first_position - 1).clamp(min=0)
     known = all_token_ids[cycle.slots, before].long() * (cycle.slots >= 0)
@@ -267,12 +287,13 @@ def place_scores(
     cycle: Cycle,
     turn: int,
     count: int,
-    query_start_loc: torch.Tensor,  # [num_reqs + 1] of what the member reads
+    query_start_loc: torch.Tensor,  # [num_reqs + 1] of the member's reading
     read_start: torch.Tensor,  # [num_reqs] position of the first token it reads
 ) -> ScorePlaces:
-    """Where the last `count` columns, up to the one past the end, are read from and kept.
+    """Where the scores of the last `count` columns are read from, and where they are kept.
 
-    What has been scored before, or is of no column, goes to the row that nobody reads.
+    The last of these columns is the one past the end. Scores that were kept before, or that belong
+    to no column, go to the row that nobody reads.
     """
     columns = cycle.end[:, None] - torch.arange(count - 1, -1, -1, device=cycle.end.device)
     positions = cycle.first_position[:, None] + columns
@@ -290,7 +311,10 @@ def place_score(
     turn: int,
     gammas: torch.Tensor,  # [num_turns]
 ) -> torch.Tensor:  # [num_reqs]
-    """Row among the turn's kept scores for those past the end, while it has tokens to propose."""
+    """Row of the turn's kept scores for the column past the end.
+
+    Where the turn has no token left to propose, it is the row that nobody reads.
+    """
     keep = cycle.active & (cycle.first_position + cycle.end < state.max_model_len)
     keep &= cycle.new_lengths[:, turn] < gammas[turn]
     positions = (cycle.first_position + cycle.end)[:, None]
@@ -304,7 +328,10 @@ def end_cycle(
     stats: TurnStats,
     calls: torch.Tensor,  # [num_turns] passes of each turn in a cycle
 ) -> torch.Tensor:  # [num_reqs, window]
-    """Keep what is pending for the next step, count, and return its tokens, filled up with 0."""
+    """Keep what is pending for the next step, and update the counts.
+
+    Returns the pending tokens, padded with 0.
+    """
     _count(cycle, stats, calls)
     columns = torch.arange(state.turns.window, device=cycle.slots.device)
     columns = cycle.num_decided[:, None] + columns
@@ -314,7 +341,7 @@ def end_cycle(
 
 
 def outputs(cycle: Cycle, num_tokens: int) -> Outputs:
-    """What is decided, in memory of its own: the cycle's is the next step's too."""
+    """The decided tokens, in memory of their own. The next step reuses the cycle's memory."""
     num_decided = (cycle.num_decided * cycle.active).int()
     num_rejected = ((cycle.num_drafts + 1) * cycle.active).int() - num_decided
     return Outputs(cycle.tokens[:, :num_tokens].clone(), num_decided, num_rejected)
@@ -326,7 +353,7 @@ def kept_row(
     positions: torch.Tensor,  # [num_reqs, count]
     keep: torch.Tensor,  # [num_reqs, count] bool
 ) -> torch.Tensor:  # [num_reqs, count]
-    """Rows of `state.kept_scores`; where not `keep`, the row of the ring that nobody reads."""
+    """Rows of `state.kept_scores`. Where not `keep`, the row of the ring that nobody reads."""
     ring = positions.remainder(state.ring_size).masked_fill(~keep, state.ring_size)
     slot = cycle.slots.long().masked_fill(cycle.slots < 0, len(state.lengths) - 1)
     return slot[:, None] * (state.ring_size + 1) + ring
@@ -336,7 +363,7 @@ def segment_of(
     columns: torch.Tensor,  # [num_columns]
     segments: torch.Tensor,  # [num_reqs, num_segments] lengths
 ) -> torch.Tensor:  # [num_reqs, num_columns]
-    """The segment that a column lies in: as many as end at or before it."""
+    """The segment of each column: the number of segments that end at or before the column."""
     return (columns >= segments.cumsum(1)[:, :-1, None]).sum(1)
 
 

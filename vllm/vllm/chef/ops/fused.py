@@ -1,8 +1,8 @@
-"""What `eager.py` does, one Triton kernel per function.
+"""The operations of `eager.py`, one Triton kernel per function.
 
-In torch each function is a dozen operations or more, most on a handful of numbers each, which
-together cost more than a small member's proposals.  Every function is as its namesake; the tests
-run both on the same cycles.  But for `gather_scores`, a program is a request.
+In torch each function takes a dozen operations or more, most of them on a few numbers. Together
+they cost more than a small member's proposals. Each function behaves like its namesake. The tests
+run both on the same cycles. One program handles one request, except in `gather_scores`.
 """
 
 from collections.abc import Sequence
@@ -27,22 +27,22 @@ from vllm.chef.stats import TurnStats
 
 # Tokens of a request that a program reads at a time.
 TOKEN_BLOCK = 256
-# Of the vocabulary, likewise.
+# Tokens of the vocabulary that a program handles.
 VOCAB_BLOCK = 4096
 
 
 @triton.jit
 def _slot(slots_ptr, row, spare_slot):
-    """Of a row; the spare one where there is no request."""
+    """The slot of a row. A row without a request has the spare slot."""
     slot = tl.load(slots_ptr + row).to(tl.int64)
     return tl.where(slot >= 0, slot, spare_slot)
 
 
 @triton.jit
 def _kept_row(slot, position, RING_SIZE: tl.constexpr):
-    """Of `ProposalState.kept_scores`."""
+    """The row of a position's scores in `ProposalState.kept_scores`."""
     ring = position % RING_SIZE
-    # The remainder of a negative number is one as well.
+    # In Triton, the remainder of a negative number is negative.
     return slot * (RING_SIZE + 1) + tl.where(ring < 0, ring + RING_SIZE, ring)
 
 
@@ -106,7 +106,7 @@ def _load_kernel(
     NO_TOP_K: tl.constexpr,
 ):
     row = tl.program_id(0)
-    # A store holds up the loads after it, and each comes from far.
+    # Each branch loads before it stores: a store delays the loads after it, and each load is slow.
     if row >= num_reqs:
         none = tl.zeros((), tl.int64)
         tl.store(cycle_slots_ptr + row, tl.full((), -1, tl.int32))
@@ -653,7 +653,7 @@ def _prepare_tokens_kernel(
     read_start = tl.maximum(tl.minimum(first_position + end, max_model_len) - query_len, 0)
     tl.store(read_start_ptr + row, read_start)
     tl.store(seq_lens_ptr + row, read_start + query_len)
-    num_known = tl.where(slot >= 0, query_len, 0)  # of a request there is
+    num_known = tl.where(slot >= 0, query_len, 0)  # 0 in a row without a request
     for block in range(0, query_len, BLOCK):
         offset = block + tl.arange(0, BLOCK)
         is_token = offset < query_len
@@ -918,7 +918,7 @@ def _end_cycle_kernel(
     COLUMN_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    # All loads first: a store holds up those after it, and each comes from far.
+    # All loads come first: a store delays the loads after it, and each load is slow.
     slot = _slot(slots_ptr, row, spare_slot)
     is_active = tl.load(active_ptr + row)
     num_accepted = tl.load(num_accepted_ptr + row)
@@ -931,7 +931,8 @@ def _end_cycle_kernel(
     new_lengths = tl.where(is_active, new_lengths, 0)
     calls = tl.load(calls_per_cycle_ptr + turn, mask=is_turn, other=0)
     column = tl.arange(0, COLUMN_BLOCK).to(tl.int64)
-    # Of each column as `Turns.in_window` has them: where its segment starts, and whose it is.
+    # The segments in the order of `Turns.in_window`: the start of each, and for each column the
+    # cell of its turn and place.
     start = tl.zeros((), tl.int64)
     cell = tl.full((COLUMN_BLOCK,), -1, tl.int64)
     for at in tl.static_range(NUM_TURNS):
