@@ -72,9 +72,7 @@ class CnnDailyMail(Task):
         ]
 
     def postprocess(self, example: Example, text: str) -> str:
-        """The whole reply in a chat, else its first paragraph: later text is no part of the
-        summary.
-        """
+        """In a chat the whole reply, else the first paragraph: the summary ends there."""
         if self.chat:
             return text.strip()
         paragraph, *_ = re.split(r"\n[^\S\n]*\n", truncate_at_stop(text, _STOP).strip(), maxsplit=1)

@@ -211,7 +211,8 @@ _GROUNDS = re.compile(
     r"\b(?:because|since|as|based|correct|incorrect|right|wrong|which|not(?=\s[$€£(]*\d))\b",
     re.IGNORECASE,
 )
-# After a calculation's first number: "60 minutes - 15", "9 times $2", "2(40 + 9)", "60/6 = 10".
+# The part of a calculation after its first number: "60 minutes - 15", "9 times $2", "2(40 + 9)",
+# "60/6 = 10".
 _OPERATION = re.compile(
     r"""
     (?: [^=\d]*?(?: [-−–+*/×÷·^] | (?<![a-z])(?:x|plus|minus|times|(?:multiplied|divided)\s+by) )
