@@ -1,7 +1,7 @@
 """Runs an ensemble plain and by turns, and ends with one table: `python main_compare.py`.
 
-Keys are those of `main_dataset.py`, for both runs; `method` is `ensemble` or `cd`. Thin:
-`harness.comparison` makes the runs' configurations, `reports.side_by_side` the table.
+The keys are those of `main_dataset.py` and apply to both runs; `method` is `ensemble` or `cd`.
+`harness.comparison` makes the configurations of the runs; `reports.side_by_side` makes the table.
 """
 
 import logging
@@ -34,7 +34,7 @@ def compare() -> None:
         except KeyboardInterrupt:
             _say_how_to_continue(folders[0].parent)
             raise
-        # After the runs: pandas and scipy take seconds to import.
+        # Imported after the runs: pandas and scipy take seconds to import.
         from reports.runs import read_run
         from reports.side_by_side import side_by_side
 

@@ -1,6 +1,6 @@
 """Runs a decoding method over a data set: `python main_dataset.py method=cd`.
 
-Thin: Hydra reads `configs/`, `harness.run` does the work.
+Hydra reads `configs/`; `harness.run` does the work.
 """
 
 import os
@@ -26,12 +26,13 @@ def run_job(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     try:
         if hydra_config.mode == RunMode.MULTIRUN:
-            # In a process of its own: it leaves nothing behind, and cannot stop the others.
+            # Each job has its own process: it leaves nothing behind and cannot stop the others.
             run_sweep_job(config, hydra_config.runtime.output_dir, hydra_config.overrides.task)
         else:
             run(config, config.save_path)
     except ConfigError as error:
-        # Here and not in `call`: Hydra adds lines of its own to an exception that passes it.
+        # Exit here and not in `call`: Hydra adds its own lines to an exception that passes through
+        # it.
         sys.exit(f"error: {error}")
 
 
@@ -40,7 +41,7 @@ def is_sweep(arguments: list[str]) -> bool:
 
 
 def with_sweep_folder(arguments: list[str]) -> list[str]:
-    """In a sweep `save_path` is the folder of all jobs, which Hydra has a name of its own for."""
+    """In a sweep `save_path` is the folder of all jobs; Hydra calls it `hydra.sweep.dir`."""
     made = []
     for argument in arguments:
         made.append(argument)
@@ -55,13 +56,13 @@ def main() -> None:
         call(run_job, "the run directory keeps the finished samples")
         return
     sys.argv[1:] = with_sweep_folder(sys.argv[1:])
-    # Launchers start processes that find this file by its name alone.
+    # Launchers start processes that must find this file by its name alone.
     os.environ["PYTHONPATH"] = search_path()
     try:
         call(run_job, "every job keeps its finished samples")
-    except Exception as error:  # a launcher's own, such as of a job that the cluster has killed
+    except Exception as error:  # a launcher's own error, such as a job that the cluster killed
         if not hasattr(ListJobs, "start"):
-            raise  # before there were any jobs
+            raise  # no job was made yet
         print(f"error: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         list_jobs(ListJobs.sweep_dir, ListJobs.start)
         sys.exit(1)

@@ -1,6 +1,6 @@
 """Runs lm-evaluation-harness tasks: `python main_lm_eval.py method=cd_chef tasks=[arc_easy]`.
 
-Thin: Hydra reads `configs/lm_eval.yaml`, `harness.lm_eval_run` does the work.
+Hydra reads `configs/lm_eval.yaml`; `harness.lm_eval_run` does the work.
 """
 
 import sys
@@ -23,7 +23,8 @@ def run_job(config: DictConfig) -> None:
             raise ConfigError("--multirun: sweeps are main_dataset.py's; call this once a run")
         run(config, config.save_path)
     except ConfigError as error:
-        # Here and not in `call`: Hydra adds lines of its own to an exception that passes it.
+        # Exit here and not in `call`: Hydra adds its own lines to an exception that passes through
+        # it.
         sys.exit(f"error: {error}")
 
 

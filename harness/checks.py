@@ -1,6 +1,7 @@
-"""Checks of a configuration that need neither a data set nor vLLM; both entries make them.
+"""Checks of a configuration that need neither a data set nor vLLM.
 
-Each raises ConfigError, with one line that begins with the key.
+Both entry points use this module. Each check raises ConfigError with one line that begins with the
+key.
 """
 
 import os
@@ -18,7 +19,7 @@ def check_known(plain: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def check_groups(plain: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """A dotted key comes after the groups that it is in."""
+    """Check that these keys hold groups; list an outer group before the groups inside it."""
     for key in keys:
         if not isinstance(group := value_of(plain, key), dict):
             raise ConfigError(f"{key}: {group!r} is not a group of keys; see configs/")
@@ -26,7 +27,7 @@ def check_groups(plain: Mapping[str, Any], keys: Iterable[str]) -> None:
 
 def check_flags(plain: Mapping[str, Any], keys: Iterable[str]) -> None:
     for key in keys:
-        # A word such as 'no' is a string here, and would count as true.
+        # Hydra reads a word such as 'no' as a string, which Python would count as true.
         if not isinstance(value := value_of(plain, key), bool):
             raise ConfigError(f"{key}: {value!r} must be true or false")
 
@@ -37,7 +38,7 @@ def check_path(plain: Mapping[str, Any], key: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """The run's own folder: it is there, or can be made, and can be written."""
+    """Check that the run's own folder can be written: it exists, or it can be made."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
@@ -47,7 +48,7 @@ def check_writable(folder: Path) -> None:
 
 
 def value_of(plain: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key; None where there is none."""
+    """The value at a dotted key; None if there is none."""
     value: Any = plain
     for part in key.split("."):
         value = value.get(part)

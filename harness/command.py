@@ -1,12 +1,12 @@
-"""What the entries do around Hydra: the environment before, and errors in one line after."""
+"""What the entry points do around Hydra: they set the environment and show errors in one line."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable
 
-# Errors of the configuration are shown by `call` in one line; Hydra's own handler, which cuts the
-# traceback of all others, is left out of the way.
+# `call` shows configuration errors in one line. Hydra's own handler cuts the traceback of all other
+# errors, so it is switched off.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 from dotenv import load_dotenv
@@ -21,11 +21,13 @@ def call(job: Callable[[], None], interrupted: str) -> None:
     """Run a function that `hydra.main` has wrapped.
 
     Args:
-        interrupted: what Ctrl-C leaves, to be said.
+        interrupted: what stays on disk after Ctrl-C; it is printed then.
     """
-    # Before anything is imported that reads the environment; torch, vLLM and the hub's client do.
+    # torch, vLLM and the hub's client read the environment when they are imported, so this comes
+    # first.
     load_dotenv(ROOT / ".env")
-    # What a cluster or a user stops ends as with Ctrl-C: nothing is left running.
+    # A cluster or a user may stop the run with SIGTERM. It then ends as with Ctrl-C, so that no
+    # process is left running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         job()

@@ -1,6 +1,6 @@
 """A plain ensemble and the same ensemble by turns: two runs that differ in who proposes.
 
-Knows in which keys the two differ. The table of both is made by `reports.side_by_side`.
+This module knows in which keys the two runs differ. `reports.side_by_side` makes their table.
 """
 
 import time
@@ -19,7 +19,7 @@ DEFAULTS = {
     "method": "ensemble",
     "dataset.name": "humaneval",
     "dataset.size": "20",
-    # Some completions never end; to wait for the last of them takes longer than all others.
+    # Some completions never end, and waiting for the last one takes longer than all others.
     "method.generate.max_tokens": "128",
 }
 FOLDER = "outputs/side-by-side/%Y-%m-%d_%H-%M-%S"
@@ -27,17 +27,18 @@ EXECUTE_CODE = "evaluate.execute_code"
 
 
 def make_configs(arguments: Sequence[str]) -> tuple[DictConfig, DictConfig]:
-    """The configurations of the plain ensemble, and of the same by turns.
+    """The configurations of the plain ensemble and of the same ensemble by turns.
 
-    Generated code is executed where the platform confines it, unless the caller decides.
+    By default generated code is executed if the platform can confine it. The caller may decide
+    otherwise.
 
     Args:
-        arguments: `key=value`, keys of `main_dataset.py` for both runs. `method` is the plain
-            ensemble's, `save_path` the folder that gets one folder for each run.
+        arguments: `key=value`, with the keys of `main_dataset.py`, for both runs. `method` is the
+            plain ensemble's. `save_path` is the folder that holds one folder for each run.
 
     Raises:
-        ConfigError: an argument is not of this form, or the method has no turns.
-        HydraException: there is no such key.
+        ConfigError: an argument does not have this form, or the method has no turns.
+        HydraException: a key does not exist.
     """
     keys = DEFAULTS | _parse(arguments)
     method = keys.pop("method")

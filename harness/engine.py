@@ -1,6 +1,6 @@
-"""A vLLM engine driven request by request: what finishes is handed out at once.
+"""A vLLM engine that is driven request by request; it returns each completion as it finishes.
 
-Knows token ids and sampling parameters; knows neither data sets nor files.
+This module knows token ids and sampling parameters. It knows neither data sets nor files.
 """
 
 import gc
@@ -22,27 +22,28 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
-# vLLM kills its processes after five seconds; on a busy machine they then leave things behind.
+# vLLM kills its processes after five seconds. On a busy machine they then leave things behind.
 SHUTDOWN_TIMEOUT_S = 60
 
 
 def configure_process(verbose: bool) -> None:
-    """Settings of the process, read when torch and vLLM are imported: call it before.
+    """Settings of the process. Call this before torch and vLLM are imported: they read it then.
 
-    What the environment sets already is kept.
+    Variables that the environment already sets keep their values.
     """
     if not verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        # vLLM sets its log up only when an engine is configured, and has warnings before.
+        # vLLM sets its log up only when an engine is configured, but it warns before that.
         logging.getLogger("vllm").setLevel(logging.ERROR)
     if is_cpu_build():
-        # A process of its own, which on a GPU works while this one prepares the next step, would
-        # share the cores with this one here, and import everything a second time.
+        # On a GPU, a separate engine process works while this one prepares the next step. On a CPU,
+        # both would share the cores, and the second one would import everything again.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # One core is left free, as vLLM does for a process of its own. Threads on every core wait
-        # for one another in loops, and run ten times slower where anything else uses a core.
+        # One core stays free, as vLLM arranges for an engine process of its own. Threads on every
+        # core wait for one another in loops. They run ten times slower if anything else uses a
+        # core.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() - 1)))
 
 
@@ -53,7 +54,7 @@ def is_ensemble(config: "VllmConfig") -> bool:
 
 
 def forget_closed_engines() -> None:
-    """Free what closed engines leave in this process, so that another can be started in it."""
+    """Free what closed engines leave in this process, so that another engine can start in it."""
     if "vllm.distributed.parallel_state" in sys.modules:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -71,9 +72,9 @@ class Request:
     """One prompt, and the seed of its samples.
 
     Args:
-        choices: continuations of one token each, by token. Where there are any, nothing is
-            generated: the text of the completion is the likeliest of them.
-        sampling_params: what differs from the run's, by vLLM's names.
+        choices: continuations of one token each, by token. If there are any, the text of the
+            completion is the likeliest choice, and nothing is generated.
+        sampling_params: the parameters that differ from the run's, by vLLM's names.
     """
 
     index: int
@@ -88,9 +89,10 @@ class Completion:
     """What the engine made of a request.
 
     Args:
-        latency_s: from its submission to its last token.
-        logprobs: of the tokens that were asked for, by position and token; None if none were.
-        prompt_logprobs: the same of the prompt, whose first token has none.
+        latency_s: seconds from submission to the last token.
+        logprobs: log-probabilities of the requested tokens, by position and token; None if none
+            were requested.
+        prompt_logprobs: the same for the tokens of the prompt. The first token has none.
     """
 
     index: int
@@ -103,12 +105,12 @@ class Completion:
 
 
 class Engine:
-    """Requests in, completions out. To be closed: it holds the device's memory.
+    """Requests in, completions out. Close the engine after use: it holds the device's memory.
 
     Args:
         llm_engine: vLLM's engine.
         sampling_params: vLLM's sampling parameters by name, for every request.
-        takes_turns: whether its worker is a `ChefWorker`, which counts the proposals itself.
+        takes_turns: whether the worker is a `ChefWorker`, which counts the proposals itself.
     """
 
     def __init__(
@@ -124,12 +126,12 @@ class Engine:
     def start(
         cls, config: "VllmConfig", sampling_params: dict[str, Any], takes_turns: bool
     ) -> "Engine":
-        """Load the weights."""
+        """Start the engine and load the weights."""
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        # vLLM collects garbage a dozen times as it starts; without this each looks through all
-        # that is imported, and takes half a second on a CPU.
+        # vLLM collects garbage a dozen times as it starts. Without this line, each collection looks
+        # through all imported objects and takes half a second on a CPU.
         gc.freeze()
         llm_engine = LLMEngine.from_vllm_config(
             config, UsageContext.LLM_CLASS, disable_log_stats=True
@@ -144,8 +146,10 @@ class Engine:
         self._llm_engine.engine_core.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
 
     def warm_up(self, request: Request, num_tokens: int = 8) -> None:
-        """Run everything once that compiles or allocates on first use; leaves no cached prefix,
-        and nothing counted."""
+        """Run everything once that compiles or allocates on first use.
+
+        Afterwards no prefix is cached and nothing is counted.
+        """
         list(self.generate([request], None, max_tokens=num_tokens, min_tokens=0))
         self._llm_engine.reset_prefix_cache()
         self._drafts.clear()
@@ -155,7 +159,7 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], batch_size: int | None, **overrides: Any
     ) -> Iterator[Completion]:
-        """Completions in the order in which they finish, `batch_size` requests in flight."""
+        """Completions in the order in which they finish, with `batch_size` requests in flight."""
         waiting = list(reversed(requests))
         started: dict[str, tuple[Request, float]] = {}
         while waiting or started:
@@ -170,13 +174,13 @@ class Engine:
                     yield _completion(request, output, time.perf_counter() - start)
 
     def synchronize(self) -> None:
-        """Wait for the device, in whatever process the workers are."""
+        """Wait for the device, whichever process the workers run in."""
         self._llm_engine.collective_rpc("synchronize_device")
 
     def proposals(self) -> Counts:
-        """What became of the tokens proposed since the warm-up; empty where none are proposed."""
+        """What became of the tokens proposed since the warm-up; empty if none are proposed."""
         if self._takes_turns:
-            # Every worker counts the same.
+            # Every worker has the same counts.
             return self._llm_engine.collective_rpc("turn_stats")[0]
         return count_drafts(self._drafts)
 

@@ -1,6 +1,8 @@
-"""vLLM's configuration for a method, with all that can be refused before weights are loaded.
+"""vLLM's configuration for a method. Every refusal that is possible comes before weights are
+loaded.
 
-Knows vLLM's and the ensemble's checks, and which key of ours a refusal is about.
+This module knows the checks of vLLM and of the ensemble. It also knows which of our keys an error
+is about.
 """
 
 import inspect
@@ -21,11 +23,11 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
     """The configuration of an engine that runs `spec`. No weight is loaded.
 
     Args:
-        num_slots: requests in flight, at most; where the user leaves `max_num_seqs` open, vLLM
-            need not make room for more.
+        num_slots: the most requests in flight. If the user leaves `max_num_seqs` open, vLLM need
+            not make room for more.
 
     Raises:
-        ConfigError: what vLLM or the ensemble cannot do.
+        ConfigError: vLLM or the ensemble cannot run this.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -48,7 +50,7 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
         elif "additional_config" in arguments:
             check_ensemble(config)
         _check_draft_model(config, spec)
-    except (ValueError, OSError) as error:  # OSError: files of a model that are missing
+    except (ValueError, OSError) as error:  # OSError: files of a model are missing
         raise ConfigError(_named(error, spec)) from error
     if config.model_config.runner_type != "generate" or config.model_config.is_encoder_decoder:
         raise ConfigError(
@@ -62,7 +64,8 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
     """Raise ConfigError for sampling parameters that an engine of `config` would refuse."""
     from vllm import SamplingParams
 
-    # See vllm.ensemble_decode.frontend: with an ensemble nothing is refused because of speculation.
+    # With an ensemble no parameter is refused because of speculation; see
+    # vllm.ensemble_decode.frontend.
     speculative_config = None if is_ensemble(config) else config.speculative_config
 
     def check(params: Mapping[str, Any]) -> None:
@@ -77,13 +80,13 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
     _check_known("method.generate", params, known)
     try:
         check(params)
-    except Exception as error:  # vLLM's own kinds, and what a value of a wrong type leads to
+    except Exception as error:  # vLLM's own errors, and those that a value of a wrong type causes
         key = f".{culprit}" if (culprit := _culprit(check, params)) else ""
         raise ConfigError(f"method.generate{key}: {one_line(error)}") from error
 
 
 def _num_depths(arguments: Mapping[str, Any]) -> int:
-    """Depths that `gamma: auto` chooses from: vLLM prepares one for each number of requests."""
+    """How many depths `gamma: auto` chooses from; vLLM prepares one per number of requests."""
     speculative = arguments.get("speculative_config") or {}
     return len(speculative.get("num_speculative_tokens_per_batch_size") or [])
 
@@ -94,7 +97,7 @@ def _check_turns(config: "VllmConfig", spec: MethodSpec) -> None:
     if "max_num_scheduled_tokens" not in spec.engine_args:
         scheduler = config.scheduler_config
         limit = max_scheduled_tokens(config, spec.turns)
-        # A limit below 1 is refused by the check, which says why.
+        # The check refuses a limit below 1 and says why.
         scheduler.max_num_scheduled_tokens = min(
             scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens, max(1, limit)
         )
@@ -102,7 +105,7 @@ def _check_turns(config: "VllmConfig", spec: MethodSpec) -> None:
 
 
 def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
-    """What vLLM would not notice: proposals that are never accepted, and errors in mid-run."""
+    """Find what vLLM would not notice: proposals that are never accepted, and errors in mid-run."""
     from vllm.ensemble_decode.members import check_draft_context
     from vllm.ensemble_decode.vocabulary import check_tokenizers
 
@@ -111,7 +114,7 @@ def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
         return
     is_key = "draft_model" in spec.parameters
     key = "method.draft_model" if is_key else "method.llm.speculative_config.model"
-    # With another tokenizer proposals mean something else.
+    # With another tokenizer, the proposed token ids would mean other text.
     check_tokenizers([config.model_config, speculative.draft_model_config], key)
     check_draft_context(config)
     if not is_ensemble(config):
@@ -119,7 +122,9 @@ def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
 
 
 def _check_stock_draft(config: "VllmConfig", key: str) -> None:
-    """What vLLM's own speculation cannot do; beside an ensemble, drafts are loaded otherwise."""
+    """Find what vLLM's own speculation cannot do. Beside an ensemble, drafts are loaded
+    differently.
+    """
     from vllm import ModelRegistry
 
     draft = config.speculative_config.draft_model_config
@@ -139,9 +144,9 @@ def _check_stock_draft(config: "VllmConfig", key: str) -> None:
 
 
 def _named(error: Exception, spec: MethodSpec) -> str:
-    """The error in one line that begins with a key; vLLM knows no keys of ours."""
+    """The error in one line that begins with one of our keys; vLLM does not know our keys."""
     text = _with_key(error, spec)
-    # The ensemble knows one name for all members but the first.
+    # The ensemble uses one name for all members but the first.
     is_cd = "amateur_model" in METHODS[spec.name].keys
     return text.replace("extra_model", "amateur_model") if is_cd else text
 
@@ -151,7 +156,8 @@ def _with_key(error: Exception, spec: MethodSpec) -> str:
     if text.startswith(("method.", "additional_config.", "VLLM_")):
         return text
     details = error.errors()[0] if hasattr(error, "errors") else {}
-    # Either pydantic knows the field, or the text mentions an argument, or there is the class.
+    # The key comes from the field that pydantic names, else from an argument that the text
+    # mentions, else from the class of the configuration.
     arguments = sorted(spec.engine_args.keys() - {"model"}, key=len, reverse=True)
     field = next(iter(details.get("loc", ())), None)
     field = field or next((name for name in arguments if name in text), None)
@@ -173,7 +179,7 @@ def _check_known(prefix: str, given: Mapping[str, Any], known: Any) -> None:
 
 
 def _culprit(check: Callable[[Mapping[str, Any]], None], params: Mapping[str, Any]) -> str | None:
-    """The parameter without which the check passes."""
+    """The parameter whose removal lets the check pass."""
     for culprit in params:
         try:
             check({key: value for key, value in params.items() if key != culprit})

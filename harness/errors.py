@@ -6,13 +6,13 @@ MAX_LENGTH = 400
 
 
 class ConfigError(ValueError):
-    """Something in the configuration that cannot be meant. Its text is one line."""
+    """The configuration holds something that cannot be meant. The text is one line."""
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error as one line of bearable length.
+    """The message of an error as one line of limited length.
 
-    pydantic spreads its errors over several lines; the first has the reason.
+    pydantic spreads its errors over several lines; the first line has the reason.
     """
     text = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
     return textwrap.shorten(text.removeprefix("Value error, "), MAX_LENGTH, placeholder=" ...")

@@ -1,6 +1,7 @@
-"""An lm-evaluation-harness model over our engine: texts continued, and scored under the ensemble.
+"""An lm-evaluation-harness model over our engine: it generates and scores texts with the ensemble.
 
-Knows what lm-eval asks of a model, in texts and tokens; knows neither its tasks nor any file.
+This module knows what lm-eval asks of a model, in texts and tokens. It knows neither lm-eval's
+tasks nor any file.
 """
 
 import functools
@@ -24,15 +25,16 @@ from harness.proposals import Counts, add
 logger = logging.getLogger(__name__)
 
 NAME = "speculative-ensemble"
-# lm-eval's, for tasks that say nothing.
+# lm-eval's own default, for tasks that set no limit.
 DEFAULT_MAX_GEN_TOKS = 256
-# The engine must generate a token; the log-probabilities of the prompt are what is asked for. With
-# one more than that of the token itself they tell whether it is the likeliest.
+# Scoring needs only the log-probabilities of the prompt, but the engine must generate a token. vLLM
+# returns the log-probability of the token itself and of one more, the likeliest. The two tell
+# whether the token is the likeliest.
 SCORING = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 1, "detokenize": False}
 # As in lm-eval's own models: a stop string may be a special token.
 SHOW_SPECIAL_TOKENS = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
 
-# (what lm-eval caches an answer by, or None; tokens of the context; tokens to be scored)
+# (lm-eval's key to cache the answer, or None; tokens of the context; tokens to score)
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
@@ -41,14 +43,14 @@ class SpeculativeEnsembleLM(TemplateLM):
     """Answers lm-eval's requests.
 
     Args:
-        start: starts the engine, which has no sampling parameters of its own: they would count for
-            scored texts too. Called with the first request, so that all that lm-eval refuses is
-            refused before weights are loaded.
-        tokenizer: of all members.
-        max_model_len: tokens that all members read, prompt and continuation together.
-        sampling_params: vLLM's by name, for what a task leaves open; only texts that are generated
-            have any.
-        seed: of the first text that is generated; each has one of its own.
+        start: starts the engine. It is called with the first request, so that lm-eval refuses bad
+            input before weights are loaded. The engine must have no sampling parameters of its own,
+            because they would count for scored texts too.
+        tokenizer: the tokenizer of all members.
+        max_model_len: the most tokens that all members read, prompt and continuation together.
+        sampling_params: vLLM's parameters by name, where a task leaves them open. They apply to
+            generated texts only.
+        seed: seed of the first generated text. Each text has a seed of its own.
         batch_size: requests in flight; None: all.
     """
 
@@ -65,7 +67,7 @@ class SpeculativeEnsembleLM(TemplateLM):
         self.tokenizer = tokenizer
         self.max_length = max_model_len
         self.num_tokens, self.time_s = 0, 0.0
-        """of generated texts: tokens, and the time around the engine"""
+        """of generated texts: tokens, and seconds around the engine"""
         self.counts: Counts = {}
         """of tokens proposed for generated texts"""
         self._start = start
@@ -88,7 +90,7 @@ class SpeculativeEnsembleLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text begins with that has no context."""
+        """The token that a text without a context begins with."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
@@ -131,9 +133,12 @@ class SpeculativeEnsembleLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Sum of the log-probabilities of each continuation, and whether each of its tokens is the
-        likeliest; a token that no other exceeds counts as such."""
-        # What has no token needs no engine: its probability is one.
+        """The summed log-probability of each continuation, and whether all its tokens are the
+        likeliest.
+
+        A token counts as the likeliest if no other token exceeds it.
+        """
+        # An empty continuation needs no engine: its probability is one.
         answers = [(0.0, True)] * len(requests)
         prompts = self._cut(
             (context or [self.prefix_token_id]) + continuation
@@ -154,7 +159,8 @@ class SpeculativeEnsembleLM(TemplateLM):
         return answers
 
     def _has_tokens(self, continuation: Sequence[int]) -> bool:
-        # The engine generates a token, and one must be there for the first to depend on.
+        # One position is for the token that the engine generates. Another is for a context token,
+        # which the first scored token depends on.
         if len(continuation) > self.max_length - 2:
             raise ConfigError(
                 f"tasks: {len(continuation)} tokens are to be scored and the members read "
@@ -166,16 +172,17 @@ class SpeculativeEnsembleLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Sum of the log-probabilities of all tokens of each text, every one predicted once.
+        """The summed log-probability of all tokens of each text; every token is predicted once.
 
-        Unlike in lm-eval's own models, a tokenizer that begins texts with a BOS token does not lead
-        to a second one, which would be scored.
+        lm-eval's own models differ in one point. If a tokenizer begins texts with a BOS token, they
+        add a second one, which would be scored. This model does not.
         """
         windows: list[TokenRequest] = []
         owners = []
         for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            # Two less: the context of one token is not counted, nor is what must be generated.
+            # Two less: the window length does not count the one context token or the generated
+            # token.
             length = self.max_length - 2
             for window in get_rolling_token_windows(tokens, self.prefix_token_id, length, 1):
                 windows.append((None, *make_disjoint_window(window)))
@@ -194,22 +201,27 @@ class SpeculativeEnsembleLM(TemplateLM):
     def sampling_params(self, gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """vLLM's sampling parameters for a task's `generation_kwargs`.
 
-        A task decides about its stop strings, about how many tokens it wants and whether they are
-        sampled; where it leaves that open, and for everything else, the run's parameters are taken.
+        A task decides on:
+        - its stop strings,
+        - the number of tokens that it wants,
+        - whether tokens are sampled.
+
+        The run's parameters apply to everything else, and to whatever of these the task leaves
+        open.
 
         Raises:
             ConfigError: no room is left for a prompt.
         """
         ours = {"temperature": 0, "max_tokens": DEFAULT_MAX_GEN_TOKS, **self._sampling_params}
         given = dict(normalize_gen_kwargs(dict(gen_kwargs), ours["max_tokens"]))
-        # Always set by lm-eval, also where the task has no `do_sample`.
+        # lm-eval always sets it, even if the task has no `do_sample`.
         del given["do_sample"]
         if gen_kwargs.get("do_sample") and "temperature" not in gen_kwargs:
             given["temperature"] = ours["temperature"] or 1
         stop = [text for text in given.pop("until") if text] or ours.get("stop")
         max_tokens = given.pop("max_gen_toks")
         if given.get("num_beams") == 1:
-            del given["num_beams"]  # of transformers, where it says that there is no search
+            del given["num_beams"]  # transformers' name; the value says that there is no search
         if max_tokens >= self.max_length:
             raise ConfigError(
                 f"tasks: {max_tokens} tokens are to be generated and the members read "
@@ -246,7 +258,7 @@ class SpeculativeEnsembleLM(TemplateLM):
     def _cut(
         self, prompts: Iterable[list[int]], num_generated: Sequence[int] | None = None
     ) -> list[list[int]]:
-        """The ends of the prompts, as far as they leave room for so many tokens; one by default."""
+        """The end of each prompt, cut to leave room for the generated tokens, one by default."""
         prompts = list(prompts)
         rooms = [self.max_length - num for num in num_generated or [1] * len(prompts)]
         too_long = sum(len(p) > room for p, room in zip(prompts, rooms, strict=True))
@@ -275,7 +287,7 @@ def _score(completion: Completion, continuation: Sequence[int]) -> tuple[float, 
 
 
 def _cut_at_stop(text: str, stop: Iterable[str]) -> str:
-    # vLLM has cut it, unless it may not stop there yet (`min_tokens`).
+    # vLLM has cut the text already, unless `min_tokens` did not let it stop yet.
     for string in [stop] if isinstance(stop, str) else stop:
         text = text.partition(string)[0]
     return text

@@ -1,6 +1,6 @@
 """One run of lm-evaluation-harness: what is checked, what lm-eval is asked, what is written.
 
-Knows lm-eval's evaluator and task manager; how its requests are answered is `lm_eval_model`'s.
+This module knows lm-eval's evaluator and task manager. `lm_eval_model` answers the requests.
 """
 
 import contextlib
@@ -43,11 +43,11 @@ KEYS = (
     *("system_instruction", "bootstrap_iters", "seed", "batch_size", "save_path"),
 )
 RESULTS, SUMMARY, CONFIG = "results.json", "summary.json", "config.yaml"
-# Where a run of another kind is, too, nothing is written.
+# The run writes nothing into a folder that holds one of these, also from another kind of run.
 FILES = (RESULTS, SUMMARY, CONFIG, "samples.jsonl")
-# Loggers that say at level INFO what nobody asked.
+# Loggers whose messages at level INFO nobody asked for.
 CHATTY = ("lm_eval", "datasets", "httpx", "evaluate")
-# Where the number of samples is not known before the data sets are looked through.
+# Stands for the number of samples, which is unknown before the data sets are read.
 MANY = 1 << 16
 
 
@@ -55,7 +55,8 @@ def run(config: DictConfig, directory: str) -> dict[str, Any]:
     """Evaluate and record; returns the summary.
 
     Raises:
-        ConfigError: bad input, before weights are loaded and before anything is written.
+        ConfigError: bad input. It is raised before weights are loaded and before anything is
+            written.
     """
     plain = OmegaConf.to_container(config, resolve=True)
     _check(plain)
@@ -119,7 +120,7 @@ def _check_numbers(plain: Mapping[str, Any]) -> None:
 
 
 def _names(value: Any) -> list[str]:
-    """A string or a list of them as a list."""
+    """A string, or a list of strings, as a list."""
     names = [value] if isinstance(value, str) else value or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"tasks, include_path: {value!r} must be a name or a list of names")
@@ -139,7 +140,7 @@ def _check_requests(
     tasks: Mapping[str, Any],
     plain: dict[str, Any],
 ) -> None:
-    """What would otherwise come up when weights are loaded, or in the middle of a run."""
+    """Find errors that would otherwise appear when weights are loaded, or in mid-run."""
     from harness.lm_eval_model import SCORING
 
     if not session.engine_config.model_config.logprobs_mode.endswith("logprobs"):
@@ -172,27 +173,27 @@ def _quieten(verbose: bool) -> None:
 
 
 def _load_tasks(plain: Mapping[str, Any]) -> tuple["TaskManager", list[Any]]:
-    """Tasks and groups with their data sets, which the hub may have to be asked for."""
+    """Tasks and groups with their data sets; this may have to ask the hub."""
     from lm_eval.tasks import TaskManager
 
     patterns, folders = _names(plain["tasks"]), _names(plain["include_path"])
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not set(patterns) <= set(manager.all_subtasks):
-        # Its own are fourteen thousand, which takes seconds to find.
+        # lm-eval has fourteen thousand tasks of its own, and finding them takes seconds.
         manager = TaskManager(include_path=folders)
     names = [name for pattern in patterns for name in _matches(manager, pattern)]
     loaded: list[Any] = []
     for name in dict.fromkeys(names):
         try:
             there = manager.load(name)
-        except Exception as error:  # of data sets, of the hub's client, of a task's own code
+        except Exception as error:  # from data sets, the hub's client, or a task's own code
             raise ConfigError(f"tasks: '{name}' cannot be loaded: {_advised(error)}") from error
-        # Of a group all others are parts.
+        # All other groups are parts of the first one.
         groups = list(there["groups"].values())
         loaded += groups[:1] or there["tasks"].values()
     try:
         manager.load(loaded)
-    except ValueError as error:  # a task that stands there twice
+    except ValueError as error:  # a task appears twice
         raise ConfigError(f"tasks: {one_line(error)}; name it once") from error
     return manager, loaded
 
@@ -274,7 +275,8 @@ def _evaluate(
     except Exception as error:
         if model.is_started:
             raise
-        # The requests are made of the data sets: too few examples, a template that fails, ...
+        # lm-eval makes the requests from the data sets. This can fail for many reasons, such as too
+        # few examples or a bad template.
         raise ConfigError(f"tasks: lm-eval cannot ask them: {one_line(error)}") from error
     results["config"] |= {"model": NAME, "model_args": plain["method"]}
     return results
@@ -296,7 +298,7 @@ def _summarize(
         "tasks": results["results"],
         "num_fewshot": results["n-shot"],
         "num_samples": {name: n["effective"] for name, n in results["n-samples"].items()},
-        # Of generated texts; what is scored generates nothing.
+        # Of generated texts only: scoring generates nothing.
         "tokens_per_second": model.num_tokens / model.time_s if model.num_tokens else None,
         "total_time_s": model.time_s,
         "num_tokens": model.num_tokens,
@@ -311,7 +313,7 @@ def _summarize(
 
 @contextlib.contextmanager
 def _claimed(folder: Path, plain: dict[str, Any]) -> Iterator[None]:
-    """Nobody else writes into the folder meanwhile; what fails leaves nothing there."""
+    """Keep other runs out of the folder meanwhile; a run that fails leaves nothing there."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / CONFIG
     try:

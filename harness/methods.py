@@ -1,6 +1,6 @@
-"""The methods: what each asks of vLLM, from its configuration to engine arguments.
+"""The methods: what each one asks of vLLM, from its configuration to engine arguments.
 
-Plain data in, plain data out; starts no engine and loads nothing but model configs.
+Plain data in, plain data out. This module starts no engine and loads only model configs.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
 CHEF_WORKER = "vllm.chef.worker.ChefWorker"
-# Keys under method.llm that are the ensemble's and not vLLM's.
+# Keys under method.llm that belong to the ensemble and not to vLLM.
 ENSEMBLE_KEYS = ("ensemble_fn", "ensemble_target", "ensemble_args")
-# Keys under method.llm that every run decides: one engine, whose prompts are text.
+# Keys under method.llm that every run sets itself: there is one engine, and its prompts are text.
 RUN_KEYS = (
     "model",
     "seed",
@@ -41,13 +41,13 @@ class MethodSpec:
     """What a method runs.
 
     Args:
-        name: of the method.
+        name: the name of the method.
         members: the models whose distributions decide, resolved, in the user's order.
         engine_args: vLLM engine arguments by name.
-        sampling_params: vLLM sampling parameters by name, only those that are set.
-        parameters: the method's own, for the record (alpha, weights, gamma, draft_model,
+        sampling_params: vLLM sampling parameters by name; only those that are set.
+        parameters: the method's own parameters, for the record (alpha, weights, gamma, draft_model,
             max_gamma, turn_order).
-        turns: of members that take turns; None for all other methods.
+        turns: the configuration of members that take turns; None for all other methods.
     """
 
     name: str
@@ -73,7 +73,7 @@ def make_spec(method: Mapping[str, Any]) -> MethodSpec:
             raise ConfigError(
                 f"method.{key}: {name} has no such key; it has {', '.join(sorted(keys))}"
             )
-    # What needs no vLLM comes first: importing it takes longer than all checks.
+    # Checks without vLLM come first: importing vLLM takes longer than all checks.
     _check_temperature(method["generate"].get("temperature"))
     return METHODS[name].make_spec(method)
 
@@ -101,7 +101,7 @@ def _sd(method: Mapping[str, Any]) -> MethodSpec:
 
 
 def _plain(method: Mapping[str, Any]) -> MethodSpec:
-    """All members on every token; where a draft model is given it proposes and has no say."""
+    """All members score every token. A draft model, if given, proposes only and has no say."""
     named = _named_members(method)
     proposer, parameters = {}, {}
     if method.get("draft_model") is not None:
@@ -117,7 +117,8 @@ def _plain(method: Mapping[str, Any]) -> MethodSpec:
             "method": "draft_model",
             "model": draft_model,
             "num_speculative_tokens": gamma,
-            # Where tokens are sampled, draws are accepted more often than the likeliest token.
+            # When the target samples, draws of the draft model are accepted more often than its
+            # likeliest token.
             "draft_sample_method": "probabilistic",
         }
     members = _resolve_members(named)
@@ -135,7 +136,7 @@ def _plain(method: Mapping[str, Any]) -> MethodSpec:
 
 
 def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
-    """Members that propose in turn (`chef`), or of which the last always proposes (`sd`)."""
+    """Members propose in turn (`chef`), or the last member always proposes (`sd`)."""
 
     def make_spec(method: Mapping[str, Any]) -> MethodSpec:
         named = _named_members(method)
@@ -150,14 +151,15 @@ def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
         ensemble, parameters = _ensemble(method, members)
         configs = _model_configs(method, named, members)
         turns = _make_turns(chef, configs, ensemble)
-        # vLLM takes a draft model of the target's number of rows only; it loads neither.
+        # vLLM accepts only a draft model with the target's number of rows. vLLM loads neither
+        # candidate.
         carrier = turns[-1].members[0]
         if configs[carrier].get_vocab_size() != configs[0].get_vocab_size():
             carrier = 0
         engine_args = {
             "worker_cls": CHEF_WORKER,
             "additional_config": {"ensemble": ensemble.to_dict(), CONFIG_KEY: chef.to_dict()},
-            # How vLLM carries the tokens that are pending from step to step.
+            # vLLM uses this to carry the pending tokens from step to step.
             "speculative_config": {
                 "method": "draft_model",
                 "model": members[carrier],
@@ -184,7 +186,7 @@ def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
 
 
 class Method(NamedTuple):
-    """How a method is made, from which keys besides COMMON_KEYS."""
+    """How a method is made, and which keys it takes besides COMMON_KEYS."""
 
     make_spec: Callable[[Mapping[str, Any]], MethodSpec]
     keys: tuple[str, ...]
@@ -258,9 +260,9 @@ def _model_configs(
 def _context(
     method: Mapping[str, Any], named: list[tuple[str, Any]], models: tuple[str, ...]
 ) -> dict[str, int]:
-    """As an engine argument the longest context that all models have, unless the user set one.
+    """The longest context that all models have, as an engine argument, unless the user set one.
 
-    A draft model counts as well: it would read past its last position.
+    A draft model counts as well: it would otherwise read past its last position.
     """
     if method["llm"].get("max_model_len") is not None:
         return {}
@@ -291,7 +293,7 @@ def _make_turns(chef: Any, configs: list["ModelConfig"], ensemble: "EnsembleConf
 
 @contextlib.contextmanager
 def _errors_of_keys(prefix: str = "") -> Iterator[None]:
-    """A ValueError within is bad input; its text, behind `prefix`, begins with the key."""
+    """Turn a ValueError into a ConfigError; its text, after `prefix`, begins with the key."""
     try:
         yield
     except ConfigError:
@@ -335,7 +337,7 @@ def _speculative_config(config: object) -> dict[str, Any]:
 
 
 def _set_only(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is left to vLLM."""
+    """The group without the keys that are left to vLLM."""
     return {key: value for key, value in group.items() if value is not None}
 
 
@@ -360,8 +362,12 @@ def _is_number(value: object) -> bool:
 
 
 def _platform_defaults() -> dict[str, Any]:
-    """Without a GPU: float32, the faster there; no compilation, which takes longer than the runs
-    one makes; and a KV cache of fixed size, where vLLM would take most of the memory."""
+    """Defaults for a machine without a GPU; none with one.
+
+    - float32: it is faster on a CPU.
+    - no compilation: compiling takes longer than the usual runs on a CPU.
+    - a KV cache of fixed size: vLLM would otherwise take most of the memory.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

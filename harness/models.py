@@ -1,6 +1,6 @@
 """What a model name means: a path, a folder under MODEL_PATH, or an id on the hub.
 
-Knows a model's config.json, not its weights.
+This module reads a model's config.json, not its weights.
 """
 
 import json
@@ -14,7 +14,7 @@ from repository import ROOT
 def model_root() -> Path:
     """The root of model folders: MODEL_PATH (environment or `.env`), by default `models`.
 
-    A relative path counts from the repository's root, wherever a command is called.
+    A relative path starts at the repository's root, wherever the command is called.
     """
     return ROOT / Path(os.environ.get("MODEL_PATH") or "models").expanduser()
 
@@ -22,11 +22,13 @@ def model_root() -> Path:
 def resolve_model(name: object, key: str) -> str:
     """A name that vLLM and transformers can load.
 
-    In this order: an existing path, a folder under MODEL_PATH, a hub id.
+    The function looks for an existing path, then a folder under MODEL_PATH, then a hub id.
+
+    Args:
+        key: the configuration key that the name came from.
 
     Raises:
-        ConfigError: the name is none of these; says where it looked. `key` is the
-            configuration key that the name came from.
+        ConfigError: the name is none of these; the error says where the function looked.
     """
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"{key}: {name!r} is not a model; give a path, a folder or a hub id")
@@ -48,8 +50,8 @@ def resolve_model(name: object, key: str) -> str:
 def resolve_member(name: object, key: str) -> str:
     """A resolved model that reads text only, as members of an ensemble must.
 
-    vLLM would find it out as well, but it imports such models first: that takes long, and fails
-    with pages of text where their packages are missing.
+    vLLM would also find this error, but only after it imports the model. The import takes long. If
+    packages are missing, it fails with pages of text.
     """
     model = resolve_model(name, key)
     config = json.loads(_config_file(model).read_text(encoding="utf-8"))
@@ -81,14 +83,14 @@ def _checked_folder(path: Path, key: str) -> str:
 
 
 def _hub_problem(name: str) -> str | None:
-    """Why the hub has no such model, as far as can be known here; None where it has one."""
+    """Why the hub has no such model, as far as this machine can tell; None if the hub has it."""
     from huggingface_hub import file_exists, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return None
-        # One question only: a download asks again and again where the hub cannot be reached.
+        # One question only: a download keeps retrying when the hub cannot be reached.
         return None if file_exists(name, "config.json") else "it has no such model"
     except HFValidationError:
         return "not a valid id there"

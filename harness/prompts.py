@@ -1,6 +1,6 @@
 """From the examples of a task to the engine's requests: tokens, choices and seeds.
 
-Knows tokenizers and chat templates; loads no weights.
+This module knows tokenizers and chat templates. It loads no weights.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def load_tokenizer(model_config: "ModelConfig") -> Any:
     """The tokenizer that vLLM will use.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is no tokenizer, or it cannot be read.
     """
     from vllm.tokenizers import cached_tokenizer_from_config
 
@@ -33,12 +33,14 @@ def load_tokenizer(model_config: "ModelConfig") -> Any:
 def make_requests(
     task: Task, examples: Sequence[Example], tokenizer: Any, max_model_len: int, seed: int
 ) -> list[Request]:
-    """One request per example; each has a seed of its own, so that a sample does not depend on
-    what else runs or ran.
+    """One request per example. Each has its own seed, so a sample does not depend on other
+    requests.
 
     Raises:
-        ConfigError: a prompt leaves no room for a token, the model has no chat template, or the
-            choices of an example do not differ in just one token.
+        ConfigError:
+            - a prompt leaves no room for a token,
+            - the model has no chat template, or
+            - the choices of an example do not differ in exactly one token.
     """
     requests = []
     for example in examples:
@@ -62,7 +64,7 @@ def make_requests(
 def _encode_choices(
     tokenizer: Any, example: Example, prompt: list[int], texts: Sequence[str]
 ) -> tuple[list[int], dict[int, str]]:
-    """All tokens that prompt and choice have in common, and the choices by their last one."""
+    """The tokens that prompt and choices share, and each choice by its last token."""
     if example.messages:
         encoded = [prompt + tokenizer.encode(text, add_special_tokens=False) for text in texts]
     else:

@@ -1,6 +1,7 @@
 """What became of proposed tokens: counts, the fields of `summary.json`, and lines on screen.
 
-A proposed token is judged, and then accepted or not, unless one before it was not accepted.
+A proposed token is judged only if all proposals before it in the turn were accepted. It is then
+accepted or rejected.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
-# num_cycles and num_tokens; num_judged and num_accepted by position in what is proposed in a turn.
-# Of members that take turns, these two by member, and num_calls by member; the counts of a
-# `ChefWorker`. Empty where nothing is proposed.
+# The counts are empty if nothing is proposed. Otherwise they have these keys:
+# - num_cycles, num_tokens: numbers,
+# - num_judged, num_accepted: lists by position within the turn's proposal.
+#
+# If members take turns, the counts come from a `ChefWorker`. num_judged and num_accepted are then
+# by member too, and there is num_calls by member.
 Counts = dict[str, Any]
 
 
 def count_drafts(metrics: Sequence["RequestSpecDecodeMetrics"]) -> Counts:
-    """The counts of stock speculation, from vLLM's own; empty where there are none."""
+    """The counts of stock speculation, from vLLM's own; empty if there are none."""
     if not metrics:
         return {}
     num_positions = metrics[0].num_spec_tokens
@@ -30,7 +34,7 @@ def count_drafts(metrics: Sequence["RequestSpecDecodeMetrics"]) -> Counts:
             judged[position] += 1
     return {
         "num_cycles": num_cycles,
-        # Each cycle ends with a token of the target's own.
+        # Each cycle ends with a token from the target itself.
         "num_tokens": num_cycles + sum(accepted),
         "num_judged": judged,
         "num_accepted": accepted,
@@ -38,14 +42,14 @@ def count_drafts(metrics: Sequence["RequestSpecDecodeMetrics"]) -> Counts:
 
 
 def add(first: Counts, second: Counts) -> Counts:
-    """The counts of two parts of a run."""
+    """The counts of two parts of a run together."""
     if not first or not second:
         return first or second
     return {name: _sum(first[name], second[name]) for name in first}
 
 
 def fields(counts: Counts) -> dict[str, Any]:
-    """The fields of `summary.json`; none where nothing is proposed."""
+    """The fields of `summary.json`; none if nothing is proposed."""
     if not counts:
         return {}
     accepted, judged = counts["num_accepted"], counts["num_judged"]
@@ -64,7 +68,7 @@ def fields(counts: Counts) -> dict[str, Any]:
 
 
 def rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Lines of the table at the end of a run, if tokens were proposed."""
+    """Lines of the table at the end of a run; none if nothing was proposed."""
     if "tokens_per_cycle" not in summary:
         return {}
     acceptance = summary["acceptance"]

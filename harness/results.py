@@ -1,6 +1,6 @@
 """The run directory: configuration, `samples.jsonl` and `summary.json`; how a run is continued.
 
-Knows the form of the files; computes no score.
+This module knows the form of the files. It computes no score.
 """
 
 import fcntl
@@ -18,13 +18,12 @@ from harness.checks import check_writable
 from harness.errors import ConfigError, one_line
 from harness.proposals import Counts
 
-# Keys that change nothing that is computed: the parts of a run may differ in them.
+# Keys that do not change any result: the parts of a run may differ in them.
 KEYS_WITHOUT_EFFECT = ("save_path", "verbose")
 
 
 class Progress(NamedTuple):
-    """Of a run: in how many parts it has been generated so far, and what became of the tokens that
-    were proposed."""
+    """In how many parts a run was generated so far, and what became of its proposed tokens."""
 
     parts: int = 0
     counts: Counts = {}
@@ -33,15 +32,18 @@ class Progress(NamedTuple):
 class RunDirectory:
     """A directory that one run writes and nothing else does.
 
-    If a run of the same configuration is there already, this one continues it.
+    If the directory already holds a run of the same configuration, this run continues it. Nothing
+    is written before `open`.
 
     Args:
         path: of the directory.
-        config: of the run, resolved.
+        config: the resolved configuration of the run.
 
-    Raises (on construction and by `open`): ConfigError, if the directory cannot be made, holds a
-    run of another configuration, or is written by another process. Nothing is written before
-    `open`.
+    Raises:
+        ConfigError: on construction and by `open`, if the directory
+            - cannot be made,
+            - holds a run of another configuration, or
+            - is being written by another process.
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
@@ -55,7 +57,7 @@ class RunDirectory:
         check_writable(self.path)
 
     def open(self) -> None:
-        """Make the directory; leave out a line that a killed run left unfinished."""
+        """Make the directory, and remove a line that a killed run left unfinished."""
         try:
             self._open()
         except BaseException:
@@ -69,7 +71,7 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"save_path: {one_line(error)}; choose another") from error
         self._lock(self._file)
-        if self._size() != self._num_bytes:  # by another run, since this one was constructed
+        if self._size() != self._num_bytes:  # another run has written since construction
             raise self._taken()
         self._check_config()
         self._file.truncate(len(b"".join(self._whole_lines())))
@@ -82,7 +84,7 @@ class RunDirectory:
             self._file = None
 
     def append_sample(self, sample: Mapping[str, Any]) -> None:
-        """One line, on disk before the next: a run that dies keeps what it had."""
+        """Write one line to disk before the next: a run that dies keeps what it had."""
         self._file.write(_line(sample).encode())
         self._file.flush()
 
@@ -90,7 +92,7 @@ class RunDirectory:
         """All whole samples, in the order of the data set.
 
         Raises:
-            ConfigError: a line is none of ours.
+            ConfigError: a line is not one of ours.
         """
         samples = []
         for number, line in enumerate(self._whole_lines(), start=1):
@@ -104,18 +106,18 @@ class RunDirectory:
         return sorted(samples, key=lambda sample: sample["index"])
 
     def write_scores(self, samples: list[dict[str, Any]]) -> None:
-        """Replace the samples by the scored ones, at once or not at all."""
+        """Replace the samples by the scored ones, all of them or none."""
         self._write("samples.jsonl", "".join(map(_line, samples)))
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The summary, which a run writes last; None where it has not."""
+        """The summary, which a run writes last; None if it is not written yet."""
         return self._read_json("summary.json")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
 
     def read_progress(self) -> Progress:
-        """How far the run had come when it was last written down."""
+        """The progress that was last written."""
         return Progress(**(self._read_json(".progress.json") or {}))
 
     def write_progress(self, progress: "Progress") -> None:
@@ -133,7 +135,7 @@ class RunDirectory:
                 self._lock(file)
 
     def _lock(self, file: IO[bytes]) -> None:
-        """Held until the file is closed."""
+        """Lock the file until it is closed."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -191,7 +193,7 @@ def _differences(there: Any, here: Any) -> list[str]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """By dotted key; an empty group is a value."""
+    """The values by dotted key; an empty group counts as a value."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         is_group = isinstance(value, Mapping) and value
@@ -200,8 +202,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _line(sample: Mapping[str, Any]) -> str:
-    # In ASCII: a model's text may hold what UTF-8 cannot, and what other readers take for the end
-    # of a line.
+    # ASCII only: a model's text may hold characters that UTF-8 cannot encode, or that other readers
+    # take for the end of a line.
     return json.dumps(sample) + "\n"
 
 

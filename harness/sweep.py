@@ -1,8 +1,8 @@
-"""Jobs of a sweep: each in a process and on GPUs of its own, and none that fails stops the others.
+"""Jobs of a sweep. Each job has its own process and its own GPUs; a failed job stops no other.
 
-Hydra decides which jobs there are and its launcher where and when each is started; what a job does
-is `harness.run`'s. As a program, `python -m harness.sweep DIRECTORY`: the job whose resolved
-configuration comes on standard input.
+Hydra decides which jobs there are. Hydra's launcher decides where and when each job starts.
+`harness.run` does the work of a job. As a program, `python -m harness.sweep DIRECTORY` runs one job
+and reads its resolved configuration from standard input.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ POLL_S = 0.5
 
 
 def run_job(config: DictConfig, sweep_dir: str | Path, overrides: Sequence[str]) -> None:
-    """Run one job to its end; what becomes of it stands in its directory, and is logged.
+    """Run one job to its end. The result goes to the job's directory and to the log.
 
     Args:
-        config: of the job.
-        sweep_dir: of all jobs; each has a folder in it, whose name depends on its configuration
-            only, so that a sweep which is started again continues its jobs.
-        overrides: what the job was made of, for the record.
+        config: the configuration of the job.
+        sweep_dir: the folder of all jobs. Each job has a folder in it, whose name depends only on
+            the job's configuration. So a sweep that is started again continues its jobs.
+        overrides: the overrides that made the job, for the record.
     """
     plain = OmegaConf.to_container(config, resolve=True)
     directory = Path(sweep_dir) / job_name(plain)
@@ -73,8 +73,10 @@ def job_name(plain: Mapping[str, Any]) -> str:
 
 
 class ListJobs(Callback):
-    """Hydra's callback that says at the end of a sweep how its jobs ended; exits with 1 if one did
-    not end well."""
+    """Hydra's callback that lists at the end of a sweep how its jobs ended.
+
+    It exits with 1 if a job failed or did not end.
+    """
 
     sweep_dir: ClassVar[Path]
     start: ClassVar[float]
@@ -82,7 +84,7 @@ class ListJobs(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         ListJobs.sweep_dir = Path(config.hydra.sweep.dir)
         ListJobs.start = time.time()
-        # They list the jobs as well, some of them some of the time.
+        # Hydra and some launchers list the jobs too, but not always.
         for name in ("hydra", "hydra_plugins"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -92,9 +94,9 @@ class ListJobs(Callback):
 
 
 def list_jobs(sweep_dir: Path, start: float) -> int:
-    """Print how the jobs ended that were started since `start`, in s since the epoch.
+    """Print how the jobs ended that started since `start`, in seconds since the epoch.
 
-    Returns the number of those that did not end well.
+    Returns the number of jobs that failed or did not end.
     """
     # A file's time may be coarser than the clock.
     jobs = [path for path in sorted(sweep_dir.glob(f"*/{JOB}")) if path.stat().st_mtime > start - 2]
@@ -119,7 +121,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _run_process(plain: Mapping[str, Any], directory: Path, devices: "_Devices") -> int:
-    # The bar's lines end up in a file.
+    # The progress bar writes its lines to a file here, so it is updated seldom.
     defaults = {"TQDM_MININTERVAL": "10", "PYTHONPATH": search_path()}
     with (directory / LOG).open("a", encoding="utf-8") as log:
         return subprocess.run(
@@ -129,7 +131,8 @@ def _run_process(plain: Mapping[str, Any], directory: Path, devices: "_Devices")
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **defaults, **devices.environment},
-            # So that the GPUs stay locked if this process is killed and the job is not.
+            # The job inherits the locks. If this process is killed and the job is not, its GPUs
+            # stay locked.
             pass_fds=[file.fileno() for file in devices.locks],
         ).returncode
 
@@ -148,10 +151,12 @@ class _Devices(NamedTuple):
 
 @contextlib.contextmanager
 def _devices(num_devices: int) -> Iterator[_Devices]:
-    """An environment that shows `num_devices` GPUs which no other job on this host has; waits for
-    them. Without a GPU it is empty."""
+    """An environment that shows `num_devices` GPUs which no other job on this host has.
+
+    Waits until that many GPUs are free. Without a GPU the environment is empty.
+    """
     visible = _visible_devices()
-    if len(visible) < num_devices:  # vLLM says what is wrong; without a GPU nothing is
+    if len(visible) < num_devices:  # vLLM reports too few GPUs; no GPU at all is fine
         yield _Devices({}, ())
         return
     with contextlib.ExitStack() as stack:
@@ -160,12 +165,12 @@ def _devices(num_devices: int) -> Iterator[_Devices]:
                 file.close()
             time.sleep(POLL_S)
         for file in locked.values():
-            stack.enter_context(file)  # closing it unlocks, unless the job has it still
+            stack.enter_context(file)  # closing it unlocks, unless the job still holds it
         yield _Devices({"CUDA_VISIBLE_DEVICES": ",".join(locked)}, tuple(locked.values()))
 
 
 def _lock(visible: Mapping[str, str], num_devices: int) -> dict[str, IO[str]]:
-    """Up to `num_devices` of the GPUs, with the files whose locks stand for them."""
+    """Up to `num_devices` of the GPUs, with the locked files that stand for them."""
     folder = Path(tempfile.gettempdir()) / f"speculative-ensemble-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     locked: dict[str, IO[str]] = {}
@@ -183,8 +188,11 @@ def _lock(visible: Mapping[str, str], num_devices: int) -> dict[str, IO[str]]:
 
 
 def _visible_devices() -> dict[str, str]:
-    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them, with a name that
-    means the same to every process: a cluster's jobs may each know their own GPU as number 0."""
+    """The GPUs that this process may use: their names in `CUDA_VISIBLE_DEVICES`, and their UUIDs.
+
+    A UUID means the same to every process. A number does not: each job of a cluster may see its own
+    GPU as number 0.
+    """
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

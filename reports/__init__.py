@@ -1,4 +1,5 @@
 """Reports over finished and unfinished runs: tables, figures, paired comparisons.
 
-Reads run directories and nothing else; only the margins of paired comparisons start an engine.
+This package reads run directories and nothing else. Only the margins of paired comparisons start an
+engine.
 """

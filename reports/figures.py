@@ -1,7 +1,7 @@
 """The figures of a study: speed-up, score against speed, acceptance by position.
 
-Draws records (`records.make_records`), each figure in a light and a dark variant; computes nothing
-but means over the configurations that share a bar or a line.
+This module draws records (`records.make_records`), each figure in a light and a dark variant. It
+computes only means over the configurations that share a bar or a line.
 """
 
 import textwrap
@@ -21,10 +21,10 @@ from matplotlib.ticker import MaxNLocator
 from reports.records import METHOD_ORDER
 
 Record = Mapping[str, Any]
-# Foreground, faint lines, background: GitHub's, on which the pictures are most often seen.
+# Foreground, faint lines, background: GitHub's, because most readers see the pictures there.
 THEMES = {"light": ("#1f2328", "#d1d9e0", "#ffffff"), "dark": ("#f0f6fc", "#3d444d", "#0d1117")}
-# Okabe and Ito's colours, which the colour-blind can tell apart; the last two are ours, darker or
-# lighter than what they could be taken for. All are legible on both grounds.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. The last two are our own: they
+# are darker or lighter than the colours that they resemble. All are legible on both backgrounds.
 COLORS = {
     "sd": "#999999",
     "cd": "#56B4E9",
@@ -38,18 +38,20 @@ COLORS = {
 }
 MARKERS = "osD^vPX<>*"
 LINES = ("-", "--", ":", "-.")
-WIDTH = 8.0  # inches: the width of a README's column, at which fonts have their size
+WIDTH = 8.0  # inches: the width of a README's column; fonts have their true size there
 MAX_HEIGHT = 9.0  # inches of all panels, so that a figure fits a page
 MAX_PANELS = 8
 MAX_NAME = 28
 
 
 def draw_all(records: Sequence[Record], directory: Path) -> dict[str, str]:
-    """Write every figure that has data, as NAME_light.svg and NAME_dark.svg; their captions by
-    name."""
+    """Write every figure that has data, as NAME_light.svg and NAME_dark.svg.
+
+    Returns the captions by name.
+    """
     captions = {}
     for theme, (foreground, *_) in THEMES.items():
-        # Saved within, too: ticks are made as late as that.
+        # Figures are saved inside this context too, because matplotlib makes the ticks only then.
         with matplotlib.rc_context(settings(theme)):
             for name, (draw, caption) in FIGURES.items():
                 figure = draw(records, foreground)
@@ -61,7 +63,7 @@ def draw_all(records: Sequence[Record], directory: Path) -> dict[str, str]:
 
 
 def settings(theme: str) -> dict[str, Any]:
-    """matplotlib's, by name."""
+    """matplotlib's settings by name."""
     foreground, faint, background = THEMES[theme]
     return {
         "text.color": foreground,
@@ -144,7 +146,7 @@ def acceptance_by_position(records: Sequence[Record], foreground: str) -> Figure
     for axis, panel in zip(axes, panels.values(), strict=True):
         lines = _lines(panel)
         for order, (method, rank, _, line) in enumerate(lines):
-            # Ever thinner, so that lines on top of one another are all seen.
+            # Each line is thinner than the last, so that lines on top of one another stay visible.
             style = _line_style(method, rank, foreground, size=7.5 - 3.5 * order / len(lines))
             axis.plot(range(1, len(line) + 1), line, clip_on=False, **style)
         axis.set(xlim=(0.75, longest + 0.25), ylim=(0, 1), ylabel="accepted")
@@ -181,7 +183,11 @@ def _groups(records: Iterable[Record], *keys: str) -> dict[tuple, list[Record]]:
 
 
 def _split(records: Sequence[Record], *keys: str) -> dict[str, list[Record]]:
-    """Panels by title: `keys`, and of what must not be averaged over either that which varies."""
+    """The records of each panel, by its title.
+
+    The panels differ in `keys`. They also differ in temperature, batch size and device where these
+    vary, because no mean may mix them.
+    """
     for key in ("temperature", "batch_size", "device"):
         if len({record[key] for record in records}) > 1:
             keys = (*keys, key)
@@ -228,7 +234,7 @@ def _draw_bars(axis: Axes, panel: Sequence[Record], foreground: str, is_narrow: 
         axis.bar(x, mean, width * 0.92, color=color)
         if high > low:
             axis.plot([x, x], [low, high], color=foreground, linewidth=1.2)
-        # Below the plain ensemble's line, where the range of hardly any bar comes.
+        # Below the plain ensemble's line: few bars have a range that comes this low.
         axis.annotate(f"{mean:.2f}{star}", (x, 0), xytext=(0, 4), textcoords="offset points",
                       ha="center", fontsize=8.5, color=_legible_on(color),
                       rotation=90 if is_narrow else 0)  # fmt: skip
@@ -251,7 +257,7 @@ def _lines(panel: Sequence[Record]) -> list[tuple[str, int, str, list[float]]]:
         columns = (
             [s for s in shares if s is not None] for shares in zip_longest(*of_configurations)
         )
-        # No token is judged behind a position at which none was.
+        # If no token was judged at a position, no later position has one.
         means = [float(np.mean(column)) for column in takewhile(bool, columns)]
         if means:
             lines.append((*key, means))
@@ -260,7 +266,7 @@ def _lines(panel: Sequence[Record]) -> list[tuple[str, int, str, list[float]]]:
 
 
 def _line_style(method: str, rank: int, foreground: str, size: float = 6.0) -> dict[str, Any]:
-    """A method has a colour, a member's place its dashes and marker."""
+    """A method has a colour; a member's place has dashes and a marker."""
     return {
         "color": COLORS.get(method, foreground),
         "linestyle": LINES[rank % len(LINES)],
@@ -304,7 +310,7 @@ def _legend(figure: Figure, handles: Sequence[Line2D], columns: int = 5) -> None
 
 
 def _short(name: str) -> str:
-    """A name of bearable length: its middle left out, since models differ at both ends."""
+    """A name of limited length. Its middle is left out, because models differ at both ends."""
     if len(name) <= MAX_NAME:
         return name
     half = MAX_NAME // 2

@@ -1,7 +1,7 @@
-"""Two runs, example by example: whether their scores differ, and where their tokens do.
+"""Two runs, example by example: whether their scores differ, and where their tokens differ.
 
-Pairs by example index. Knows of an engine only that one can be opened for a configuration; margins
-are asked of it where completions differ.
+This module pairs samples by example index. It does not know how an engine is made, only that one
+can be opened for a configuration. The engine gives the margins where completions differ.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from reports import statistics
 from reports.runs import Run, differing_keys, iterate_samples, plain_runs
 from reports.tables import markdown, number, with_interval
 
-# Distance of neighbouring numbers from 16 to 32, by precision: 2 ** 4 times 2 ** -23, 2 ** -7.
+# Distance of neighbouring numbers from 16 to 32, by precision: 2 ** 4 times 2 ** -23 or 2 ** -7.
 STEPS = {"float32": 2.0**-19, "bfloat16": 2.0**-3}
 STEP_NOTE = (
     "Margin: the difference of the two largest log-probabilities of the plain ensemble, given the "
@@ -43,11 +43,11 @@ class Divergence:
     Args:
         index, task_id: of the example.
         position: in the completion, from 0.
-        tokens: what the first and the second run have there; None past the end of a completion.
-        prefix: the tokens before it, which both have.
-        texts: of the tokens, once a tokenizer has been asked.
+        tokens: the tokens of the first and the second run there; None past the end of a completion.
+        prefix: the tokens before the position, which both completions share.
+        texts: of the tokens, once a tokenizer has decoded them.
         top: the two likeliest tokens of the plain ensemble there.
-        margin: by which the first of them is the likelier, in log-probability (nats).
+        margin: log-probability (nats) of the first of them minus that of the second.
     """
 
     index: int
@@ -66,17 +66,18 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs have in common, and in what they differ.
+    """What two runs have in common, and how they differ.
 
     Args:
         a, b: the runs.
-        counts: their samples.
-        num_both: samples that both have; num_scored: those that both have a score of.
-        means: of the scores of those.
+        counts: the number of samples of each run.
+        num_both: the number of samples that both runs have.
+        num_scored: the number of samples that both runs have a score for.
+        means: mean scores of each run over these samples.
         interval: of the mean of the differences, a minus b.
         test: whether the scores differ.
         differing: configuration keys for which the completions need not be equal.
-        divergences: at temperature 0; None where the completions need not be equal.
+        divergences: at temperature 0; None if the completions need not be equal.
         note: why there are no margins, if they were asked for.
     """
 
@@ -94,8 +95,11 @@ class Comparison:
 
 
 def find_pairs(runs: Sequence[Run]) -> tuple[list[tuple[Run, Run]], list[Run]]:
-    """Every run in which tokens are proposed, with a run of its plain ensemble; and those that have
-    none. Of several the one with the same seed, else the first."""
+    """Pair every run in which tokens are proposed with a run of its plain ensemble.
+
+    If there are several plain runs, the one with the same seed is taken, else the first. Returns
+    the pairs, and the runs that have no plain run.
+    """
     pairs, alone = [], []
     for run in runs:
         if not run.scores or not run.config or run.is_plain:
@@ -110,9 +114,10 @@ def find_pairs(runs: Sequence[Run]) -> tuple[list[tuple[Run, Run]], list[Run]]:
 
 
 def compare(a: Run, b: Run) -> Comparison:
-    """
+    """What two runs have in common, and how they differ.
+
     Raises:
-        ConfigError: the runs have no sample in common, or not the same examples.
+        ConfigError: the runs have no sample in common, or do not have the same examples.
     """
     first, second = _samples(a), _samples(b)
     both = sorted(first.keys() & second.keys())
@@ -140,7 +145,7 @@ def compare(a: Run, b: Run) -> Comparison:
 
 
 def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Where two sequences differ first, the end of one counted; None if they are equal."""
+    """The first position where two sequences differ, or one ends; None if they are equal."""
     for position, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return position
@@ -160,8 +165,8 @@ def add_margins(
 ) -> list[Comparison]:
     """The comparisons with texts and margins of their divergences.
 
-    The plain ensemble is started once for all comparisons of the same ensemble and data. Where it
-    cannot be, say because the models are elsewhere, the comparison's `note` has the reason.
+    The plain ensemble starts once for all comparisons of the same ensemble and data. If it cannot
+    start, for example because the models are elsewhere, the comparison's `note` has the reason.
     """
     groups: list[list[int]] = []
     for i, comparison in enumerate(comparisons):
@@ -250,13 +255,13 @@ def _measure(
             asked.append(
                 replace(
                     request,
-                    index=i,  # an example may be asked about twice, after different prefixes
+                    index=i,  # one example may appear twice, with different prefixes
                     prompt_token_ids=[*request.prompt_token_ids, *divergence.prefix],
                     choices={},
                     sampling_params={"max_tokens": 1, "min_tokens": 0, "logprobs": 2},
                 )
             )
-        # One at a time: what shares a batch with others is rounded otherwise.
+        # One request at a time: other requests in the batch would change the rounding.
         answers = {answer.index: answer.logprobs[0] for answer in engine.generate(asked, 1)}
         return [
             _measured(divergence, answers[i], tokenizer) for i, divergence in enumerate(divergences)
@@ -347,5 +352,6 @@ def _divergence_text(c: Comparison) -> str:
 def _token(token: int | None, string: str) -> str:
     if token is None:
         return "(end)"
-    # As code, which Markdown leaves alone; in double quotes of that kind, for it may hold a single.
+    # Shown as code, which Markdown does not interpret. The quotes are double backticks, because the
+    # text may hold a single one.
     return f"{token} `` {string!r} ``" if string else str(token)

@@ -1,6 +1,7 @@
 """What reports say of each run: its settings by column and its results as numbers.
 
-Knows how results follow from a run's files and from its plain ensembles; shows nothing.
+This module knows how results follow from a run's files and from its plain ensembles. It shows
+nothing.
 """
 
 import json
@@ -22,7 +23,7 @@ METHOD_ORDER = (
     "ensemble_sd",
     "ensemble_chef",
 )
-# Configuration keys that have columns of their own, or that say nothing about a result.
+# Configuration keys that have their own columns, or that say nothing about a result.
 LEFT_OUT = {
     "method.name",
     "method.model",
@@ -38,15 +39,15 @@ SHORTER = {
     "method.llm.ensemble_target": "ensemble_target",
 }
 MODEL_KEYS = ("method.draft_model", "method.llm.speculative_config.model")
-# As resolved when the run was over, which says more than the configuration does.
+# The values that were resolved when the run ended; they say more than the configuration.
 RESOLVED = ("gamma", "max_gamma", "turn_order")
 
 
 def make_records(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One record per run that has a configuration, sorted; the runs' results as numbers.
 
-    A record holds `settings` (what was run, by column name) and the results by name; None where a
-    result is not there.
+    A record holds `settings` (what was run, by column name) and the results by name. A result that
+    is not there is None.
     """
     known = sorted((run for run in runs if run.config), key=_sort_key)
     names = short_names(name for run in known for name in _models(run))
@@ -54,7 +55,7 @@ def make_records(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """The last part of each path or hub id; the whole where two would be the same."""
+    """The last part of each path or hub id; the whole name if two would be the same."""
     names = set(names)
     last = {name: name.rstrip("/").rpartition("/")[2] for name in names}
     short_forms = list(last.values())
@@ -67,7 +68,7 @@ def method_label(run: Run) -> str:
 
 
 def speed_up(run: Run, baselines: Sequence[Run]) -> float | None:
-    """Of a finished run over the mean of its finished plain ensembles; None where there is none."""
+    """Speed of a finished run over the mean of its finished plain ensembles; None without one."""
     speeds = [plain.summary["tokens_per_second"] for plain in baselines]
     if run.summary is None or not sum(speeds):
         return None
@@ -81,7 +82,7 @@ def _record(run: Run, runs: Sequence[Run], names: Mapping[str, str]) -> dict[str
     interval = statistics.score_interval(scores, run.is_graded)
     if run.summary is not None:
         recorded = summary.get("score")
-        # A score that is not the mean of the samples has no interval of theirs.
+        # A score that is not the mean of the samples has no interval from them.
         if None in (score, recorded) or abs(score - recorded) > 1e-6:
             interval = None
         score = recorded
@@ -110,7 +111,7 @@ def _record(run: Run, runs: Sequence[Run], names: Mapping[str, str]) -> dict[str
         "tokens_per_second": summary.get("tokens_per_second"),
         "parts": run.num_parts,
         "speed_up": ratio,
-        # The most of the runs that the speed-up rests on.
+        # The largest number of parts among the runs that the speed-up uses.
         "speed_up_parts": ratio and max(r.num_parts for r in [run, *baselines]),
         "tokens_per_cycle": summary.get("tokens_per_cycle"),
         "acceptance": summary.get("acceptance"),
@@ -129,7 +130,7 @@ def _settings(run: Run, names: Mapping[str, str]) -> dict[str, Any]:
             settings[_column(key)] = names[value] if key in MODEL_KEYS else value
     settings["temperature"] = run.temperature
     if run.is_plain:
-        settings.pop("gamma", None)  # of a draft model that it does not have
+        settings.pop("gamma", None)  # belongs to a draft model, which this run does not have
     summary = run.summary or {}
     settings |= {key: summary[key] for key in RESOLVED if summary.get(key) is not None}
     if settings.get("gamma") != "auto":
@@ -141,7 +142,7 @@ def _settings(run: Run, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _proposers(run: Run, names: Mapping[str, str]) -> list[str]:
-    """Who each entry of `acceptance` belongs to."""
+    """Which model each entry of `acceptance` belongs to."""
     if run.is_plain:
         return []
     if run.method in ("sd", "cd", "ensemble"):
@@ -171,7 +172,7 @@ def _sort_key(run: Run) -> tuple:
 
 
 def _sortable(value: Any) -> tuple:
-    """A key by which values of any types can be sorted: null, numbers, text, lists, all others."""
+    """A key that sorts values of any types: null, numbers, text, lists, all others."""
     if value is None:
         return (0,)
     if isinstance(value, int | float):

@@ -1,6 +1,6 @@
-"""Run directories, read; and which run is the plain ensemble of which.
+"""Reads run directories, and finds the plain ensemble of each run.
 
-Knows the files of a run and what makes two runs comparable; computes no statistics.
+This module knows the files of a run and what makes two runs comparable. It computes no statistics.
 """
 
 import json
@@ -18,10 +18,13 @@ from harness.errors import ConfigError, one_line
 from harness.results import KEYS_WITHOUT_EFFECT, flatten
 from tasks import TASKS
 
-# Any of them makes a directory a run; a job that ended early has the last ones only.
+# A directory with any of these is a run; a job that ended early has only the last two.
 RUN_FILES = ("config.yaml", "samples.jsonl", "summary.json", "failure.json", "job.json")
-# Configuration keys in which a run may differ from its plain ensemble: who proposes, the memory
-# that is set aside, how scores are made, and what is not the method's at all.
+# Configuration keys in which a run may differ from its plain ensemble:
+# - who proposes,
+# - the memory that is set aside,
+# - how scores are made,
+# - keys that do not belong to the method.
 UNMATCHED_KEYS = {
     *KEYS_WITHOUT_EFFECT,
     "method.name",
@@ -35,7 +38,8 @@ UNMATCHED_KEYS = {
     "seed",
 }
 UNMATCHED_GROUPS = ("evaluate.", "method.llm.speculative_config.")
-# Of the summary, where both runs have one: speeds of other machines or builds say nothing.
+# Fields of the summary that must be equal if both runs have one: speeds on other machines or builds
+# are not comparable.
 SAME_IN_SUMMARY = ("device", "versions")
 
 
@@ -45,12 +49,12 @@ class Run:
 
     Args:
         path: of the directory.
-        name: how reports call it, its path below the results.
+        name: the name in reports, which is the path below the results.
         config: the resolved configuration; empty if the run failed before it wrote one.
         summary: of a finished run, else None.
-        scores: by example index, of the samples that are there; None where not evaluated.
-        is_graded: whether the task gives several scores a sample, such as ROUGE; then none of them
-            is a count of right answers, even if all happen to be 0 or 1.
+        scores: of the samples that are there, by example index; None if not evaluated.
+        is_graded: whether the task gives several scores a sample, such as ROUGE. Such scores never
+            count right answers, even if all of them are 0 or 1.
         overrides: the command line of a failed job of a sweep.
         error: one line, of a run that failed or cannot be read.
         unreadable: whether a file of the run cannot be read.
@@ -76,10 +80,10 @@ class Run:
 
     @cached_property
     def flat(self) -> dict[str, Any]:
-        """The configuration by dotted key, without what is null or belongs to another task."""
+        """The configuration by dotted key, without null values and other tasks' keys."""
         flat = set_values(self.config)
         task = flat.get("dataset.name")
-        # What a user's own class calls itself only the class knows, and it may have inherited that.
+        # Only a user's own class knows its task name, and it may have inherited the name.
         if task not in TASKS:
             return flat
         own = f"task.{task}."
@@ -116,12 +120,12 @@ class Run:
 
     @property
     def temperature(self) -> float:
-        """As configured; unset it is vLLM's default, 1."""
+        """The configured temperature; if unset, vLLM's default, 1."""
         return self.flat.get("method.generate.temperature", 1)
 
 
 def set_values(group: Mapping[str, Any]) -> dict[str, Any]:
-    """By dotted key, without what is null."""
+    """The values by dotted key, without null values."""
     return {key: value for key, value in flatten(group).items() if value not in (None, {})}
 
 
@@ -129,7 +133,7 @@ def find_runs(directory: Path) -> list[Run]:
     """All runs in `directory`, itself included, at any depth, by name.
 
     Raises:
-        ConfigError: it is no directory, or there is no run in it.
+        ConfigError: `directory` is not a directory, or it has no run in it.
     """
     if not directory.is_dir():
         raise ConfigError(f"'{directory}' is not a directory; give one that holds runs")
@@ -138,7 +142,7 @@ def find_runs(directory: Path) -> list[Run]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if not set(RUN_FILES).isdisjoint(files):
             run = read_run(Path(folder), os.path.relpath(folder, directory))
-            # Without either it is somebody else's, such as a run of the evaluation harness.
+            # Without either it is not one of our runs, such as a run of the evaluation harness.
             if run.error or run.config:
                 found.append(run)
     if not found:
@@ -149,8 +153,10 @@ def find_runs(directory: Path) -> list[Run]:
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
-    """The run in `path`; what cannot be read becomes its `error`, so that one damaged run does not
-    hide the others."""
+    """The run in `path`; its `error` says what cannot be read.
+
+    So one damaged run does not hide the others.
+    """
     name = path.resolve().name if name in (None, ".") else name
     try:
         config = _read_config(path / "config.yaml")
@@ -176,12 +182,12 @@ def read_run(path: Path, name: str | None = None) -> Run:
 
 
 def iterate_samples(path: Path) -> Iterator[dict[str, Any]]:
-    """The samples of a run, in the order of the file; none where there is no file.
+    """The samples of a run, in the order of the file; none if there is no file.
 
-    The last line may be torn, by a run that died or one that is writing, and is then left out.
+    The last line may be incomplete, because a run died or is still writing. It is then left out.
 
     Raises:
-        ConfigError: another line is not JSON, or a line is JSON but no sample.
+        ConfigError: another line is not JSON, or a line is JSON but not a sample.
     """
     file = path / "samples.jsonl"
     if not file.exists():
@@ -202,7 +208,7 @@ def iterate_samples(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def matching_key(run: Run) -> dict[str, Any]:
-    """What must be equal, value by value, for two runs to be of the same ensemble and data."""
+    """The values that are equal for two runs of the same ensemble and data."""
     key = {
         name: value
         for name, value in run.flat.items()
@@ -214,14 +220,17 @@ def matching_key(run: Run) -> dict[str, Any]:
 
 
 def differing_keys(a: Run, b: Run) -> list[str]:
-    """The configuration keys in which the runs are not comparable; none if they are."""
+    """The configuration keys in which the runs are not comparable; none if they are comparable."""
     first, second = matching_key(a), matching_key(b)
     return sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
 
 
 def plain_runs(run: Run, runs: Sequence[Run]) -> list[Run]:
-    """The runs of the plain ensemble that `run` is to be compared with: the same members, function,
-    data and sampling parameters, and nobody proposes. Of a plain run, itself among them."""
+    """The runs of the plain ensemble that `run` is compared with; nobody proposes in them.
+
+    They have the same members, function, data and sampling parameters. For a plain run, the list
+    includes the run itself.
+    """
     if not run.config:
         return []
     return [
@@ -266,7 +275,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of bytes that are no text
+    except ValueError as error:  # bad JSON, or bytes that are no text
         raise ConfigError(f"'{path}' is not JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"'{path}' does not hold a JSON object")
@@ -278,9 +287,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # of YAML or of OmegaConf, which share no base
+    except Exception as error:  # from YAML or OmegaConf, whose errors share no base class
         raise ConfigError(f"'{path}' cannot be read: {one_line(error)}") from error
     flat = set_values(config) if isinstance(config, dict) else {}
-    # Without these it is no configuration of ours.
+    # Without these keys it is not a configuration of ours.
     is_ours = {"method.name", "method.model", "dataset.name"} <= flat.keys()
     return config if is_ours else {}

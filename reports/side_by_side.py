@@ -1,6 +1,6 @@
 """A plain ensemble and the same ensemble by turns, in one table.
 
-Takes two runs as they are on disk. Starts none: `scripts/compare.py` does.
+This module takes two runs as they are on disk. It starts no run: `main_compare.py` does.
 """
 
 from collections.abc import Mapping, Sequence

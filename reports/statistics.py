@@ -1,6 +1,6 @@
-"""Confidence intervals and tests of scores: scipy's, with their choice among them made here.
+"""Confidence intervals and tests of scores. scipy computes them; this module chooses among them.
 
-Knows numbers only, no runs. Sources are in docs/reports.md.
+It knows numbers only, no runs. Sources are in docs/reports.md.
 """
 
 import warnings
@@ -13,7 +13,7 @@ from scipy import stats
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 9999
 SEED = 0
-# Numbers that one vectorised step of resampling may hold: 24 MB.
+# The most numbers that one vectorised step of resampling may hold: 24 MB.
 MAX_BATCH = 3_000_000
 
 
@@ -33,10 +33,10 @@ def is_binary(scores: Sequence[float]) -> bool:
 
 
 def score_interval(scores: Sequence[float], is_graded: bool = False) -> Interval | None:
-    """Of the mean: Wilson's where every score is 0 or 1, otherwise by bootstrap.
+    """The interval of the mean: Wilson's if every score is 0 or 1, otherwise by bootstrap.
 
-    `is_graded` scores are never taken for counts, even if all are 0 or 1. None without scores, or
-    where a bootstrap has nothing to go by.
+    `is_graded` scores never count as right or wrong, even if all are 0 or 1. Returns None without
+    scores, or if a bootstrap is not possible.
     """
     if len(scores) and is_binary(scores) and not is_graded:
         test = stats.binomtest(int(sum(scores)), len(scores))
@@ -46,9 +46,9 @@ def score_interval(scores: Sequence[float], is_graded: bool = False) -> Interval
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
-    """Of the mean, by bootstrap: BCa, or percentiles where BCa is undefined.
+    """The interval of the mean, by bootstrap: BCa, or percentiles where BCa is undefined.
 
-    None of fewer than two values, or of equal ones, which resampling cannot vary.
+    Returns None for fewer than two values, or for equal values, which resampling cannot vary.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2 or np.ptp(values) == 0:
@@ -71,15 +71,19 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 
 
 def paired_test(a: Sequence[float], b: Sequence[float], is_graded: bool = False) -> Test | None:
-    """Whether paired scores differ, two-sided: exact McNemar where every score is 0 or 1 and none
-    `is_graded`, otherwise a permutation test of the mean difference. None without pairs."""
+    """Whether paired scores differ, two-sided; None without pairs.
+
+    The test is exact McNemar if every score is 0 or 1 and the scores are not `is_graded`. Otherwise
+    it is a permutation test of the mean difference.
+    """
     if not len(a):
         return None
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if is_binary(a) and is_binary(b) and not is_graded:
         only_a, only_b = int((a > b).sum()), int((b > a).sum())
         return Test(mcnemar(only_a, only_b), f"McNemar, exact ({only_a} : {only_b})")
-    # All 2 ** n exchanges within pairs where there are no more than resamples, else as many drawn.
+    # All 2 ** n exchanges within pairs if there are at most as many as resamples, else a random
+    # draw of as many as resamples.
     exact = 2 ** len(a) <= NUM_RESAMPLES
     result = stats.permutation_test(
         (a, b),
@@ -93,7 +97,7 @@ def paired_test(a: Sequence[float], b: Sequence[float], is_graded: bool = False)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact p-value of as many discordant pairs; 1 where there are none."""
+    """The exact p-value for these numbers of discordant pairs; 1 if there are none."""
     if only_a + only_b == 0:
         return 1.0
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)

@@ -1,6 +1,6 @@
-"""The table of a study: report.csv of all that is known, report.md to be read.
+"""The tables of a study: report.csv with everything that is known, report.md for readers.
 
-Knows how a record is shown; reads no files and draws nothing.
+This module knows how a record is shown. It reads no files and draws nothing.
 """
 
 import json
@@ -13,7 +13,7 @@ import pandas as pd
 from reports.runs import Run, set_values
 from reports.statistics import Interval
 
-# Columns in this order, then all others, then the last ones.
+# Columns in this order: these, then all others, then the last ones.
 CORE = ("data set", "method", "members")
 FIRST = (
     *CORE,
@@ -28,10 +28,10 @@ FIRST = (
     "temperature",
 )
 LAST = ("batch_size", "seed", "device", "versions")
-# Known once a run is over.
+# Known when a run is over.
 AT_THE_END = ("metric", "device", "versions")
 RESULTS = ("tokens/s", "speed-up", "tokens/cycle", "acceptance")
-# Behind a speed that is of more than one part of a run, or over one that is.
+# Marks a speed that covers more than one part of a run, or that is relative to such a speed.
 CONTINUED = "*"
 CONTINUED_NOTE = (
     f"\\{CONTINUED} of a run that was continued, or over one. Its speed is not quite that of an "
@@ -58,7 +58,7 @@ def write_csv(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], path: A
 def report_text(
     runs: Sequence[Run], records: Sequence[Mapping[str, Any]], captions: Mapping[str, str]
 ) -> str:
-    """report.md: the tables, and the figures that are there, by name, in both themes."""
+    """report.md: the tables and the available figures, by name, in both themes."""
     statuses = Counter(run.status for run in runs)
     counts = ", ".join(f"{number} {status}" for status, number in sorted(statuses.items()))
     parts = ["# Report", f"{len(runs)} runs: {counts}."]
@@ -72,7 +72,7 @@ def report_text(
 
 
 def study_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: what all runs have in common in one line, then a table of what differs."""
+    """Markdown: one line of what all runs have in common, then a table of what differs."""
     if not records:
         return ""
     settings = pd.DataFrame([record["settings"] for record in records], dtype=object)
@@ -101,7 +101,10 @@ def study_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _may_be_blank(name: str) -> bool:
-    """Whether a run without a value is like the others: it is not over, or has another task."""
+    """Whether a run without a value counts as equal to the others.
+
+    Such a run is not over, or it has another task.
+    """
     return name in AT_THE_END or name.startswith("task.")
 
 
@@ -121,7 +124,7 @@ def failed_table(runs: Sequence[Run]) -> str:
 
 
 def markdown(table: pd.DataFrame, right: Sequence[str] = ()) -> str:
-    """A Markdown table of the cells' text, the columns in `right` aligned to the right."""
+    """A Markdown table of the cells' text, with the columns in `right` aligned to the right."""
     return table.map(_escape).to_markdown(
         index=False,
         disable_numparse=True,
@@ -202,7 +205,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    if value is None or value != value:  # None, or what pandas puts where a record has no such key
+    if value is None or value != value:  # pandas puts NaN if a record has no such key
         return ""
     return json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)
 

@@ -1,6 +1,7 @@
-"""The tasks by name. Knows where each one is defined and which options it takes, nothing more.
+"""The tasks by name. This module knows where each task is defined and which options it takes.
 
-Task modules are imported when asked for: a run needs the packages of its own task only.
+A task's module is imported only when the task is loaded: a run needs the packages of its own task
+only.
 """
 
 import importlib
@@ -22,12 +23,15 @@ TASKS = {
 def load_task(name: str, **options) -> Task:
     """The task called `name`, or the class at `name` = "package.module:Class".
 
-    `options` are the fields of the task class: those of every task (`tasks.base.Task`), and those
-    that the task adds.
+    `options` are the fields of the task class: the fields of every task (`tasks.base.Task`), and
+    those that this task adds.
 
     Raises:
-        ValueError: no such task, a path that leads to no task, an option that it does not have,
-            or a bad value of one.
+        ValueError:
+            - there is no such task,
+            - the path leads to no task,
+            - the task does not have an option, or
+            - the value of an option is bad.
     """
     task_class = _find_class(name)
     known = [field.name for field in fields(task_class)]
@@ -40,10 +44,10 @@ def load_task(name: str, **options) -> Task:
 
 
 def task_name(name: str) -> str:
-    """The name of the task that `load_task` finds by `name`: its group below `task`.
+    """The name of the task that `load_task` finds by `name`: its group below the key `task`.
 
     Raises:
-        ValueError: no such task, or a path that leads to no task.
+        ValueError: there is no such task, or the path leads to no task.
     """
     return name if name in TASKS else _find_class(name).name
 
@@ -58,7 +62,8 @@ def _find_class(name: str) -> type[Task]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # Either the module itself or a package that its data set needs: the error says which.
+        # The missing module is either this one or a package that its data set needs. The error says
+        # which.
         raise ValueError(f"dataset.name={name!r}: cannot import {module_name}: {error}") from error
     task_class = getattr(module, class_name, None)
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):

@@ -1,6 +1,7 @@
 """What a task is: its examples, how a completion is cut, and how it is scored.
 
-Knows no model, no engine, no file of a run, and no single data set. A task never generates.
+A task never generates. This module knows no model, no engine, no file of a run, and no single data
+set.
 """
 
 import random
@@ -16,10 +17,10 @@ NAMED_SIZES = {"tiny": 5, "small": 200, "full": None}
 class Example:
     """One problem of a data set, with everything that its score needs.
 
-    `prompt` is plain text and what `samples.jsonl` shows. Where `messages` is not empty, the model
-    is given these chat turns (`{"role", "content"}`) through its chat template instead. The
-    reference stands in the example, never in a list beside it, so that no re-ordering or selection
-    can part the two.
+    `prompt` is plain text, and `samples.jsonl` shows it. If `messages` is not empty, the model is
+    given these chat turns (`{"role", "content"}`) through its chat template instead. The reference
+    is a field of the example and not a separate list, so that no re-ordering or selection can
+    separate the two.
     """
 
     index: int
@@ -31,10 +32,10 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A data set with its scoring. Subclasses add options of their own as dataclass fields.
+    """A data set with its scoring. Subclasses add their own options as dataclass fields.
 
-    Every task accepts the options below, so that one configuration serves all of them; a task for
-    which an option has no meaning ignores it. Bad options and data that cannot be read are a
+    Every task accepts the options below, so that one configuration serves all tasks. A task ignores
+    an option that has no meaning for it. A bad option, or data that cannot be read, raises a
     `ValueError` of one line that begins with the configuration's key.
 
     path: a local copy of the data set (`tasks.loading`); None: below DATASET_PATH, else the hub.
@@ -44,8 +45,8 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    metric: ClassVar[str]  # the name under which `aggregate` is reported, such as "pass@1"
-    max_tokens: ClassVar[int]  # used where the configuration sets no limit
+    metric: ClassVar[str]  # reported name of `aggregate`, such as "pass@1"
+    max_tokens: ClassVar[int]  # used if the configuration sets no limit
 
     path: str | None = None
     use_fewshot: bool = False
@@ -66,11 +67,11 @@ class Task(ABC):
         """
 
     def choices(self, example: Example) -> tuple[str, ...]:
-        """Continuations of the prompt to choose from; empty where the answer is generated.
+        """Continuations of the prompt to choose from; empty if the answer is generated.
 
-        Where there are some, nothing is generated: the completion is the likeliest of them, by
-        their log-probability after the prompt. In a chat they are beginnings of the reply. They
-        must differ in one token, the last of prompt and choice.
+        If there are choices, nothing is generated. The completion is the likeliest choice, by its
+        log-probability after the prompt. In a chat the choices are beginnings of the reply. Prompt
+        and choice together must differ in exactly one token, the last one.
         """
         return ()
 
@@ -78,22 +79,22 @@ class Task(ABC):
     def postprocess(self, example: Example, text: str) -> str:
         """The completion as it is kept and scored, from the text that the model generated.
 
-        Applying it to its own result changes nothing where `chat` is false, whether or not the
-        engine has already cut `text` at a stop string.
+        If `chat` is false, applying the function to its own result changes nothing. This holds
+        whether or not the engine has already cut `text` at a stop string.
         """
 
     @abstractmethod
     def score(self, example: Example, completion: str) -> float | Mapping[str, float] | None:
-        """The score of a postprocessed completion, in [0, 1]; None where it was not evaluated.
+        """The score of a postprocessed completion, in [0, 1]; None if it was not evaluated.
 
-        A mapping gives several metrics by name, each in [0, 1]. It must have `metric`, whose entry
-        is the score of the sample; the others are reported beside it.
+        A mapping gives several metrics by name, each in [0, 1]. It must contain the metric named
+        `metric`, whose value is the score of the sample. The other values are reported beside it.
 
-        May be called from several threads at once.
+        Several threads may call this at once.
         """
 
     def aggregate(self, scores: Iterable[float | None]) -> float | None:
-        """The mean of the scores that were evaluated; None where none was."""
+        """The mean of the evaluated scores; None if no score was evaluated."""
         evaluated = [score for score in scores if score is not None]
         return sum(evaluated) / len(evaluated) if evaluated else None
 
@@ -117,7 +118,7 @@ def chat_messages(
 
 
 def check_at_least(key: str, value: object, least: int) -> None:
-    """Raise a ValueError unless `value`, of the configuration's `key`, is an integer >= `least`."""
+    """Raise a ValueError unless `value`, given for the key `key`, is an integer >= `least`."""
     if not _is_int(value) or value < least:
         raise ValueError(f"{key}: {value!r} must be an integer of at least {least}")
 
@@ -136,18 +137,19 @@ def select(
     seed: int | None = None,
     indices: Sequence[int] | None = None,
 ) -> list[Example]:
-    """The examples that a run uses: some of them, each with its reference.
+    """The examples that a run uses, each with its reference.
 
-    size: the first ones, in order: `tiny` (5), `small` (200), `full`, or a number of at least 1;
-        a size beyond the set gives the whole set.
-    seed: shuffles the set before it is cut: it is sorted by one draw of `random.Random(seed)
-        .random()` for each example in order, a sequence that all versions of Python share. So the
-        examples of a smaller size are the first of a larger one.
-    indices: positions in `examples`, in place of the size and with their own order; not with a
+    size: the first examples, in order: `tiny` (5), `small` (200), `full`, or a number of at least
+        1. A size beyond the set gives the whole set.
+    seed: shuffles the set before it is cut. Each example gets one draw of
+        `random.Random(seed).random()`, in order, and the set is sorted by these draws. All versions
+        of Python give the same draws. The examples of a smaller size are the first ones of a larger
+        size.
+    indices: positions in `examples`, used instead of the size, in the given order. They exclude a
         seed.
 
     Raises:
-        ValueError: a size, seed or list of positions that is none of these.
+        ValueError: the size, seed or list of positions is not valid.
     """
     count = _count(size)
     if seed is not None:
@@ -194,7 +196,7 @@ def _checked_indices(indices: Sequence[int], num_examples: int) -> Sequence[int]
 def _shuffled(examples: Sequence[Example], seed: int | None) -> list[Example]:
     if seed is None:
         return list(examples)
-    # Not `shuffle` or `sample`: Python may change how these use the draws.
+    # Not `shuffle` or `sample`: Python may change how these two use the draws.
     generator = random.Random(seed)
     keys = [generator.random() for _ in examples]
     return [examples[i] for i in sorted(range(len(examples)), key=keys.__getitem__)]

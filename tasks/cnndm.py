@@ -1,6 +1,6 @@
-"""CNN/DailyMail: news articles to be summarised, scored by ROUGE against the data set's summary.
+"""CNN/DailyMail: summaries of news articles, scored by ROUGE against the data set's summary.
 
-Knows prompts and which score counts; the package `rouge-score` computes it.
+This module knows the prompts and which score counts. The package `rouge-score` computes it.
 """
 
 import functools
@@ -37,8 +37,9 @@ _STOP = ("\nArticle:",)
 class CnnDailyMail(Task):
     """ROUGE F-measures with stemming; the reference of an example is the highlights.
 
-    num_fewshot: worked examples, the first of the split validation: train is thirty times as large.
-    max_article_words: longer articles are cut, those of worked examples too; None: whole.
+    num_fewshot: worked examples, the first ones of the split validation. The split train is thirty
+        times as large.
+    max_article_words: longer articles are cut, also those of worked examples; None: not cut.
     """
 
     name: ClassVar[str] = "cnndm"
@@ -71,7 +72,7 @@ class CnnDailyMail(Task):
         ]
 
     def postprocess(self, example: Example, text: str) -> str:
-        """The reply; of plain text the first paragraph, what follows is no longer the summary."""
+        """In a chat the whole reply, else the first paragraph: the summary ends there."""
         if self.chat:
             return text.strip()
         paragraph, *_ = re.split(r"\n[^\S\n]*\n", truncate_at_stop(text, _STOP).strip(), maxsplit=1)
@@ -108,17 +109,17 @@ class CnnDailyMail(Task):
 
 @functools.cache
 def _scorer() -> RougeScorer:
-    # Without a tokenizer given, it takes this one and logs so, through the progress bar.
+    # The scorer uses this tokenizer by default, but it then logs a line through the progress bar.
     return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
 
 
 def _first_words(article: str, count: int | None) -> str:
-    """At most `count` words, with the white space between them as it is."""
+    """At most `count` words; the white space between them is kept."""
     if count is None:
         return article.strip()
     return re.match(rf"(?:\S+\s+){{0,{count - 1}}}\S*", article.strip())[0].strip()
 
 
 def _summary(row: Mapping[str, Any]) -> str:
-    # The hub's highlights are one sentence a line, with a space before each full stop.
+    # The hub's highlights have one sentence a line, with a space before each full stop.
     return " ".join(row["highlights"].split()).replace(" .", ".")

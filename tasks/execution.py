@@ -1,10 +1,11 @@
 """Runs one untrusted Python program in a confined process and says whether it reached its end.
 
-Knows processes, resource limits and system calls. Does not know any task, or what a program tests.
-The parent imports this file; the confined child runs it as a script (see `_child_main`).
+This module knows processes, resource limits and system calls. It knows no task and not what a
+program tests. The parent imports this file; the confined child runs it as a script (see
+`_child_main`).
 
-It is made for programs that a language model wrote: they do harm by mistake, not by studying this
-file. `docs/tasks.md` lists what is prevented and what is not.
+The confinement is made for programs that a language model wrote. Such programs do harm by mistake,
+not by studying this file. `docs/tasks.md` lists what is prevented and what is not.
 """
 
 import contextlib
@@ -25,9 +26,10 @@ from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
-# What the child can be kept from, besides running too long; it reports which of these it achieved.
+# What the child can be kept from, besides running too long. The child reports which ones it
+# achieved.
 PROTECTIONS = ("files", "memory", "network", "processes")
-# A use of each, and the error that stands for the protection.
+# A program that uses each one, and the error that shows the protection.
 _USES = {
     "files": ("open('file', 'w')", "PermissionError"),
     "memory": ("bytearray(1 << 30)", "MemoryError"),
@@ -39,13 +41,13 @@ _USES_MEMORY_MB = 512
 _PROGRAM_FILE = "program.py"
 _STARTUP_LOG = "startup.log"
 _TOKEN_BYTES = 32
-_STARTUP_TIMEOUT_S = 60.0  # for the interpreter alone; only a broken or drowning machine needs it
+_STARTUP_TIMEOUT_S = 60.0  # for the interpreter alone; only a broken or overloaded machine needs it
 _MAX_LINE_BYTES = 4096
 
 
 class ExecutionResult(NamedTuple):
     passed: bool
-    reason: str  # "passed", "timed out", "failed: ...", or how the process ended before its time
+    reason: str  # "passed", "timed out", "failed: ...", or how the process ended early
 
 
 # ---------------------------------------------------------------------------------------------
@@ -58,14 +60,14 @@ def run_program(
     timeout_s: float = 3.0,
     memory_mb: int = 2048,
 ) -> ExecutionResult:
-    """Execute `source` in a fresh, confined interpreter; passed if it runs to its end.
+    """Execute `source` in a fresh, confined interpreter; it passes if it runs to its end.
 
-    An exception, an exit of any kind, or more than `timeout_s` seconds of wall time (counted from
-    when the interpreter is ready) is a failure. The program's output is discarded and none of its
-    processes outlives the call. Thread-safe.
+    A program fails on an exception, on an exit of any kind, or after more than `timeout_s` seconds
+    of wall time. The time counts from when the interpreter is ready. The program's output is
+    discarded, and none of its processes outlives the call. Thread-safe.
 
     Raises:
-        RuntimeError: the confined interpreter could not be started; this says nothing about the
+        RuntimeError: the confined interpreter could not be started. This says nothing about the
             program.
     """
     token = os.urandom(_TOKEN_BYTES // 2).hex().encode()
@@ -90,9 +92,9 @@ def run_program(
 
 
 def find_missing_protections() -> list[str]:
-    """Those of PROTECTIONS that programs here do not have, found by trying what each prevents.
+    """The PROTECTIONS that programs do not have here; a program tries each one to find out.
 
-    All of them where the confined interpreter does not start.
+    If the confined interpreter does not start, all of them are missing.
     """
     try:
         results = {name: run_program(_use(name), 20.0, _USES_MEMORY_MB) for name in PROTECTIONS}
@@ -102,7 +104,7 @@ def find_missing_protections() -> list[str]:
 
 
 def _use(protection: str) -> str:
-    """A program that passes if its use of what `protection` prevents is refused."""
+    """A program that tries what `protection` prevents, and passes if that is refused."""
     use, refusal = _USES[protection]
     return f"try:\n    {use}\nexcept {refusal}:\n    pass\nelse:\n    raise AssertionError"
 
@@ -134,7 +136,7 @@ def _start_child(
 ) -> subprocess.Popen:
     # One thread per library: thread pools of the size of the host exceed the limits on import.
     environment = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-    if "LD_LIBRARY_PATH" in os.environ:  # without it the Python of many clusters does not start
+    if "LD_LIBRARY_PATH" in os.environ:  # the Python of many clusters needs it to start
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     arguments = [str(child_fd), str(timeout_s), str(memory_mb)]
     with open(os.path.join(folder, _STARTUP_LOG), "wb") as startup_log:
@@ -151,7 +153,7 @@ def _start_child(
 
 
 def _hand_over(child: subprocess.Popen, token: bytes) -> None:
-    # It may have died while starting, which the missing ready line will tell.
+    # The child may have died while starting; then the ready line is missing and tells so.
     with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
         pipe.write(token)
 
@@ -171,9 +173,9 @@ def _await_ready(reader: "_LineReader", folder: str) -> None:
 
 def _kill_group(child: subprocess.Popen) -> None:
     """End the child and what it started. A child that has already exited keeps its exit code."""
-    # macOS raises either of a group whose only member is a zombie.
+    # macOS raises either error for a group whose only member is a zombie.
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)  # not yet waited for, so the id is still its own
+        os.killpg(child.pid, signal.SIGKILL)  # not yet waited for, so no other process has its id
     child.wait()
 
 
@@ -197,7 +199,7 @@ class _LineReader:
         self._buffer = b""
 
     def read_line(self, timeout_s: float) -> bytes | None:
-        """The next line without its end; what there was at the end of file; None: out of time."""
+        """The next line without its end, or the rest at the end of file; None: out of time."""
         deadline = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
             selector.register(self._fd, selectors.EVENT_READ)
@@ -224,14 +226,15 @@ def _child_main(result_fd: int, timeout_s: float, memory_mb: int) -> None:
     os.dup2(1, 2)  # the start-up log is for this file's own errors: output is discarded from here
     os.write(result_fd, f"ready {','.join(sorted(active))}\n".encode())
     try:
-        # Only a program that ran to its end may report the token. Operands are evaluated from left
-        # to right, so the token has left the pipe before the program runs, and lies on this frame's
-        # value stack, where neither a search of frames and objects nor a guess finds it.
+        # Only a program that ran to its end may report the token. Python evaluates operands from
+        # left to right, so the token is read from the pipe before the program runs. It then lies on
+        # this frame's value stack. A search of frames and objects does not find it there, and a
+        # guess does not either.
         os.write(result_fd, os.read(0, _TOKEN_BYTES) + _execute(source))
     except BaseException as error:  # SystemExit and KeyboardInterrupt are failures as well
         text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         os.write(result_fd, text.encode(errors="replace") + b"\n")
-    os._exit(0)  # what the program left to run at exit is not part of it
+    os._exit(0)  # handlers that the program left for its exit are not part of it
 
 
 def _execute(source: str) -> bytes:
@@ -240,7 +243,7 @@ def _execute(source: str) -> bytes:
 
 
 def _confine(timeout_s: float, memory_mb: int) -> set[str]:
-    """Restrict this process for good; returns those of PROTECTIONS that are in force."""
+    """Restrict this process for good; returns the PROTECTIONS that are in force."""
     active = set()
     if _limit_resources(timeout_s, memory_mb):
         active.add("memory")
@@ -254,8 +257,8 @@ def _confine(timeout_s: float, memory_mb: int) -> set[str]:
 
 
 def _limit_resources(timeout_s: float, memory_mb: int) -> bool:
-    """Returns whether memory is limited, which not every platform can do."""
-    cpu_s = math.ceil(timeout_s) + 1  # the parent's clock decides; this is for when it is gone
+    """Limit resources; returns whether memory is limited, which some platforms cannot do."""
+    cpu_s = math.ceil(timeout_s) + 1  # the parent's clock decides; this helps if the parent is gone
     _set_limit(resource.RLIMIT_CPU, cpu_s)
     _set_limit(resource.RLIMIT_CORE, 0)
     _set_limit(resource.RLIMIT_FSIZE, 1 << 20)
@@ -265,7 +268,7 @@ def _limit_resources(timeout_s: float, memory_mb: int) -> bool:
         _set_limit(resource.RLIMIT_AS, memory_mb << 20)
     except (ValueError, OSError):
         return False
-    return sys.platform == "linux"  # macOS accepts the limit and does not keep it
+    return sys.platform == "linux"  # macOS accepts the limit but does not enforce it
 
 
 def _set_limit(kind: int, value: int) -> None:
@@ -275,9 +278,9 @@ def _set_limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
-# Linux: a filter on system calls (seccomp). It needs no privilege, works inside containers, and
-# holds for whatever the process does afterwards, through ctypes or otherwise. One process, one
-# thread: that a program can start nothing also means that nothing escapes being killed.
+# Linux: a filter on system calls (seccomp). It needs no privilege and works inside containers. It
+# holds for everything that the process does later, also through ctypes. The process stays one
+# process with one thread. A program can start nothing, so nothing can escape being killed.
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_SECCOMP = 22
@@ -290,7 +293,7 @@ _RETURN_EPERM = 0x00050000 | 1
 # machine -> (the kernel's number of the architecture, column in the table below)
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
-# Denied always. name: (x86_64, aarch64); None where the architecture has no such call.
+# Always denied. name: (x86_64, aarch64); None if the architecture has no such call.
 _DENIED_CALLS = {
     # processes and threads
     "clone": (56, 220), "fork": (57, None), "vfork": (58, None), "clone3": (435, 435),
@@ -301,7 +304,7 @@ _DENIED_CALLS = {
     "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "ptrace": (101, 117),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "setpriority": (141, 140),
     "shmctl": (31, 195), "semctl": (66, 191), "msgctl": (71, 187),
-    # network; io_uring could open sockets and files unseen by this filter
+    # network; io_uring could open sockets and files without this filter seeing it
     "socket": (41, 198), "io_uring_setup": (425, 425),
     # changing files without opening them
     "creat": (85, None), "openat2": (437, 437), "truncate": (76, 45),
@@ -314,7 +317,7 @@ _DENIED_CALLS = {
     "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
-    # the machine, should the run belong to root
+    # the whole machine, in case the run belongs to root
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
     "unshare": (272, 97), "setns": (308, 268), "reboot": (169, 142), "bpf": (321, 280),
     "init_module": (175, 105), "finit_module": (313, 273), "kexec_load": (246, 104),
@@ -326,12 +329,12 @@ _DENIED_CALLS = {
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _ANY_BIT = 0xFFFFFFFF
 
-# Denied where an argument has a bit of a mask: name: (x86_64, aarch64, argument, mask).
+# Denied if an argument has a bit of a mask: name: (x86_64, aarch64, argument, mask).
 _CONDITIONALLY_DENIED_CALLS = {
     "open": (2, None, 1, _WRITING),
     "openat": (257, 56, 2, _WRITING),
-    "fcntl": (72, 25, 1, 8),  # commands 8 to 15: whom to send signals to, and which
-    "prlimit64": (302, 261, 0, _ANY_BIT),  # any process but itself, which is 0
+    "fcntl": (72, 25, 1, 8),  # commands 8 to 15: who gets signals, and which
+    "prlimit64": (302, 261, 0, _ANY_BIT),  # any process other than the caller, which is 0
     "sched_setaffinity": (203, 122, 0, _ANY_BIT),
     "sched_setscheduler": (144, 119, 0, _ANY_BIT),
     "sched_setparam": (142, 118, 0, _ANY_BIT),
@@ -382,7 +385,7 @@ def _unless_any_bit(mask: int, skip: int) -> _Instruction:
 def _filter_instructions(architecture: int, column: int) -> list[_Instruction]:
     # `struct seccomp_data`: the call's number at 0, the architecture at 4, 64-bit arguments from 16
     deny = _return(_RETURN_EPERM)
-    # Calls made under another architecture's numbers, 32-bit or x32, would pass by the table.
+    # Calls under another architecture's numbers, 32-bit or x32, would slip past the table.
     program = [_load(4), _unless_equal(architecture, 1), _skip(1), deny]
     program += [_load(0), _unless_at_least(_FIRST_X32_CALL, 1), deny]
     for numbers in _DENIED_CALLS.values():
@@ -396,7 +399,7 @@ def _filter_instructions(architecture: int, column: int) -> list[_Instruction]:
 
 
 def _filter_system_calls() -> bool:
-    """Deny this process, for good, what the tables list. False where the platform cannot."""
+    """Deny this process, for good, what the tables list. False if the platform cannot do it."""
     is_64_bit = sys.maxsize > 2**32
     if platform.machine() not in _ARCHITECTURES or not is_64_bit:
         return False
@@ -410,7 +413,7 @@ def _filter_system_calls() -> bool:
 
 
 def _leave_network() -> bool:
-    """Move to a network namespace that has no interface. False where the kernel forbids it."""
+    """Move to a network namespace that has no interface. False if the kernel forbids it."""
     new_user, new_network = 0x10000000, 0x40000000
     return _libc().unshare(ctypes.c_int(new_user | new_network)) == 0
 

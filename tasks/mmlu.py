@@ -1,6 +1,6 @@
 """MMLU: questions with four options in 57 subjects, scored by the letter that is answered.
 
-Knows how an answer names its option. Does not compare probabilities; the engine does.
+This module knows how an answer names its option. The engine compares the probabilities.
 """
 
 import re
@@ -38,12 +38,13 @@ _STOP = ("\nQuestion:",)
 class Mmlu(Task):
     """Accuracy; the reference of an example has `answer` (a letter), `choices` and `subject`.
 
-    mode: `generate` reads the letter from a generated answer, `logprob` takes the letter that the
+    mode: `generate` reads the letter from a generated answer; `logprob` takes the letter that the
         ensemble finds likeliest.
-    split: `test`, or `validation`.
-    subjects: their names, such as `anatomy`; None: all.
-    num_fewshot: worked examples, the first of the question's subject in the split dev, which has 5;
-        one that equals the question is left out, so that such a question may have one fewer.
+    split: `test` or `validation`.
+    subjects: names of subjects, such as `anatomy`; None: all.
+    num_fewshot: worked examples, the first ones of the question's subject in the split dev, which
+        has 5 per subject. An example that equals the question is left out. Such a question may have
+        one example fewer.
     """
 
     name: ClassVar[str] = "mmlu"
@@ -84,21 +85,21 @@ class Mmlu(Task):
     def choices(self, example: Example) -> tuple[str, ...]:
         if self.mode != "logprob":
             return ()
-        # A plain prompt ends with a colon, a chat's with the beginning of a reply.
+        # A plain prompt ends with a colon; in a chat the choice begins the reply.
         return tuple(LETTERS if self.chat else (f" {letter}" for letter in LETTERS))
 
     def postprocess(self, example: Example, text: str) -> str:
         return text if self.chat else truncate_at_stop(text, _STOP)
 
     def score(self, example: Example, completion: str) -> float:
-        """1.0 if the completion names the right option, else 0.0, also where it names none."""
+        """1.0 if the completion names the right option; 0.0 if it names another one or none."""
         letter = extract_letter(completion, example.reference["choices"])
         return float(letter == example.reference["answer"])
 
     def _example(
         self,
         index: int,
-        position: int,  # in the split, whichever subjects are chosen
+        position: int,  # in the split, before subjects are chosen
         row: Mapping[str, Any],
         worked: Mapping[str, list[Mapping[str, Any]]],  # by subject
     ) -> Example:
@@ -142,7 +143,8 @@ class Mmlu(Task):
         rows = worked.get(row["subject"], [])
         place = f"subject {row['subject']} in the split dev"
         check_num_fewshot("mmlu", self.num_fewshot, len(rows), place)
-        # One question of the hub's validation stands in dev too, where it would show its answer.
+        # One question of the hub's split validation is in dev too. There it would show its own
+        # answer.
         return [other for other in rows if not _same_question(other, row)][: self.num_fewshot]
 
     def _check_subjects(self, known: set[str]) -> None:
@@ -193,27 +195,27 @@ def _fill(template: str, row: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 _OPENING = r"(?:[\s*_\"'“‘`(\[{<$:]|\\(?:boxed|text|textbf|mathrm|mathbf)\b)*"
-_CLOSED = r"(?=[\s*_`]*(?:$|[\n).:,;!\"'”’\]}>$*_`]))"  # a letter that nothing follows at once
+_CLOSED = r"(?=[\s*_`]*(?:$|[\n).:,;!\"'”’\]}>$*_`]))"  # no word follows the letter at once
 
 # A letter alone: "B", "(B)", "B. text", "**b**".
 _LONE_LETTER = re.compile(rf"{_OPENING}([A-Da-d]){_CLOSED}")
-# What may close it, or an option's text.
+# Signs that may close a letter or an option's text.
 _CLOSING = " \t\n.:*_\"'”’`)]}$"
 _WEIGHING = re.compile(
     r"(?:is|isn't|isn’t|was|are|and|or|nor|can|cannot|can't|can’t|does)\b|,\s*\(?[A-D](?!\w)"
 )
-# "A. ..." where a line or a sentence begins, and a line that is one letter.
+# "A. ..." at the start of a line or sentence, and a line that is one letter.
 _LISTED = re.compile(r"(?:^|(?<=[.;]\s))[ \t*_(-]*([A-D])[).:]", re.MULTILINE)
 _LETTER_LINE = re.compile(r"^[ \t*_(]*([A-D])[).*_ \t]*$", re.MULTILINE)
-# Within a statement a capital is a letter whatever follows.
+# Within a statement a capital is a letter, whatever follows it.
 _CAPITAL = re.compile(rf"{_OPENING}([A-D])(?![\w'’])")
-# Other letters that are named with one: "and B", ", C or D"; not "A, B is wrong", "B, A cell".
+# Other letters named together with one: "and B", ", C or D"; not "A, B is wrong", "B, A cell".
 _AND_OTHERS = re.compile(
     r"(?:[\s*_\"'”’)\]]*(?:,|/|&|\+|\b(?:and|or)\b)\s*(?:(?:and|or|option)\s+)*"
     r"[*_\"'“‘(\[]*(?:[B-D]|A(?!\s+(?!and\b|or\b|because\b)\w))(?![\w'’-]))++"
     r"(?![)\]*_]*\s+(?:is|are|was|were|isn|aren|can|does|do|has|have)\b)"
 )
-# Before an option that is named by its letter, which need not follow at once.
+# Words between an announcement and the letter of the option.
 _WORD_FOR_OPTION = re.compile(
     rf"{_OPENING}(?:not\b[^.\n]{{0,60}}?\bbut\s+(?:rather\s+)?)?"
     r"(?:(?:definitely|clearly|probably|(?:most\s+)?likely|therefore|thus|indeed|either)\s+)?"
@@ -233,7 +235,7 @@ _ANNOUNCEMENT = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-# "Answer B", "Therefore, D.": only before a letter that nothing follows at once.
+# "Answer B", "Therefore, D.": only before a letter that no word follows at once.
 _BARE_ANNOUNCEMENT = re.compile(
     r"\b(?:[Aa]nswer|ANSWER|[Ss]o|[Tt]hus|[Tt]herefore|[Hh]ence)\b[\s*_,]{1,8}"
     rf"(?=[*_\"'“‘(\[]*[A-D]{_CLOSED})"
@@ -243,12 +245,12 @@ _VERDICT = re.compile(
     r"(?<![\w'’])([A-D])[)\].:*_\"'”’]*\s+(?:is|must\s+be|would\s+be|seems)\s+(?:the\s+)?"
     r"(?:only\s+|most\s+likely\s+)?(?:correct|right|best|answer)\b"
 )
-# Words that may stand before the letter of a verdict; "Hepatitis B is correct" is none.
+# Words that may precede the letter of a verdict; "Hepatitis B is correct" is not a verdict.
 _BEFORE_VERDICT = frozenset(
     "option choice letter answer statement so that thus therefore hence and but then only think "
     "believe say".split()
 )
-# Letters that can be nothing else: "(C)", "option C", "it is C."
+# Letters that can only name an option: "(C)", "option C", "it is C."
 _POINTER = re.compile(
     rf"[(\[]([A-D])[)\]]|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+[*_\"'(]*([A-D])(?![\w'’])"
     rf"|(?<!not )(?<!n't )(?<!n’t )\b(?:is|be|it's|it’s)\s+[*_\"'(]*([A-D]){_CLOSED}"
@@ -256,11 +258,14 @@ _POINTER = re.compile(
 
 
 def extract_letter(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the option that an answer names; None where it names none, or several.
+    """The letter of the option that an answer names; None if it names none or several.
 
-    In this order: a letter or an option's text at the beginning, or after the last announcement
-    ("The answer is"); the last verdict ("B is correct") is as good as an announcement; the one
-    letter that is pointed at ("(C)", "option C"); the one option whose text is quoted.
+    The function looks in this order:
+    - A letter or an option's text at the beginning.
+    - The same after the last announcement ("The answer is"). The last verdict ("B is correct")
+      counts as an announcement.
+    - The only letter that is pointed at ("(C)", "option C").
+    - The only option whose text is quoted.
     """
     text = text.strip()
     announced = _announced_letters(text, choices)
@@ -271,7 +276,7 @@ def extract_letter(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _opening_letter(text: str, choices: Sequence[str], announced: str) -> str | None:
-    """Of a direct reply, not of one that weighs options ("(A) is wrong") or lists them again.
+    """The letter of a direct reply; None if it weighs options ("(A) is wrong") or lists them again.
 
     Two options may be listed, as in "B. This. A. That is wrong", but not before an announcement.
     """
@@ -286,7 +291,7 @@ def _opening_letter(text: str, choices: Sequence[str], announced: str) -> str | 
     rest = text[letter.end() :].lstrip(_CLOSING) if letter else ""
     if letter and (not _WEIGHING.match(rest) or _own_option_follows(letter[1], rest, choices)):
         return letter[1].upper()
-    # "B The second arch" without a sign between; "A cell" is an article and a noun.
+    # "B The second arch" has no sign in between; "A cell" is an article and a noun.
     letter = _CAPITAL.match(text)
     if letter and _own_option_follows(letter[1], text[letter.end() :].lstrip(), choices):
         return letter[1]
@@ -337,9 +342,9 @@ def _pointed_letter(text: str) -> str | None:
 
 
 def _option_at_start(text: str, choices: Sequence[str], whole: bool = False) -> str | None:
-    """The letter of the longest option that `text` begins with; `whole`: that it is.
+    """The letter of the longest option that `text` begins with; with `whole`, equals.
 
-    An option that is itself one letter is left out: there, the letter names the option.
+    An option that is itself one letter is left out. There, the letter names the option.
     """
     bare = re.sub(rf"^{_OPENING}", "", text)
     fitting = {
@@ -351,7 +356,7 @@ def _option_at_start(text: str, choices: Sequence[str], whole: bool = False) -> 
         and not (whole and start[len(choice) :].strip(_CLOSING))
     }
     longest = [letter for letter, length in fitting.items() if length == max(fitting.values())]
-    return longest[0] if len(longest) == 1 else None  # the data has a few with equal options
+    return longest[0] if len(longest) == 1 else None  # a few questions have equal options
 
 
 def _begins_with(text: str, choice: str) -> bool:
@@ -360,7 +365,7 @@ def _begins_with(text: str, choice: str) -> bool:
 
 
 def _quoted_option(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the only option that stands in `text`, but inside others that stand there."""
+    """The letter of the only option that `text` quotes; options inside longer ones do not count."""
     present = {
         letter: choice.strip().lower()
         for letter, choice in zip(LETTERS, choices, strict=True)

@@ -1,5 +1,5 @@
-"""What models are asked, one module a task. Knows wording, no data and no scores.
+"""What models are asked, one module per task. These modules know wording, no data and no scores.
 
-Templates are for `str.format`; none ends in white space, which a tokenizer would part from the
-first token of the answer.
+The templates are for `str.format`. No template ends in white space: a tokenizer would separate it
+from the first token of the answer.
 """

@@ -1,4 +1,4 @@
-"""Wording of CNN/DailyMail: an article, and a summary of the length of the data set's own."""
+"""Wording of CNN/DailyMail: an article, and a summary as long as the data set's own."""
 
 INSTRUCTION = "Summarise each news article in three or four short sentences."
 

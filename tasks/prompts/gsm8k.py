@@ -7,7 +7,7 @@ INSTRUCTION = (
 
 PROBLEM = "Problem: {question}\nSolution:"
 
-# What follows a problem of a worked example, and the whole reply in a chat.
+# The text after a worked example's problem; in a chat, the whole reply.
 SOLUTION = "{steps}\nThe answer is {number}."
 
 CHAT = INSTRUCTION + "\n\n{question}"

@@ -1,6 +1,6 @@
 """Wording of HumanEval: worked examples in its style, and the request of a chat."""
 
-# Ours, not from HumanEval, in its style: (prompt, completion).
+# Our own examples in HumanEval's style, not from HumanEval: (prompt, completion).
 WORKED_EXAMPLES = (
     (
         '''def clock_time(seconds: int) -> str:

@@ -1,4 +1,4 @@
-"""Wording of MMLU: a question, its four options, and a letter to be named."""
+"""Wording of MMLU: a question, its four options, and a request for a letter."""
 
 INSTRUCTION = "Each question on {subject} has one right option. Answer with its letter."
 
