@@ -1,8 +1,8 @@
 """Token-level ensembles of language models as one vLLM model.
 
-`EnsembleDecodeWorker` (in `worker.py`) is what an engine names in `worker_cls`;
-`EnsembleConfig` is what it carries in `additional_config["ensemble"]`.  Nothing here
-knows of turns or of proposals: that is `vllm.chef`.
+An engine names `EnsembleDecodeWorker` (in `worker.py`) in `worker_cls`, and carries
+`EnsembleConfig` in `additional_config["ensemble"]`. This package knows neither turns nor proposals.
+`vllm.chef` does.
 """
 
 from vllm.ensemble_decode.config import ENSEMBLE_TARGETS, EnsembleConfig

@@ -1,7 +1,7 @@
 """What an ensemble is: its further members, its function and its target.
 
-Plain data that travels in `additional_config["ensemble"]`, so that it reaches every worker
-process and takes part in the hash of vLLM's compile cache.  Knows no model and loads nothing.
+Plain data in `additional_config["ensemble"]`. It therefore reaches every worker process and is part
+of the hash of vLLM's compile cache. This module knows no model and loads nothing.
 """
 
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ class EnsembleConfig(PlainData):
     Args:
         extra_model: paths or hub ids of the members after the first.
         ensemble_fn: a name in `ENSEMBLE_FUNCTIONS`, or `package.module:function`.
-        ensemble_target: what the function combines. `raw-logits`: raw logits, and the
-            sampling parameters apply to the result; `logits`: logits after the sampling
-            parameters; `probs`: the softmax of those.
-        alpha, weights: parameters of `ensemble_fn`; None leaves its default.
-        ensemble_args: its other parameters by name.
+        ensemble_target: what the function combines. `raw-logits`: raw logits, and the sampling
+            parameters apply to the result. `logits`: logits after the sampling parameters. `probs`:
+            the softmax of these logits.
+        alpha, weights: parameters of `ensemble_fn`. None: its default.
+        ensemble_args: its other parameters, by name.
 
     Raises:
-        ValueError: one line that names the key, for any value that cannot be meant.
+        ValueError: one line that names the key, for any value that is out of range.
     """
 
     config_key: ClassVar[str] = CONFIG_KEY
@@ -67,7 +67,7 @@ class EnsembleConfig(PlainData):
 
     @property
     def samples_members(self) -> bool:
-        """Whether the sampling parameters apply to each member, before the combination."""
+        """Whether the sampling parameters apply to each member before the members are combined."""
         return self.ensemble_target != "raw-logits"
 
     @property

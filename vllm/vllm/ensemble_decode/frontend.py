@@ -1,4 +1,4 @@
-"""What the front of an engine must know about ensembles under speculation."""
+"""What an engine's front end must know about ensembles under speculation."""
 
 from typing import TYPE_CHECKING
 
@@ -7,10 +7,11 @@ if TYPE_CHECKING:
 
 
 def allow_all_sampling_params(llm_engine: "LLMEngine") -> None:
-    """Let `min_p` and `logit_bias` through, which vLLM refuses beside any speculation.
+    """Accept `min_p` and `logit_bias`, which vLLM refuses beside any speculation.
 
-    The refusal is older than Model Runner V2, whose sampler applies both at every position that
-    is verified.  It is made where requests come in, from a configuration that serves only one other
-    refusal there, of traces to replay, which `check_ensemble` makes for the whole engine.
+    The refusal is older than Model Runner V2, whose sampler applies both at every verified
+    position. vLLM decides it from the input processor's `speculative_config`. That configuration
+    serves only one other refusal there, the replay of traces. `check_ensemble` makes that refusal
+    for the whole engine.
     """
     llm_engine.input_processor.speculative_config = None

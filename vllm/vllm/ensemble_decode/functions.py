@@ -1,8 +1,8 @@
-"""The functions that make one score vector out of the members' score vectors.
+"""The functions that combine the members' score vectors into one.
 
-A function sees scores only: `[num_members, num_rows, vocab_size]`, in the user's order of
-members, float32.  Whether they are logits or probabilities, and what happened to them
-before, is the `ensemble_target`'s affair (`ops/eager.py`).
+A function sees scores only: `[num_members, num_rows, vocab_size]`, in the user's order of members,
+float32. The `ensemble_target` decides whether they are logits or probabilities, and what was
+applied to them before (`ops/eager.py`).
 """
 
 import importlib
@@ -15,20 +15,21 @@ from typing import Any, ClassVar
 import torch
 
 NEG_INF = float("-inf")
-# Parameters with a key of their own; all others are given in `ensemble_args`.
+# Parameters with a key of their own. All others are given in `ensemble_args`.
 METHOD_KEYS = ("alpha", "weights")
 
 
 @dataclass(frozen=True)
 class EnsembleFunction:
-    """A function of the members' scores; subclasses declare their parameters as fields.
+    """A function of the members' scores. Subclasses declare their parameters as fields.
 
-    Raises (on construction): ValueError, naming the key, for parameters out of range.
+    Raises:
+        ValueError: on construction, for parameters out of range. It names the key.
     """
 
     num_members: int
 
-    # Of probabilities it takes the logarithms, as logits: `x_i = log p_i`.
+    # If True and the target is `probs`, the function gets `x_i = log p_i` as logits.
     log_space: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -44,9 +45,9 @@ class EnsembleFunction:
 
     @property
     def coefficients(self) -> tuple[float, ...] | None:
-        """By member, of a function that is `sum_i c_i x_i`; None: it is none.
+        """By member, `c_i` of a function that is `sum_i c_i x_i`. None for any other function.
 
-        Of logits, what is removed from a member that is subtracted is at its lowest logit.
+        With logits, a token that is removed from a subtracted member counts as its lowest logit.
         """
         return None
 
@@ -62,8 +63,8 @@ def _weighted_sum(
     scores: torch.Tensor,  # [num_members, num_rows, vocab_size]
     weights: Sequence[float],
 ) -> torch.Tensor:  # [num_rows, vocab_size]
-    # Member by member, in the user's order: the order of a float sum is part of the result.
-    # A member of weight 0 is left out, since 0 * -inf is not a number.
+    # Add member by member, in the user's order: the order of a float sum is part of the result.
+    # Leave out members of weight 0, because 0 * -inf is not a number.
     total = torch.zeros_like(scores[0])
     for weight, member_scores in zip(weights, scores, strict=True):
         if weight != 0:
@@ -73,7 +74,7 @@ def _weighted_sum(
 
 @dataclass(frozen=True)
 class Weighted(EnsembleFunction):
-    """`sum_i w_i x_i`; the weights are taken as they are given (default: 1 / num_members)."""
+    """`sum_i w_i x_i`. The weights are used as given (default: 1 / num_members)."""
 
     weights: Sequence[float] | None = None
 
@@ -102,7 +103,7 @@ class Weighted(EnsembleFunction):
 
 @dataclass(frozen=True)
 class Mean(EnsembleFunction):
-    """`sum_i x_i / num_members`: of logits, a geometric mean of the members' distributions."""
+    """`sum_i x_i / num_members`. With logits, a geometric mean of the members' distributions."""
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -116,8 +117,8 @@ class Mean(EnsembleFunction):
 class Product(Weighted):
     """Product of experts, `prod_i p_i ** w_i` (default: every `w_i` is 1).
 
-    Hinton 2002, "Training Products of Experts by Minimizing Contrastive Divergence".  A sum of
-    logarithms: the probabilities themselves would vanish in float32 at low temperatures.
+    Hinton 2002, "Training Products of Experts by Minimizing Contrastive Divergence". It is computed
+    as a sum of logarithms, because the probabilities would vanish in float32 at low temperatures.
     """
 
     log_space: ClassVar[bool] = True
@@ -128,10 +129,10 @@ class Product(Weighted):
 
 @dataclass(frozen=True)
 class Contrastive(EnsembleFunction):
-    """Contrastive decoding, `x_expert - alpha * x_amateur`; the first member is the expert.
+    """Contrastive decoding, `x_expert - alpha * x_amateur`. The first member is the expert.
 
-    Li et al. 2023 (arXiv 2210.15097) and O'Brien and Lewis 2023 (arXiv 2309.09117), without
-    their plausibility mask.  With more than two members the amateur is the mean of the rest.
+    Li et al. 2023 (arXiv 2210.15097) and O'Brien and Lewis 2023 (arXiv 2309.09117), without their
+    plausibility mask. With more than two members, the amateur is the mean of the others.
     """
 
     alpha: float = 0.1
@@ -158,8 +159,8 @@ class Contrastive(EnsembleFunction):
 class ContrastivePlausible(Contrastive):
     """Contrastive decoding among plausible tokens: `p_expert >= plausibility * max p_expert`.
 
-    The adaptive plausibility constraint of Li et al. 2023 (arXiv 2210.15097, section 3.2);
-    all other tokens get no probability.
+    The adaptive plausibility constraint of Li et al. 2023 (arXiv 2210.15097, section 3.2). All
+    other tokens get no probability.
     """
 
     plausibility: float = 0.1
@@ -203,8 +204,9 @@ ENSEMBLE_FUNCTIONS: dict[str, type[EnsembleFunction]] = {
 def make_function(name: str, num_members: int, args: Mapping[str, Any]) -> EnsembleFunction:
     """The function of a registry name, or of a dotted path `package.module:function`.
 
-    Raises ValueError with one line that names the configuration key: unknown name, a path
-    that does not import, parameters that the function does not have or cannot take.
+    Raises:
+        ValueError: one line that names the configuration key, for an unknown name, a path that does
+            not import, or parameters that the function does not have or cannot take.
     """
     if not isinstance(name, str):
         raise ValueError(
@@ -248,9 +250,9 @@ def _import_function(path: str) -> Callable[..., torch.Tensor]:
 def _floor_removed(
     logits: torch.Tensor,  # [..., vocab_size]
 ) -> torch.Tensor:
-    """Tokens that top-k, top-p or min-p removed from a subtracted member, at its lowest logit.
+    """Give tokens that top-k, top-p or min-p removed from a subtracted member its lowest logit.
 
-    `x - alpha * -inf` would give all probability to what the amateur deems impossible.
+    `x - alpha * -inf` would give all probability to tokens that the amateur holds impossible.
     """
     removed = logits == NEG_INF
     lowest = logits.masked_fill(removed, float("inf")).amin(dim=-1, keepdim=True)

@@ -1,9 +1,13 @@
 """The engine's configuration as one member must see it.
 
-vLLM keeps one configuration per engine and fills parts of it from the engine's own model: the
-sliding window of `cache_config`, the dtype of the KV cache, the model that attention backends ask
-for heads and head sizes.  Here every member gets these values from its own checkpoint.
-Knows vLLM's configuration; loads nothing.
+vLLM keeps one configuration per engine, and fills parts of it from the engine's own model:
+
+- the sliding window of `cache_config`
+- the dtype of the KV cache
+- the model that attention backends ask for heads and head sizes
+
+Here every member gets these values from its own checkpoint. This module knows vLLM's configuration
+and loads nothing.
 """
 
 from collections.abc import Sequence
@@ -15,8 +19,8 @@ from vllm.config import CacheConfig, ModelConfig, VllmConfig, replace
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
-# Keys of a model's config that no attention backend reads. Models that differ in these alone can
-# share attention metadata, which is then built once a step for all of them.
+# Keys of a model's config that no attention backend reads. Models that differ only in these keys
+# can share attention metadata. It is then built once per step for all of them.
 _NOT_OF_ATTENTION = {
     "_name_or_path",
     "architectures",
@@ -39,17 +43,17 @@ _NOT_OF_ATTENTION = {
 def loading_config(
     vllm_config: VllmConfig, member: ModelConfig, additional: dict[str, Any]
 ) -> VllmConfig:
-    """The configuration that a member other than the engine's own model is loaded with.
+    """The configuration for loading a member that is not the engine's own model.
 
     Args:
-        additional: entries of `additional_config`. They tell vLLM's compile cache one member from
-            another, since compiled code holds the names of the attention layers.
+        additional: entries for `additional_config`. They differ by member, so that vLLM's compile
+            cache keeps the members apart. Compiled code holds the names of the attention layers.
     """
     return replace(
         vllm_config,
         model_config=member,
         quant_config=None,
-        # vLLM adjusts these to the model that a configuration is for, so each member has copies.
+        # vLLM adjusts these to the configuration's model, so each member has copies.
         cache_config=_cache_config(vllm_config, member),
         parallel_config=copy(vllm_config.parallel_config),
         attention_config=copy(vllm_config.attention_config),
@@ -58,9 +62,9 @@ def loading_config(
 
 
 def sliding_window(member: ModelConfig) -> int | None:
-    """The window of a model all of whose layers have one: what vLLM keeps in `cache_config`.
+    """The window of a model in which all layers have one. vLLM keeps this value in `cache_config`.
 
-    Models that mix windows tell each layer its own.
+    In models that mix windows, each layer gets its own.
     """
     layer_types = getattr(member.hf_text_config, "layer_types", None)
     if layer_types is None or all(kind == "sliding_attention" for kind in layer_types):
@@ -69,9 +73,11 @@ def sliding_window(member: ModelConfig) -> int | None:
 
 
 def cache_dtype(vllm_config: VllmConfig, member: ModelConfig) -> str:
-    """The dtype of a member's KV cache: the user's, or else the one its own checkpoint names."""
+    """The dtype of a member's KV cache: the user's, or else the one that its own checkpoint
+    names.
+    """
     given = vllm_config.cache_config.cache_dtype
-    # vLLM writes what the first member's checkpoint names over the user's "auto".
+    # vLLM overwrites the user's "auto" with the dtype that the first member's checkpoint names.
     of_the_first = resolve_kv_cache_dtype_string("auto", vllm_config.model_config)
     return resolve_kv_cache_dtype_string("auto" if given == of_the_first else given, member)
 
@@ -83,9 +89,9 @@ def use_own_metadata(
 ) -> None:
     """Let attention metadata of a member's `layers` be built from that member's configuration.
 
-    vLLM builds metadata for groups of layers with one backend, from the engine's configuration. A
-    member therefore has backends of its own, unless its attention is that of one of `others`, the
-    members before it.
+    vLLM builds metadata per group of layers with one backend, from the engine's configuration. A
+    member therefore gets its own backends. It shares them if its attention has the settings of one
+    of `others`, the members before it.
     """
     settings = [attention_settings(other) for other in [*others, member]]
     place = settings.index(settings[-1])
@@ -98,7 +104,7 @@ def use_own_metadata(
 
 
 def attention_settings(member: ModelConfig) -> dict[str, Any]:
-    """What attention metadata may depend on, of a model's config."""
+    """The entries of a model's config that attention metadata may depend on."""
     config = member.hf_text_config.to_dict()
     settings = {key: value for key, value in config.items() if key not in _NOT_OF_ATTENTION}
     return {**settings, "dtype": member.dtype, "quantization": member.quantization}
@@ -115,7 +121,10 @@ def _cache_config(vllm_config: VllmConfig, member: ModelConfig) -> CacheConfig:
 def _backend_of(
     backend: type[AttentionBackend], member: ModelConfig, place: int
 ) -> type[AttentionBackend]:
-    """`backend` with a builder that reads `member`; one name per place, as vLLM groups by name."""
+    """`backend` with a builder that reads `member`.
+
+    Each place has its own backend name, because vLLM groups layers by name.
+    """
     builder = backend.get_builder_cls()
 
     def as_member(vllm_config: VllmConfig) -> VllmConfig:

@@ -1,7 +1,7 @@
 """The members of an ensemble as vLLM models: checked from their configs, then loaded.
 
-The first member is the engine's own model; the others are loaded beside it, under prefixes of
-their own, so that their attention layers take part in vLLM's KV cache like the first's.
+The first member is the engine's own model. The others are loaded beside it, each under its own
+prefix. Their attention layers therefore get their own KV caches from vLLM, like the first member's.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from vllm.ensemble_decode.member_config import loading_config, use_own_metadata
 from vllm.ensemble_decode.ops import combine
 from vllm.ensemble_decode.vocabulary import check_tokenizers, fitted, member_vocabularies
 
-# Speculative methods of Model Runner V2 that need nothing of the target but its logits.
+# Speculative methods of Model Runner V2 that need only the target's logits.
 LOGITS_ONLY_SPECULATION = ("draft_model", "ngram")
 
 
@@ -27,7 +27,9 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     """The ensemble of an engine's configuration, checked before any weight is loaded.
 
     Returns the ensemble and the model configs of all members, in the user's order.
-    Raises ValueError with one line that names the key and the remedy.
+
+    Raises:
+        ValueError: one line that names the key and the remedy.
     """
     ensemble = EnsembleConfig.from_additional_config(vllm_config.additional_config)
     _check_engine(vllm_config)
@@ -36,7 +38,7 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     for member in members:
         _check_supported(member)
     check_tokenizers(members)
-    # What the first member lacks cannot be emitted in a contrast, whatever the others say.
+    # A contrast can never emit a token that the first member lacks, whatever the others say.
     is_contrast = isinstance(ensemble.make_function(), Contrastive)
     member_vocabularies(members, union_needed=not is_contrast)
     _check_max_model_len(members)
@@ -75,7 +77,7 @@ def load_beside(
 
     Args:
         name: keeps the model's compiled graphs apart, and is the prefix of its attention layers.
-        additional: as `loading_config` has it.
+        additional: see `loading_config`.
         others: the models of the same engine that come before it.
     """
     config = loading_config(vllm_config, model_config, additional)
@@ -90,7 +92,7 @@ def load_beside(
 
 def _member_model_config(vllm_config: VllmConfig, path: str) -> ModelConfig:
     first = vllm_config.model_config
-    # What the user asked for, not what the first member's checkpoint happens to be.
+    # Use the quantization that the user asked for, not one that the first checkpoint brings.
     from_checkpoint = getattr(first.hf_config, "quantization_config", None) is not None
     return ModelConfig(
         quantization=None if from_checkpoint else first.quantization,
@@ -178,7 +180,7 @@ def _check_max_model_len(members: list[ModelConfig]) -> None:
 
 
 def check_draft_context(vllm_config: VllmConfig) -> None:
-    """Refuse a draft model whose context is shorter than the engine's: vLLM would read past it.
+    """Refuse a draft model whose context is shorter than the engine's. vLLM would read past it.
 
     Raises:
         ValueError: one line that names the key and the remedy.
@@ -208,7 +210,8 @@ def check_attention(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
     largest = max(_entry_size(vllm_config, member) for member in members)
     for member in members:
         chunk_size, entry_size = member.attention_chunk_size, _entry_size(vllm_config, member)
-        # vLLM gives layers with smaller entries larger blocks, so that all blocks take the same.
+        # vLLM gives layers with smaller entries larger blocks, so that all blocks have the same
+        # size in bytes.
         ratio = largest // entry_size if largest % entry_size == 0 else 1
         if chunk_size is not None and chunk_size % (block_size * ratio) != 0:
             raise ValueError(
@@ -219,21 +222,24 @@ def check_attention(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
 
 
 def _window(member: ModelConfig) -> int | None:
-    """Of the layers that do not attend to all that came before."""
+    """The window of the layers that do not attend to all earlier tokens. None if there is none."""
     if member.attention_chunk_size is not None:
         return member.attention_chunk_size
     return None if member.disable_sliding_window else member.get_sliding_window()
 
 
 def _entry_size(vllm_config: VllmConfig, member: ModelConfig) -> int:
-    """Numbers that a layer's KV cache holds per token."""
+    """The number of values that a layer's KV cache holds per token."""
     keys_and_values = 1 if member.use_mla else 2
     num_kv_heads = member.get_num_kv_heads(vllm_config.parallel_config)
     return keys_and_values * num_kv_heads * member.get_head_size()
 
 
 def _check_experts(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> None:
-    """vLLM looks for experts in the first member alone where ranks share them."""
+    """Refuse experts under data parallelism if the first member has none.
+
+    Where ranks share experts, vLLM looks for experts in the first member only.
+    """
     experts = [member.model for member in members[1:] if member.is_moe]
     if experts and not members[0].is_moe and vllm_config.parallel_config.data_parallel_size > 1:
         raise ValueError(
@@ -243,13 +249,13 @@ def _check_experts(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> N
 
 
 def _check_function(ensemble: EnsembleConfig, vocab_size: int) -> None:
-    """Try the function once, on uniform distributions: the user's own may not fit."""
+    """Try the function once, on uniform distributions. The user's own function may not fit."""
     scores = torch.full((ensemble.num_members, 2, vocab_size), 1.0 / vocab_size)
     function = ensemble.make_function()
     try:
         shape = function(scores, probs=ensemble.combines_probs).shape
         combine(function, scores, ensemble.combines_probs)
-    except Exception as error:  # a function of the user's may raise anything
+    except Exception as error:  # the user's function may raise anything
         raise ValueError(
             f"method.llm.ensemble_fn: '{ensemble.ensemble_fn}' fails on scores of shape "
             f"{list(scores.shape)} ({type(error).__name__}: {error}); mend it, or its ensemble_args"

@@ -1,7 +1,7 @@
 """The plain ensemble as one vLLM model: all members run on every token.
 
-vLLM sees one module whose hidden states are the members' side by side, so that its batching,
-KV cache, prefix caching, preemption and CUDA graphs cover all members at once.
+vLLM sees one module, whose hidden states are the members' side by side. vLLM's batching, KV cache,
+prefix caching, preemption and CUDA graphs therefore cover all members at once.
 """
 
 from collections.abc import Sequence
@@ -14,22 +14,22 @@ from vllm.ensemble_decode.ops import combine
 
 
 class MemberGroup(nn.Module):
-    """Members, each a vLLM text-generation model, that run together on the same input.
+    """Members that run together on the same input. Each is a vLLM text-generation model.
 
-    Their hidden states are put side by side, and so are their logits.
+    Their hidden states stand side by side. Their logits do too.
     """
 
     def __init__(
         self,
         *,
-        vllm_config: object = None,  # vLLM looks for these two names; members carry the config
+        vllm_config: object = None,  # vLLM requires these two names; the members hold the config
         prefix: str = "",
         members: Sequence[nn.Module],
     ) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
-        # [num_members], set by the first forward pass: some architectures project their last
-        # hidden state, so that no config tells its width.
+        # [num_members], set by the first forward pass. Some architectures project their last hidden
+        # state, so the config does not tell its width.
         self.hidden_sizes: list[int] = []
 
     @property
@@ -37,7 +37,7 @@ class MemberGroup(nn.Module):
         return len(self.members)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The first member's embeddings; vLLM asks for them of any model that generates."""
+        """The first member's embeddings. vLLM asks every generating model for them."""
         return self.members[0].embed_input_ids(input_ids)
 
     def forward(
@@ -57,14 +57,15 @@ class MemberGroup(nn.Module):
             output = run_member(member, input_ids, positions)
             if hidden_states is None:
                 hidden_states = output.new_empty(output.shape[0], sum(self.hidden_sizes))
-            # Copied before the next member runs: in piecewise CUDA graphs the members share one
+            # Copy before the next member runs. In piecewise CUDA graphs the members share one
             # memory pool, and the next member's graphs overwrite this member's output.
             hidden_states[:, start : start + size] = output
             start += size
         return hidden_states
 
     def _first_forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        # vLLM's memory profiling, or the first step where there is none: never a CUDA graph.
+        # This is vLLM's memory profiling, or the first step if there is none. It is never a CUDA
+        # graph.
         outputs = [run_member(member, input_ids, positions) for member in self.members]
         self.hidden_sizes = [output.shape[-1] for output in outputs]
         return torch.cat(outputs, dim=-1)
@@ -88,14 +89,16 @@ class MemberGroup(nn.Module):
 
 
 class EnsembleModel(MemberGroup):
-    """All members of an ensemble, which share the vocabulary.
+    """All members of an ensemble. They share the vocabulary.
 
-    `compute_logits` gives what `EnsembleConfig.ensemble_target` has the sampler work on:
-    the ensemble's logits (`raw-logits`), or all members' (`logits`, `probs`), which
-    `EnsembleSampler` combines once it has applied the sampling parameters to each.
+    `compute_logits` returns the logits that `EnsembleConfig.ensemble_target` asks for:
+
+    - `raw-logits`: the ensemble's logits
+    - `logits`, `probs`: the logits of all members. `EnsembleSampler` combines them after it has
+      applied the sampling parameters to each member.
 
     Args:
-        model_state_cls: vLLM's `ModelState` for this model, which hands out that sampler.
+        model_state_cls: vLLM's `ModelState` for this model. It provides that sampler.
     """
 
     def __init__(
@@ -126,9 +129,9 @@ class EnsembleModel(MemberGroup):
 
     def ensemble_logits(
         self,
-        logits: torch.Tensor,  # [num_rows, num_members * vocab_size], of `compute_logits`
+        logits: torch.Tensor,  # [num_rows, num_members * vocab_size], from `compute_logits`
     ) -> torch.Tensor:  # [num_rows, vocab_size]
-        """The ensemble's distribution before any sampling parameter (only `samples_members`)."""
+        """The ensemble's distribution before any sampling parameter. Only for `samples_members`."""
         members = split_members(logits, self.num_members)
         return combine(self.function, members, self.combines_probs)
 
@@ -141,7 +144,9 @@ def run_member(
     input_ids: torch.Tensor,  # [num_tokens]
     positions: torch.Tensor,  # [num_tokens]
 ) -> torch.Tensor:  # [num_tokens, hidden_size]
-    """Call a member with all that vLLM passes to a model; some models have no defaults."""
+    """Call a member with all arguments that vLLM passes to a model. Some models have no
+    defaults.
+    """
     return member(
         input_ids=input_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None
     )

@@ -1,4 +1,4 @@
-"""A draft model outside of an ensemble: it proposes, and has no say in the output."""
+"""A draft model outside of an ensemble: it proposes and does not influence the output."""
 
 import torch
 from torch import nn
@@ -13,7 +13,9 @@ NAME = "draft_model"
 
 
 class OutsideSpeculator(StandaloneARSpeculator):
-    """vLLM's speculator, with the draft model loaded as a member is: with its own configuration."""
+    """vLLM's speculator. It loads the draft model like a member, with the model's own
+    configuration.
+    """
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, members: list[ModelConfig]
@@ -29,5 +31,5 @@ class OutsideSpeculator(StandaloneARSpeculator):
         )
         models = [self.members[0], self.draft_model_config]
         vocabulary = member_vocabularies(models, union_needed=False)[1]
-        # The group calls it as vLLM calls its models; the speculator passes fewer arguments.
+        # The group passes all arguments that vLLM passes to models. The speculator passes fewer.
         return MemberGroup(members=[fitted(draft, vocabulary, self.device)])

@@ -6,14 +6,14 @@ from typing import Any, ClassVar, Self
 
 
 class PlainData:
-    """What such a configuration, a frozen dataclass, is made from and turned into."""
+    """How a configuration, a frozen dataclass, is made from plain data and turned into it."""
 
     config_key: ClassVar[str]
-    # Of the refusal where it is missing: what needs it, and how it looks.
+    # For the error if it is missing: what needs it, and how it looks.
     needed: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, the inverse of `from_dict`."""
+        """Plain data. The inverse of `from_dict`."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         return {
             key: list(value) if isinstance(value, tuple) else value
@@ -23,7 +23,11 @@ class PlainData:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Raises ValueError with one line that names a key which is unknown."""
+        """The configuration.
+
+        Raises:
+            ValueError: one line that names a key which is unknown.
+        """
         cls.check_keys(data)
         return cls(**data)
 
@@ -39,7 +43,11 @@ class PlainData:
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> Self:
-        """Raises ValueError with one line where the configuration is not there."""
+        """The configuration under its key.
+
+        Raises:
+            ValueError: one line, if the configuration is missing.
+        """
         given = additional_config if isinstance(additional_config, dict) else {}
         data = given.get(cls.config_key)
         if not isinstance(data, Mapping):

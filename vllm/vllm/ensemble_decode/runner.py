@@ -1,4 +1,4 @@
-"""Model Runner V2 with an ensemble as its model: loading, and nothing of a step."""
+"""Model Runner V2 with an ensemble as its model. Only loading differs, not the step."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +25,20 @@ else:
 
 
 class MemberRunner(ModelRunner):
-    """A runner that is handed its model: subclasses say which, and what comes after it."""
+    """A runner that gives vLLM a ready model. Subclasses make the model and replace helpers."""
 
     ensemble_config: EnsembleConfig
     member_configs: list[ModelConfig]
 
     @classmethod
     def check(cls, vllm_config: VllmConfig) -> tuple[Any, ...]:
-        """What the runner is made with besides the configuration, checked before weights load:
-        the ensemble, its members' configs, and what a subclass adds.
+        """The arguments that the runner is made with besides the configuration.
 
-        Raises ValueError with one line that names the key and the remedy.
+        They are the ensemble, its members' configs, and a subclass's additions. They are checked
+        before weights load.
+
+        Raises:
+            ValueError: one line that names the key and the remedy.
         """
         return check_ensemble(vllm_config)
 
@@ -46,20 +49,20 @@ class MemberRunner(ModelRunner):
             with self.jit_warmup_registry.activate():
                 model = self.make_model()
             super().load_model(model=model)
-        # vLLM's own figure leaves out a model that it is handed.
+        # vLLM's own figure leaves out a model that was made before.
         self.model_memory_usage = profiler.consumed_memory
         self.replace_helpers()
 
     def make_model(self) -> MemberGroup:
-        """Load the members that vLLM is to call as its model."""
+        """Load the members that vLLM calls as its model."""
         raise NotImplementedError
 
     def replace_helpers(self) -> None:
-        """Put ours in the place of vLLM's helpers of a step; called once all is loaded."""
+        """Replace vLLM's helpers of a step with ours. Called once everything is loaded."""
 
 
 class EnsembleRunner(MemberRunner):
-    """Loads all members as one model; vLLM's own code runs it."""
+    """Loads all members as one model. vLLM's own code runs it."""
 
     model: EnsembleModel
 
@@ -86,7 +89,10 @@ class EnsembleRunner(MemberRunner):
         )
 
     def replace_helpers(self) -> None:
-        """Two helpers of a step, which no hook replaces, take the logits of all members."""
+        """Replace two helpers of a step that take the logits of all members.
+
+        No hook of vLLM replaces them.
+        """
         if not self.ensemble_config.samples_members:
             return
         self.prompt_logprobs_worker = EnsemblePromptLogprobsWorker(

@@ -1,9 +1,9 @@
 """vLLM's samplers over the logits of all members: `ensemble_target` `logits` and `probs`.
 
-Every sampling parameter is applied by vLLM's own code, once per member; then the members are
-combined, and vLLM draws from the result.  A row of logits holds the members side by side,
-`[num_rows, num_members * vocab_size]`, so that it passes through vLLM's batching, chunking and
-slicing like the logits of one model.
+vLLM's own code applies every sampling parameter, once per member. Then the members are combined,
+and vLLM draws from the result. A row of logits holds the members side by side, `[num_rows,
+num_members * vocab_size]`. It therefore passes through vLLM's batching, chunking and slicing like
+the logits of one model.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from vllm.ensemble_decode.ops import combine
 
 
 class EnsembleModelState(DefaultModelState):
-    """Hands vLLM the samplers that fit the ensemble's target."""
+    """Gives vLLM the samplers that fit the ensemble's target."""
 
     model: EnsembleModel
 
@@ -42,11 +42,12 @@ class EnsembleSampler(Sampler):
     """A `Sampler` whose logits are those of all members (see the module's docstring)."""
 
     def __init__(self, sampler: Sampler, model: EnsembleModel) -> None:
-        # Takes over the request states of the sampler that the model runner built.
+        # Take over the request states of the sampler that the model runner built.
         vars(self).update(vars(sampler))
         self.model = model
-        # vLLM reports log-probabilities either of the logits it was given, which here are all
-        # members', or of those that `sample` returns.  So let it always take the latter.
+        # vLLM reports log-probabilities from the logits it was given, or from those that `sample`
+        # returns. The given logits are all members' here. So vLLM must always take the returned
+        # ones.
         self.reports_processed = self.logprobs_mode in PROCESSED_LOGPROBS_MODES
         self.logprobs_mode = self.logprobs_mode.replace("raw_", "processed_")
 
@@ -75,7 +76,7 @@ class EnsembleSampler(Sampler):
         seq_lens_upper_bound_np: np.ndarray,  # [num_reqs]
         return_logprobs: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_rows], [num_rows, vocab_size]
-        """Sampled tokens, and the logits that log-probabilities are reported of."""
+        """Sampled tokens, and the logits from which log-probabilities are reported."""
         processed = self.apply_sampling_params(
             logits,
             expanded_idx_mapping,
@@ -86,7 +87,7 @@ class EnsembleSampler(Sampler):
             expanded_local_pos,
             seq_lens_upper_bound_np,
         )
-        # top_k and top_p are None: they are applied already, to each member.
+        # top_k and top_p are None, because they are already applied to each member.
         sampled, _ = self._sample_random(
             processed,
             expanded_idx_mapping,
@@ -107,12 +108,12 @@ class EnsembleSampler(Sampler):
 
 
 class EnsembleRejectionSampler(RejectionSampler):
-    """vLLM's rejection sampler with the ensemble as the target of a proposer outside it."""
+    """vLLM's rejection sampler. Its target is the ensemble, and the proposer is outside of it."""
 
     sampler: EnsembleSampler
 
     def _verify(self, logits: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
-        # vLLM takes the first of the three for log-probabilities only.
+        # vLLM uses the first of the three results only for log-probabilities.
         processed, sampled, num_sampled = super()._verify(logits, *args)
         return self.sampler.reported(logits, processed), sampled, num_sampled
 
@@ -135,7 +136,7 @@ class EnsemblePromptLogprobsWorker(PromptLogprobsWorker):
 
 
 class EnsembleStructuredOutputsWorker(StructuredOutputsWorker):
-    """Grammar masks, which are sampling parameters too: applied to every member."""
+    """Grammar masks. They are sampling parameters too, so they are applied to every member."""
 
     def __init__(self, model: EnsembleModel, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

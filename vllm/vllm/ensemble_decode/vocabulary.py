@@ -1,9 +1,9 @@
-"""Which tokens the members have: one vocabulary for all, though not all have all of it.
+"""Which tokens the members have: one vocabulary for all, though a member may lack part of it.
 
-Checkpoints that share a tokenizer may be padded to different numbers of rows, and a fine-tune may
-have added tokens.  The ensemble's tokens are those that any member's tokenizer has.  A token that a
-member lacks has no probability under that member, and a row without a token has none at all.
-Knows tokenizers and configs; loads no weights.
+Checkpoints that share a tokenizer may be padded to different numbers of rows. A fine-tune may have
+added tokens. The ensemble's tokens are those that any member's tokenizer has. If a member lacks a
+token, that member gives it no probability. A row without a token never gets any probability. This
+module knows tokenizers and configs, and loads no weights.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 logger = init_logger(__name__)
 
 KEY = "method.model/extra_model"
-# Text on which tokenizers with equal vocabularies, but other merges or normalisation, differ.
+# A text on which tokenizers differ that have equal vocabularies, but other merges or normalisation.
 _PROBE = "def f(x):\n    return x + 1\n\nThe naïve café costs €1,234.50  — «ok»? 你好 🙂\t\r\n"
 
 
@@ -28,11 +28,11 @@ class MemberVocabulary:
     """What a member has of the ensemble's `vocab_size` rows of logits.
 
     Args:
-        vocab_size: rows of the ensemble, which are those of the first member.
+        vocab_size: rows of the ensemble. They are those of the first member.
         num_rows: rows that the member has.
-        lacking: tokens below `vocab_size` that get no probability from this member: those that it
-            lacks, and those that no member has. In order.
-        read_as: the token that the member reads where the text has one that it lacks.
+        lacking: tokens below `vocab_size` that get no probability from this member, in order. They
+            are the tokens that it lacks, and the rows that no member has a token for.
+        read_as: the token that the member reads in place of a token that it lacks.
     """
 
     vocab_size: int
@@ -46,9 +46,9 @@ class MemberVocabulary:
 
 
 def check_tokenizers(members: Sequence[ModelConfig], key: str = KEY) -> None:
-    """Refuse models whose tokenizers mean different things by one token.
+    """Refuse models whose tokenizers give one token different meanings.
 
-    Tokens that only one of them has must be added or special ones, as a fine-tune brings.
+    A token that only one model has must be an added or special token, such as a fine-tune brings.
 
     Raises:
         ValueError: one line that begins with `key` and names the first token that differs.
@@ -71,14 +71,14 @@ def member_vocabularies(
 ) -> list[MemberVocabulary]:
     """What each of `members` has of the first member's rows.
 
-    Without tokenizers, rows that not all members have are taken for padding.
+    Without tokenizers, rows that not all members have count as padding.
 
     Args:
         union_needed: whether a token that the first member lacks may be emitted at all.
 
     Raises:
-        ValueError: one line that names the key and the remedy, for a token that the first member
-            has no row for, where `union_needed`.
+        ValueError: one line that names the key and the remedy, if `union_needed` and the first
+            member has no row for a token.
     """
     first = members[0]
     vocab_size = first.get_vocab_size()
@@ -107,7 +107,7 @@ def member_vocabularies(
 
 
 class FittedMember(nn.Module):
-    """A member that reads and scores the ensemble's tokens, though it has not all of them."""
+    """A member that reads and scores the ensemble's tokens, although it lacks some of them."""
 
     def __init__(
         self, model: nn.Module, vocabulary: MemberVocabulary, device: torch.device
@@ -116,7 +116,7 @@ class FittedMember(nn.Module):
         self.model = model
         self.vocabulary = vocabulary
         self.ranges = _ranges(t for t in vocabulary.lacking if t < vocabulary.num_rows)
-        """Columns of the member's own logits that are removed, from and to"""
+        """Columns of the member's own logits that are removed: (start, end) of each run"""
         tokens = torch.arange(vocabulary.vocab_size, dtype=torch.int32, device=device)
         for start, end in _ranges(vocabulary.lacking):
             tokens[start:end] = vocabulary.read_as
@@ -153,7 +153,7 @@ class FittedMember(nn.Module):
 
 
 def fitted(model: nn.Module, vocabulary: MemberVocabulary, device: torch.device) -> nn.Module:
-    """The model itself where it has all of the ensemble's tokens."""
+    """The model itself if it has all of the ensemble's tokens. Otherwise a `FittedMember`."""
     return model if vocabulary.is_whole else FittedMember(model, vocabulary, device)
 
 
@@ -162,7 +162,7 @@ def _ids(member: ModelConfig) -> set[int]:
 
 
 def _read_as(member: ModelConfig) -> int:
-    """The unknown token, else the end token."""
+    """The unknown token, or else the end token."""
     tokenizer = cached_tokenizer_from_config(member)
     known = [getattr(tokenizer, name, None) for name in ("unk_token_id", "eos_token_id")]
     return next((token for token in known if token is not None), 0)
@@ -189,7 +189,7 @@ def _check_beyond(
 
 
 def _difference(first: object, other: object) -> str | None:
-    """The first token that two tokenizers disagree on, in words; None where they agree."""
+    """The first token on which two tokenizers differ, in words. None if they agree."""
     vocabs = [tokenizer.get_vocab() for tokenizer in (first, other)]
     tokens = [{token_id: token for token, token_id in vocab.items()} for vocab in vocabs]
     added = {*first.get_added_vocab(), *other.get_added_vocab()}
@@ -214,7 +214,7 @@ def _difference(first: object, other: object) -> str | None:
 
 
 def _ranges(tokens: Iterable[int]) -> list[tuple[int, int]]:
-    """Runs of following numbers, from and to."""
+    """(start, end) of each run of consecutive numbers."""
     ordered = list(tokens)
     if not ordered:
         return []

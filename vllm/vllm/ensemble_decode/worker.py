@@ -1,6 +1,6 @@
 """The worker that an engine names: `worker_cls="vllm.ensemble_decode.worker.EnsembleDecodeWorker"`.
 
-Differs from vLLM's worker in the model runner it makes, on CUDA and on CPU.
+It differs from vLLM's worker only in the model runner that it makes, on CUDA and on CPU.
 """
 
 from copy import copy
@@ -18,11 +18,11 @@ else:
 
 
 class RunnerWorker(BaseWorker):
-    """A worker whose subclasses say which model runner it makes."""
+    """A worker whose subclasses name the model runner that it makes."""
 
     runner_cls: type[MemberRunner]
     checked: tuple[Any, ...]
-    """What `runner_cls.check` made of the configuration: the ensemble, its members, ..."""
+    """The result of `runner_cls.check`: the ensemble, its members, and a subclass's additions"""
 
     def init_device(self) -> None:
         self.checked = self.runner_cls.check(self.vllm_config)
@@ -30,7 +30,7 @@ class RunnerWorker(BaseWorker):
         with set_current_vllm_config(with_experts(self.vllm_config, self.checked[1])):
             super().init_device()
         if current_platform.is_cpu():
-            # The CPU worker has no hook of its own; its stock runner holds no weights yet.
+            # The CPU worker has no hook for the runner. Its stock runner holds no weights yet.
             self.model_runner = self._make_model_runner()
 
     def _make_model_runner(self) -> MemberRunner:
@@ -45,7 +45,7 @@ class EnsembleDecodeWorker(RunnerWorker):
 
 
 def with_experts(vllm_config: VllmConfig, members: list[ModelConfig]) -> VllmConfig:
-    """The configuration, with a model that has experts if any model of the engine has some."""
+    """The configuration, with a model that has experts if any model of the engine has them."""
     speculative = vllm_config.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
     models = members if draft is None else [*members, draft]

@@ -1,5 +1,7 @@
-"""From the members' logits to the ensemble's: `eager` in torch, for any function; `fused` in
-Triton, on a GPU, for sums."""
+"""From the members' logits to the ensemble's.
+
+`eager` is in torch, for any function. `fused` is in Triton on a GPU, for sums.
+"""
 
 import torch
 
@@ -12,6 +14,6 @@ def combine(
     logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
     combines_probs: bool,
 ) -> torch.Tensor:  # [num_rows, vocab_size], float32
-    """As `eager.combine` says."""
+    """See `eager.combine`."""
     ops = fused if logits.is_cuda and fused.can_combine(function, logits) else eager
     return ops.combine(function, logits, combines_probs)

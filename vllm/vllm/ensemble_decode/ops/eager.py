@@ -1,7 +1,7 @@
 """From the members' logits to the ensemble's, for each `ensemble_target`.
 
-Knows where a target sits relative to the sampling parameters; knows neither vLLM's batches
-nor its sampler (`sampler.py` does).
+This module knows where a target sits relative to the sampling parameters. It knows neither vLLM's
+batches nor its sampler (`sampler.py` does).
 """
 
 import torch
@@ -17,7 +17,7 @@ def combine(
     """Logits whose softmax is the ensemble's distribution.
 
     Args:
-        function: sees float32 logits, or their softmax where `combines_probs`.
+        function: gets float32 logits, or their softmax if `combines_probs`.
         logits: raw, or processed by the sampling parameters (-inf where a token is removed).
         combines_probs: combine probabilities (`ensemble_target: probs`) instead of logits.
     """
@@ -31,16 +31,16 @@ def combine(
 
 def _combine_logits(function: EnsembleFunction, logits: torch.Tensor) -> torch.Tensor:
     combined = function(logits, probs=False)
-    # -inf less -inf: a token that no member offers.
+    # -inf minus -inf is NaN: a token that no member offers.
     combined = combined.masked_fill(combined.isnan(), NEG_INF)
-    # Members whose top-k or top-p share no token leave nothing to sample from: the first
+    # If the members' top-k or top-p share no token, nothing is left to sample from. The first
     # member then decides alone.
     return _or_first(combined, combined > NEG_INF, logits[0])
 
 
 def _combine_probs(function: EnsembleFunction, logits: torch.Tensor) -> torch.Tensor:
     probs = logits.softmax(dim=-1)
-    # A difference of probabilities can be negative: such a token gets no probability.
+    # A difference of probabilities can be negative. Such a token gets no probability.
     combined = function(probs, probs=True).nan_to_num(nan=0.0).clamp_(min=0.0)
     combined = _or_first(combined, combined > 0, probs[0])
     return (combined / combined.sum(dim=-1, keepdim=True)).log_()

@@ -1,8 +1,11 @@
 """`eager.combine` in Triton, for functions that are sums of the members' scores.
 
-The vocabulary is cut into blocks, so that a handful of rows keeps the whole device busy.  What a
-row needs of all blocks goes through memory: a kernel for each member's extremes and mass, one for
-the sum, one for its normalisation.
+The vocabulary is cut into blocks, so that a few rows keep the whole device busy. Values that a row
+needs from all blocks go through memory. There are therefore three kernels:
+
+- each member's extremes and mass
+- the sum
+- its normalisation
 """
 
 from functools import cache
@@ -24,7 +27,7 @@ def combine(
     logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
     combines_probs: bool,
 ) -> torch.Tensor:  # [num_rows, vocab_size], float32
-    """As its namesake; only where `can_combine`."""
+    """See `eager.combine`. Only for inputs where `can_combine`."""
     num_members, num_rows, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     coefficients = _on_device(function.coefficients, logits.device)
@@ -32,7 +35,7 @@ def combine(
     takes_probs = combines_probs and not takes_logs
     floors = not combines_probs and min(function.coefficients) < 0
     out = logits.new_empty(num_rows, vocab_size, dtype=torch.float32)
-    # Of each block: by member the extremes and the mass, and of the sum what it offers.
+    # By block: the extremes and the mass of each member, and what the sum offers.
     of_members = out.new_empty(num_rows, 3, num_blocks, num_members)
     of_sum = out.new_empty(num_rows, num_blocks)
     shapes = dict(NUM_MEMBERS=num_members, BLOCK=BLOCK)
@@ -73,7 +76,7 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 
 @triton.jit
 def _scores(logits_ptr, member_stride, row_stride, member, row, token, is_token):
-    """A member's logits of a row at `token`; -inf past the end of the vocabulary."""
+    """A member's logits of a row at `token`. -inf past the end of the vocabulary."""
     # 64 bits: the logits of many rows and members are more than 2^31.
     at = tl.cast(member_stride, tl.int64) * member + row * row_stride + token
     return tl.load(logits_ptr + at, mask=is_token, other=float("-inf")).to(tl.float32)
@@ -90,7 +93,7 @@ def _members_kernel(
     NUM_MEMBERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of a block of each member: the highest logit, `sum exp(x - highest)`, the lowest finite."""
+    """Per block and member: the highest logit, `sum exp(x - highest)`, the lowest finite logit."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -142,7 +145,7 @@ def _sum_kernel(
     token = block * BLOCK + tl.arange(0, BLOCK)
     is_token = token < vocab_size
     total = tl.zeros((BLOCK,), tl.float32)
-    # Member by member, in the user's order: the order of a float sum is part of the result.
+    # Add member by member, in the user's order: the order of a float sum is part of the result.
     for member in tl.static_range(NUM_MEMBERS):
         coefficient = tl.load(coefficients_ptr + member)
         x = _scores(logits_ptr, member_stride, row_stride, member, row, token, is_token)
@@ -151,20 +154,20 @@ def _sum_kernel(
             if TAKES_PROBS:
                 x = tl.exp(x)
         if FLOORS:
-            # What is removed from a member that is subtracted counts as its lowest logit.
+            # A token that is removed from a subtracted member counts as its lowest logit.
             blocks = tl.arange(0, COUNT_BLOCK)
             at = of_members_ptr + ((row * 3 + 2) * num_blocks + blocks) * NUM_MEMBERS + member
             lowest = tl.load(at, mask=blocks < num_blocks, other=float("inf"))
             lowest = tl.min(lowest, axis=0)
             x = tl.where(coefficient < 0, tl.where(x == float("-inf"), lowest, x), x)
-        # A member of weight 0 is left out, since 0 * -inf is not a number.
+        # Leave out members of weight 0, because 0 * -inf is not a number.
         total += tl.where(coefficient != 0, coefficient * x, 0.0)
     if TAKES_PROBS:
-        # A difference of probabilities can be negative: such a token gets no probability.
+        # A difference of probabilities can be negative. Such a token gets no probability.
         total = tl.where(total > 0, total, 0.0)
         offer = tl.sum(tl.where(is_token, total, 0.0), axis=0)
     else:
-        # -inf less -inf: a token that no member offers.
+        # -inf minus -inf is NaN: a token that no member offers.
         total = tl.where(total == total, total, float("-inf"))
         offer = tl.max(tl.where(is_token & (total > float("-inf")), 1.0, 0.0), axis=0)
     tl.store(of_sum_ptr + row * num_blocks + block, offer)
@@ -187,8 +190,10 @@ def _finish_kernel(
     TAKES_LOGS: tl.constexpr,
     COUNT_BLOCK: tl.constexpr,
 ):
-    """Logarithms of normalised probabilities; and the first member alone where the members offer no
-    token together."""
+    """Normalise probabilities and take their logarithms.
+
+    Where the members together offer no token, the first member decides alone.
+    """
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
