@@ -4,8 +4,8 @@
 def register() -> None:
     """vLLM's general plugin. vLLM calls it once or more in every process.
 
-    On CPU, the plugin replaces the Triton kernels that the interpreter runs slowly by torch and
-    NumPy implementations. On CUDA it does nothing.
+    On CPU, the plugin replaces Triton kernels that the interpreter runs slowly with torch and NumPy
+    code. On CUDA it does nothing.
     """
     from vllm.cpu_kernels import register_cpu_kernels
 

@@ -172,11 +172,11 @@ def relative_cost(member: ModelConfig) -> float:
 
 
 def max_scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
-    """The most tokens that a step may schedule, so that every pass fits the length vLLM compiles
-    for.
+    """The most tokens that a step may schedule.
 
-    The last member sees the scheduled tokens, and also the tokens that the others proposed in the
-    same step. vLLM's scheduler itself reserves room for one such token per request.
+    With more, a member's pass could be longer than vLLM compiles for. The last member sees the
+    scheduled tokens, and also the tokens that the others proposed in the same step. vLLM's
+    scheduler itself reserves room for one such token per request.
     """
     scheduler = vllm_config.scheduler_config
     more = turns.num_new(len(turns) - 1) - 1
@@ -184,8 +184,7 @@ def max_scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
 
 
 def depth_schedule(turns: Turns) -> list[list[int]]:
-    """All depths, as vLLM's `num_speculative_tokens_per_batch_size`, so that vLLM prepares for each
-    depth.
+    """All depths, as `num_speculative_tokens_per_batch_size`, so that vLLM prepares for each depth.
 
     The schedule has one depth per batch size, so there must be as many batch sizes as depths. The
     scheduler decides which depth a step uses.

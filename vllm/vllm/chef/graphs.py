@@ -28,8 +28,7 @@ from vllm.chef.sampling import StepParams
 from vllm.chef.verifier import StepScores
 from vllm.ensemble_decode.model import MemberGroup
 
-# The number or flags of the graph, num_reqs, num_tokens, attention metadata and slot mappings by
-# layer
+# What selects the graph, then num_reqs, num_tokens, attention metadata and slot mappings by layer
 Captured = Callable[[int, int, int, Any, Any], None]
 Replay = Callable[[], None]
 

@@ -53,7 +53,7 @@ def _uniform_step(output: SchedulerOutput) -> tuple[int, int] | None:
         return None
     drafts = output.scheduled_spec_decode_tokens
     if depth and len(drafts) < num_reqs:
-        return None  # a prompt part has 1 + depth tokens by chance
+        return None  # a part of a prompt has 1 + depth tokens by chance
     return num_reqs, depth
 
 

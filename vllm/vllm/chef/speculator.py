@@ -107,9 +107,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         """The cycle of the largest batch. Each step's cycle is a view of its first rows."""
 
     def set_sampler(self, sampler: Sampler) -> None:
-        """Build the objects that need vLLM's sampler, which vLLM makes after the members are
-        loaded.
-        """
+        """Build the objects that need vLLM's sampler. vLLM makes it after the members."""
         self.sampler = sampler
         self.verifier = Verifier(self.ensemble, self.turns, self.state, sampler)
         self.caller = MemberCaller(self, self.state, self.req_states.all_token_ids.gpu)
@@ -124,9 +122,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         )
 
     def logits_functions(self) -> list[tuple[tuple[int, ...], LogitsFn]]:
-        """(members, function from the turn's hidden states to their logits) of the turns after the
-        first.
-        """
+        """(members, their logits from the turn's hidden states) of the turns after the first."""
         return [
             (turn.members, lambda hidden, model=model: [model.compute_logits(hidden)])
             for turn, model in zip(self.turns.sequence[1:], self.model, strict=True)

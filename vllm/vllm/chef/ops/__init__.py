@@ -1,6 +1,4 @@
-"""Operations of a cycle on its columns: `eager` in torch, and the same functions in Triton,
-`fused`.
-"""
+"""Operations of a cycle on its columns: in torch (`eager`), and the same in Triton (`fused`)."""
 
 from types import ModuleType
 

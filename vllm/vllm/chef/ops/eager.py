@@ -1,6 +1,6 @@
 """Operations of a cycle on its columns, in torch: used on CPU, and the reference for `fused.py`.
 
-The operations change `state` and `cycle` in place. None waits for the host.
+Most operations change `state` and `cycle` in place. None waits for the host.
 """
 
 from collections.abc import Sequence
@@ -239,9 +239,9 @@ def prepare_tokens(
 ) -> PreparedTokens:
     """Write the inputs of the pass in which a member reads.
 
-    A request's input is its last tokens, including those decided and proposed in this cycle. If it
-    has fewer tokens than its share of the batch, the rest is filled with tokens that are
-    overwritten later.
+    A request's input is its last tokens, including those decided and proposed in this cycle. A
+    request may have fewer tokens than its share of the batch. The rest of its share then holds
+    padding, whose KV entries are overwritten later.
     """
     num_tokens = len(input_ids)
     query_lens = query_start_loc.long().diff()
