@@ -1,8 +1,9 @@
 """Which drafts stay: acceptance in vLLM's rejection sampler, for all requests of a step at once.
 
 Each function takes a kernel's launch arguments in the kernel's order and writes to the same
-tensors. `_` stands before an argument that only a GPU needs. Works on the statistics by block that
-`rejection.py` takes from the logits, and on the logits of the drafts alone.
+tensors. `_` stands before an argument that only a GPU needs. The functions read the statistics by
+block that `rejection.py` takes from the logits. Of the logits themselves they read only those of
+the drafts.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from vllm.cpu_kernels.rows import takes_launch_options
 from vllm.cpu_kernels.steps import segments
 
 _NUM_PHILOX_ROUNDS = 10
-# Takes 31 random bits to [0, 1], and is the least uniform that the kernel gives out.
+# Maps 31 random bits to [0, 1]. It is also the smallest uniform that the kernel returns.
 _UNIFORM_SCALE = np.float32(4.6566127342e-10)
 _LOW_32 = np.uint64(0xFFFFFFFF)
 
@@ -43,7 +44,7 @@ class Drafts(NamedTuple):
     num_drafts: np.ndarray  # [num_reqs]
     start: np.ndarray  # [num_reqs], the first row of logits
     exists: np.ndarray  # bool [num_reqs, window]
-    row: np.ndarray  # [num_reqs, window], of the logits that verify the draft; 0 on padding
+    row: np.ndarray  # [num_reqs, window], row of logits that verifies the draft; 0 on padding
     token: np.ndarray  # [num_reqs, window], -1 for placeholders and on padding
 
 
@@ -62,7 +63,7 @@ def padded(
     num_blocks: int,
     padding: float,
 ) -> np.ndarray:  # [num_logits, num_blocks padded to a power of two]
-    """As wide as the kernel has it, because the order of a float32 sum depends on the width."""
+    """As wide as in the kernel, because the order of a float32 sum depends on the width."""
     wide = np.full((by_block.shape[0], num_blocks), padding, dtype=np.float32)
     wide[:, : by_block.shape[1]] = by_block.numpy()
     return wide
@@ -86,11 +87,14 @@ def logits_of(logits: torch.Tensor, *index: np.ndarray) -> np.ndarray:  # float3
 def draft_log_probs(
     drafts: Drafts,
     target: tuple[torch.Tensor, np.ndarray],  # logits [num_logits, >= vocab], log-sums [num_logits]
-    draft: tuple[torch.Tensor, np.ndarray] | None,  # logits [max_num_reqs, steps, >= vocab], same
+    draft: tuple[torch.Tensor, np.ndarray] | None,  # [max_num_reqs, steps, >= vocab], [num_logits]
     req: np.ndarray,  # [num_reqs]
     temps: np.ndarray,  # [num_reqs]
 ) -> tuple[np.ndarray, np.ndarray | np.float32]:  # [num_reqs, window] each
-    """Log-probabilities of the drafts under the target and under who drafted; 0 for a one-hot."""
+    """Log-probabilities of the drafts under the target and under their proposer.
+
+    The proposer's are 0 if its distribution is one-hot.
+    """
     token = np.maximum(drafts.token, 0)
     target_log_prob = logits_of(target[0], drafts.row, token) - target[1][drafts.row]
     if draft is None:
@@ -184,10 +188,11 @@ def rejection_kernel(
     USE_BLOCK_VERIFICATION: bool,
     **_launch_options: object,
 ) -> None:
-    """How many drafts stay, and the tokens up to the first that does not.
+    """How many drafts stay, and the tokens up to the first that does not stay.
 
-    Greedy requests compare with the target's argmax, which takes the place of the rejected draft.
-    Sampled ones accept with min(target / draft, 1) (2211.17192), or by block (2403.10444).
+    A greedy request compares its drafts with the target's argmax. The argmax replaces a rejected
+    draft. A sampled request accepts with min(target / draft, 1) (2211.17192), or by block
+    (2403.10444).
     """
     req, blocks = idx_mapping.numpy(), PADDED_VOCAB_NUM_BLOCKS
     drafts = find_drafts(cu_num_logits, draft_sampled, req.size)
@@ -251,11 +256,11 @@ def best_of_blocks(
 
 def residual_mass(
     drafts: Drafts,
-    ratio: np.ndarray,  # [num_reqs, window], target over draft of all drafts so far
+    ratio: np.ndarray,  # [num_reqs, window], ratio of target to draft over all drafts so far
     target: tuple[torch.Tensor, np.ndarray],  # logits [num_logits, >= vocab], log-sums [num_logits]
     local_residual_mass: torch.Tensor | None,  # [num_logits, num_blocks]
     num_blocks: int,
-) -> np.ndarray:  # [num_reqs, window], of the position after each draft
+) -> np.ndarray:  # [num_reqs, window], mass at the position after each draft
     if local_residual_mass is not None:
         return padded(local_residual_mass, num_blocks, 0.0).sum(axis=1)[drafts.row + 1]
     next_token = np.maximum(next_drafts(drafts), 0)
@@ -272,7 +277,7 @@ def block_threshold(
     ratio: np.ndarray,  # [num_reqs, window]
     mass: np.ndarray,  # [num_reqs, window]
 ) -> np.ndarray:  # [num_reqs, window]
-    """What the uniform of each draft must not exceed for the block to end there or later."""
+    """By draft, the largest uniform with which the block ends there or later."""
     rest = mass + 1.0 - ratio
     before_last = np.where(rest > 0.0, mass / rest, np.float32(1.0))
     return np.where(next_drafts(drafts) >= 0, before_last, ratio)
@@ -281,7 +286,7 @@ def block_threshold(
 def insert_resampled_kernel(
     sampled: torch.Tensor,  # [num_reqs, num_speculative_steps + 1]
     _sampled_stride: int,
-    num_sampled: torch.Tensor,  # [num_reqs], how many drafts are accepted; then one more
+    num_sampled: torch.Tensor,  # [num_reqs], number of accepted drafts; the kernel adds one
     resampled_local_argmax: torch.Tensor,  # [num_reqs, num_blocks]
     _resampled_local_argmax_stride: int,
     resampled_local_max: torch.Tensor,  # [num_reqs, num_blocks]
@@ -296,7 +301,7 @@ def insert_resampled_kernel(
     accepted = num_sampled.numpy()
     start, num_logits = segments(cu_num_logits, accepted.size)
     temps = temperature.float().numpy()[expanded_idx_mapping.numpy()[start + accepted]]
-    # A greedy request has the target's argmax in place of its rejected draft.
+    # A greedy request already has the target's argmax in place of its rejected draft.
     rows = np.flatnonzero((temps != 0.0) | (accepted == num_logits - 1))
     resampled = best_of_blocks(resampled_local_max, resampled_local_argmax)
     sampled.numpy()[rows, accepted[rows]] = resampled[rows]

@@ -1,8 +1,8 @@
-"""What a step does with drafts apart from the vocabulary: proposes n-grams, hands them on.
+"""Work on drafts that does not touch the vocabulary: n-gram proposals, and moving drafts around.
 
 Each function takes a kernel's launch arguments in the kernel's order and writes to the same
 tensors. `_` stands before an argument that only a GPU needs. The grid is not among the arguments,
-so the number of requests is taken from a tensor that has it.
+so each function takes the number of requests from a tensor's shape.
 """
 
 import numpy as np
@@ -29,9 +29,10 @@ def prepare_prefill_inputs_kernel(
     max_model_len: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Inputs of a separate draft model: what the target accepted, then what it sampled last.
+    """Inputs of a separate draft model: the accepted tokens of the target, then its last sampled
+    token.
 
-    Every request has room for one token more than the target's query; zeros fill what is left.
+    Each request has room for one token more than the target's query. Zeros fill the rest.
     """
     num_reqs = idx_mapping.shape[0]
     starts, lengths = segments(query_start_loc, num_reqs)
@@ -57,7 +58,7 @@ def prepare_prefill_inputs_kernel(
 
 
 def fill(out: torch.Tensor, values: np.ndarray, size: int, padding: int) -> None:
-    """`values` first and `padding` behind them, up to `size`."""
+    """`values` first, and `padding` behind them up to `size`."""
     out.numpy()[: values.size] = values
     out.numpy()[values.size : size] = padding
 
@@ -78,9 +79,9 @@ def ngram_scan_kernel(
     BLOCK_L: int,
     **_launch_options: object,
 ) -> None:
-    """Where the longest suffix of each request occurred last before, by block of positions.
+    """Where the longest suffix of each request last occurred before, by block of positions.
 
-    A match of n tokens at a position has the score n * (L + 1) + position + 1, none has 0.
+    A match of n tokens at a position has the score n * (L + 1) + position + 1. No match has 0.
     """
     for row, req in enumerate(idx_mapping.tolist()):
         tokens = token_ids[req, : int(total_len[req])].numpy()
@@ -111,7 +112,9 @@ def ngram_finalize_kernel(
     N_BLOCKS_PO2: int,
     **_launch_options: object,
 ) -> None:
-    """Draft what followed on the best match; the last sampled token where that gives none."""
+    """Draft the tokens that followed the best match. Where there are none, draft the last sampled
+    token.
+    """
     num_reqs, req = idx_mapping.shape[0], idx_mapping.numpy()
     score = scratch[:num_reqs, :N_BLOCKS].numpy().max(axis=1)
     n, position = np.divmod(score - 1, L + 1)
@@ -135,7 +138,7 @@ def gather_draft_sampled_kernel(
     num_logits: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Token and position of each row of logits; -1 for drafts in a step that began in a prompt."""
+    """Token and position of each row of logits. -1 for drafts in a step that began in a prompt."""
     token = logits_indices[:num_logits].numpy()
     local_pos = expanded_local_pos[:num_logits].numpy()
     prefill = prefill_len.numpy()[expanded_idx_mapping[:num_logits].numpy()]

@@ -1,4 +1,4 @@
-"""What vLLM does to logits before it samples, per request: penalties, biases, grammar masks.
+"""Changes to logits before vLLM samples, per request: penalties, biases, grammar masks.
 
 Each function takes a kernel's launch arguments in the kernel's order and writes to the same
 tensors. `_` stands before an argument that only a GPU needs.
@@ -38,7 +38,7 @@ def penalties_kernel(
             continue
         counts = output_bin_counts[req, :vocab_size].numpy()
         if local_pos[row]:
-            # This row is asked on condition that the drafts before it are accepted.
+            # This row counts only if the drafts before it are accepted.
             drafts = token_ids[row - local_pos[row] + 1 : row + 1].numpy()
             counts = counts.copy()
             np.add.at(counts, drafts[(drafts >= 0) & (drafts < vocab_size)], 1)
@@ -57,7 +57,7 @@ def bincount_kernel(
     all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
     _all_token_ids_stride: int,
     prompt_len: torch.Tensor,  # [max_num_reqs]
-    prefill_len: torch.Tensor,  # [max_num_reqs], the prompt and what was generated before
+    prefill_len: torch.Tensor,  # [max_num_reqs], the prompt and the tokens generated before
     prompt_bin_mask: torch.Tensor,  # int32 [max_num_reqs, ceil(vocab_size / 32)]
     _prompt_bin_mask_stride: int,
     output_bin_counts: torch.Tensor,  # int32 [max_num_reqs, vocab_size]
@@ -96,7 +96,10 @@ def bias_kernel(
     LOGITS_BLOCK_SIZE: int,
     CHECK_ALL_MASKED_ROWS: bool,
 ) -> None:
-    """The request's allowed tokens, then its biases, then no stop token before min_tokens."""
+    """Apply the allowed tokens of a request, then its biases, then the ban on stop tokens.
+
+    Stop tokens are banned until min_tokens are reached.
+    """
     positions = pos.tolist()
     for row, req in enumerate(expanded_idx_mapping.tolist()):
         if req < 0:
@@ -123,7 +126,7 @@ def _mask_stop_tokens(
 ) -> None:
     before = scores[stop]
     scores[stop] = -np.inf
-    # A grammar may allow nothing but the end: then stopping early beats having no token at all.
+    # A grammar may allow only the end. Stopping early is then better than having no token at all.
     if restore and scores.max() == -np.inf:
         finite = np.isfinite(before)
         scores[stop[finite]] = before[finite]

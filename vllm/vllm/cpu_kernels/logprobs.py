@@ -36,7 +36,7 @@ def ranks_kernel(
     vocab_size: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """How many tokens are at least as likely as the given one: 1 for the best."""
+    """How many tokens are at least as likely as the given one. 1 for the best."""
     for row, token in enumerate(token_ids.tolist()):
         scores = float_row(logits, row, vocab_size)
         output[row] = np.count_nonzero(scores >= scores[token])

@@ -1,8 +1,9 @@
 """The noise of vLLM's samplers on the CPU: the same bits for a seed, a position and a token.
 
-Knows the hash, the uniforms and the Gumbel noise of vLLM's `sample/gumbel.py`, and the argmax by
-blocks in which the kernels return a draw. NumPy, because it has the unsigned 32-bit arithmetic
-that torch lacks, and because Triton's interpreter computes with it: so the draws are equal too.
+This module knows the hash, the uniforms and the Gumbel noise of vLLM's `sample/gumbel.py`. It also
+knows the argmax by blocks in which the kernels return a draw. It uses NumPy, which has the unsigned
+32-bit arithmetic that torch lacks. Triton's interpreter computes with NumPy too, so the draws are
+equal.
 """
 
 from functools import lru_cache
@@ -21,7 +22,7 @@ def _rotate_left(words: np.ndarray, shift: int) -> np.ndarray:
 
 
 def _scramble(key: np.ndarray) -> np.ndarray:
-    """The part of a murmur3 round that depends on the key alone."""
+    """The part of a murmur3 round that depends only on the key."""
     return _rotate_left(key * 0xCC9E2D51, 15) * 0x1B873593
 
 
@@ -33,7 +34,7 @@ def _absorb(
 
 
 def _finish(state: np.ndarray) -> np.ndarray:
-    """The murmur3 finalizer, in place: it runs over the whole vocabulary."""
+    """The murmur3 finalizer. It works in place, because it runs over the whole vocabulary."""
     state ^= _NUM_HASHED_BYTES
     state ^= state >> 16
     state *= 0x85EBCA6B
@@ -51,8 +52,10 @@ def _scrambled_tokens(vocab_size: int) -> np.ndarray:  # [vocab_size]
 
 
 def hash_tokens(seed: int, pos: int, vocab_size: int, domain: int = 0) -> np.ndarray:  # [vocab]
-    """32 random bits per token. `seed` and `pos` are 64-bit, of which `pos` gives its low half."""
-    # One-element arrays: NumPy warns when a scalar wraps around, and wrapping is meant.
+    """32 random bits per token. `seed` has 64 bits. `pos` has 64 bits too, but only its low half
+    counts.
+    """
+    # One-element arrays, because NumPy warns when a scalar wraps around. Here wrapping is intended.
     state = np.array([domain], dtype=np.uint32)
     for word in (seed, seed >> 32, pos):
         state = _absorb(state, _scramble(np.array([word & 0xFFFFFFFF], dtype=np.uint32)))
@@ -60,7 +63,7 @@ def hash_tokens(seed: int, pos: int, vocab_size: int, domain: int = 0) -> np.nda
 
 
 def uniform32(random32: np.ndarray) -> np.ndarray:  # uint32 [vocab] -> float32 [vocab] in (0, 1]
-    """(random32 + 0.5) / 2**32, rounded once: both halves are exact in float32."""
+    """(random32 + 0.5) / 2**32, rounded once. Both halves are exact in float32."""
     low = (random32 & 0xFFFF).astype(np.float32)
     low += 0.5
     low *= 2.0**-32
@@ -71,14 +74,17 @@ def uniform32(random32: np.ndarray) -> np.ndarray:  # uint32 [vocab] -> float32 
 
 
 def uniform64(low: np.ndarray, high: np.ndarray) -> np.ndarray:  # float64 [vocab] in (0, 1)
-    """53 random bits as float64, with the one value that rounds to 1 taken below it."""
+    """53 random bits as float64. The one value that would round to 1 is lowered below 1."""
     random53 = ((high.astype(np.uint64) << 32) | low) >> 11
     uniform = (random53.astype(np.float64) + 0.5) * 2.0**-53
     return np.where(uniform == 1.0, uniform - 2.0**-53, uniform)
 
 
 def _log1m(value: np.ndarray) -> np.ndarray:  # float32 [vocab]
-    """log(1 - value) as the kernel has it: a series of degree 8 below 1/4, where the draws win."""
+    """log(1 - value) as the kernel computes it.
+
+    Below 1/4, where the largest noise comes from, it is a series of degree 8.
+    """
     series = value * 0.125
     for divisor in range(7, 1, -1):
         series += 1.0 / divisor
@@ -108,7 +114,7 @@ def in_blocks(
     block_size: int,
     padding: float = -np.inf,
 ) -> np.ndarray:  # [..., num_blocks, block_size]
-    """The kernels' view of the vocabulary; a view of `values` where the blocks fit."""
+    """The vocabulary in blocks, as the kernels see it. A view of `values` where the blocks fit."""
     *rows, vocab_size = values.shape
     num_blocks = -(-vocab_size // block_size)
     if vocab_size != num_blocks * block_size:
@@ -122,7 +128,7 @@ def block_argmax(
     scores: np.ndarray,  # [vocab_size]
     block_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # [num_blocks] token ids, [num_blocks] their scores
-    """The best token of each block; the lowest id among equals, and never a NaN."""
+    """The best token of each block: the lowest id among equals, and never a NaN."""
     blocks = in_blocks(scores, block_size)
     rows = np.arange(blocks.shape[0])
     best = blocks.argmax(axis=1)

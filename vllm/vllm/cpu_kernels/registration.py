@@ -1,6 +1,6 @@
 """Which kernel of vLLM each CPU kernel replaces, and the replacement itself.
 
-Uses vLLM's own registry, which is made for platforms that bring their own kernels.
+This module uses vLLM's own registry, which is made for platforms that bring their own kernels.
 """
 
 import warnings
@@ -83,10 +83,10 @@ def kernels_by_name() -> dict[str, Callable[..., None]]:
 
 
 def register_cpu_kernels() -> None:
-    """Replace the kernels in this process. Does nothing on a GPU, and nothing when called again.
+    """Replace the kernels in this process. Does nothing on a GPU, or when called again.
 
-    Call it after `import vllm`, before or after the engine's own modules are imported: the
-    registry also reaches kernels that other modules have imported by name.
+    Call it after `import vllm`. The engine's own modules may be imported before or after it,
+    because the registry also reaches kernels that other modules have imported by name.
     """
     global _registered
     from vllm.platforms import current_platform
@@ -97,7 +97,7 @@ def register_cpu_kernels() -> None:
     from vllm.triton_utils.dispatcher import register_kernels
 
     with warnings.catch_warnings():
-        # The registry looks at every object of every module, deprecated ones of torch included.
+        # The registry looks at every object of every module, including deprecated ones of torch.
         warnings.simplefilter("ignore", FutureWarning)
         register_kernels(kernels_by_name())
     _registered = True

@@ -1,8 +1,8 @@
 """The vocabulary-sized parts of vLLM's rejection sampler: statistics, residual mass, resampling.
 
 Each function takes a kernel's launch arguments in the kernel's order and writes to the same
-tensors. `_` stands before an argument that only a GPU needs. What decides about the drafts from
-these statistics is in `acceptance.py`.
+tensors. `_` stands before an argument that only a GPU needs. `acceptance.py` decides about the
+drafts from these statistics.
 """
 
 import numpy as np
@@ -37,7 +37,9 @@ def compute_local_logits_stats_kernel(
     BLOCK_SIZE: int,
     HAS_DRAFT_LOGITS: bool,
 ) -> None:
-    """Greedy rows get the target's argmax by block; sampled rows the pieces of both log-sums."""
+    """By block: the target's argmax for greedy rows, the terms of both log-sums for sampled
+    rows.
+    """
     steps = expanded_local_pos.tolist()
     for row, req in enumerate(expanded_idx_mapping.tolist()):
         if steps[row] >= num_speculative_steps:
@@ -61,7 +63,7 @@ def _write_block_sums(
 ) -> None:
     blocks = in_blocks(scores, block_size)
     maxima = blocks.max(axis=1)
-    # A block of nothing but -inf has no mass; without the shift it would have NaN.
+    # A block that holds only -inf has no mass. Without the shift its sum would be NaN.
     shift = np.where(maxima > -np.inf, maxima, np.float32(0.0))
     local_max.copy_(torch.from_numpy(maxima))
     local_sumexp.copy_(torch.from_numpy(np.exp(blocks - shift[:, None]).sum(axis=1)))
@@ -105,13 +107,13 @@ def compute_local_residual_mass_kernel(
 ) -> None:
     """sum_x max(p * target(x) - draft(x), 0) by block, for block verification (2403.10444)."""
     steps = expanded_local_pos.tolist()
-    next_drafts = draft_sampled[1:].tolist()  # so the last row, which has none, is left out
+    next_drafts = draft_sampled[1:].tolist()  # the last row has no next draft, so the loop skips it
     for row, next_draft in enumerate(next_drafts):
         req = int(expanded_idx_mapping[row])
         temp = temperature[req].float().numpy()
         if not 0 < steps[row] < num_speculative_steps or next_draft < 0 or temp == 0.0:
             continue
-        with np.errstate(all="ignore"):  # a row or a block of -inf alone
+        with np.errstate(all="ignore"):  # a row or a block may hold only -inf
             target_lse = _log_sum_exp(target_local_max[row], target_local_sumexp[row])
             draft_lse = _log_sum_exp(draft_local_max[row], draft_local_sumexp[row])
             target = np.exp(float_row(target_logits, row, vocab_size) - target_lse)
@@ -158,7 +160,7 @@ def resample_kernel(
 ) -> None:
     """Draw the token after the accepted drafts: the bonus token, or one from the residual."""
     if WATERMARK:
-        # Its noise is another one, keyed by the context, and seldom wanted.
+        # A watermark has other noise, keyed by the context. It is seldom wanted.
         _run_interpreted(tuple(resampled_local_max.shape), *locals().values())
         return
     starts, num_accepted = cu_num_logits.tolist(), rejected_step.tolist()
@@ -188,7 +190,7 @@ def resample_kernel(
 
 
 def _run_interpreted(grid: tuple[int, int], *arguments: object) -> None:
-    """The stock resampling kernel, which the registry keeps."""
+    """Run the stock resampling kernel, which the registry keeps."""
     from vllm.triton_utils.dispatcher import _registry
 
     stock, _ = _registry["vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils._resample_kernel"]

@@ -1,7 +1,7 @@
 """How the CPU kernels read and write rows of logits: as NumPy, in place where the dtype allows.
 
-NumPy and not torch, although both have the operations: at one row of a vocabulary torch already
-splits the work over its threads, and waiting for a core that is busy costs milliseconds.
+NumPy is faster than torch here, although both have the operations. Even for one row of a
+vocabulary, torch splits the work over its threads. Waiting for a busy core then costs milliseconds.
 """
 
 import inspect
@@ -16,7 +16,9 @@ def per_token(
     idx_mapping: torch.Tensor,  # [num_tokens], -1 on padding rows
     padding: float,
 ) -> torch.Tensor:  # [num_tokens]
-    """`values` of the request of each token, and `padding` where there is no request."""
+    """For each token, the entry of `values` for its request. `padding` where there is no
+    request.
+    """
     return torch.where(idx_mapping >= 0, values[idx_mapping.long()], padding)
 
 
@@ -25,9 +27,9 @@ def float_row(
     row: int,
     vocab_size: int,
 ) -> np.ndarray:  # float32 [vocab_size]
-    """One row to compute with; the memory of `logits` itself where that is float32."""
+    """One row to compute with. If `logits` is float32, it shares the memory of `logits`."""
     scores = logits[row, :vocab_size]
-    if scores.dtype == torch.bfloat16:  # the upper half of a float32, for which NumPy has no name
+    if scores.dtype == torch.bfloat16:  # NumPy has no bfloat16: it is the upper half of a float32
         words = scores.view(torch.int16).numpy().view(np.uint16)
         return (words.astype(np.uint32) << 16).view(np.float32)
     return scores.float().numpy()
@@ -38,7 +40,7 @@ def put_back(
     row: int,
     scores: np.ndarray,  # [vocab_size], from `float_row` and changed since
 ) -> None:
-    """Round what was changed into `logits`; float32 logits have it already."""
+    """Round the changed row into `logits`. float32 logits share its memory and need no copy."""
     if logits.dtype != torch.float32:
         logits[row, : scores.size].copy_(torch.from_numpy(scores))
 
@@ -54,13 +56,15 @@ def bits_of(
     packed: torch.Tensor,  # int32 [num_words]
     num_bits: int,
 ) -> np.ndarray:  # bool [num_bits]
-    """Bit i of the row. The words are little-endian wherever vLLM runs, and so their bytes are."""
+    """Bit i of the row. The words are little-endian wherever vLLM runs, so their bytes are in
+    order.
+    """
     octets = packed.contiguous().numpy().view(np.uint8)
     return np.unpackbits(octets, count=num_bits, bitorder="little").view(bool)
 
 
 def takes_launch_options(kernel: Callable[..., None]) -> Callable[..., None]:
-    """Hide `**options` from the dispatcher, which asks whether the names are the kernel's own."""
+    """Hide `**options` from the dispatcher, which checks that the names match the kernel's own."""
     signature = inspect.signature(kernel)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     kernel.__signature__ = signature.replace(parameters=named)

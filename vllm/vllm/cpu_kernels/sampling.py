@@ -1,4 +1,4 @@
-"""Temperature, min-p, top-k and top-p, and the draw itself, as vLLM's kernels do them.
+"""Temperature, min-p, top-k, top-p and the draw, as vLLM's kernels compute them.
 
 Each function takes a kernel's launch arguments in the kernel's order and writes to the same
 tensors. `_` stands before an argument that only a GPU needs.
@@ -57,7 +57,7 @@ def gumbel_sample_kernel(
     PER_TOKEN_COL: bool,
 ) -> None:
     if logits_cache is not None:
-        # Before temperature, so that the cache can keep the dtype of the head.
+        # The copy comes before the temperature, so that the cache can keep the dtype of the head.
         cols = logits_cache_col.expand(expanded_idx_mapping.shape).tolist()
         for row, req in enumerate(expanded_idx_mapping.tolist()):
             if req >= 0:
@@ -121,10 +121,10 @@ def topk_topp_kernel(
     SPLIT_COVERS_PONLY: bool,
     **_launch_options: object,  # num_warps: this kernel is launched by keyword, with its options
 ) -> None:
-    """Keep the k best tokens, and of these the fewest whose probability reaches p.
+    """Keep the k best tokens, and among them the fewest whose probability reaches p.
 
-    Exactly that many are kept: among equal logits at the border the lowest ids, which is what the
-    kernel's bookkeeping of duplicates is for.
+    Exactly that many are kept. Among equal logits at the border, the lowest ids are kept. The stock
+    kernel counts duplicates to get the same result.
     """
     for row in range(BATCH_SIZE):
         scores = LOGITS[row].numpy()
@@ -142,9 +142,9 @@ def nucleus_size(
     descending: np.ndarray,  # [num_candidates] logits
     p: float,
 ) -> int:
-    """How many of the best candidates have a probability of at least p together."""
-    # float64: the borderline token must not depend on the order of a long float32 sum.
-    with np.errstate(invalid="ignore"):  # a row of -inf: every comparison fails, all are kept
+    """The smallest number of best candidates whose total probability is at least p."""
+    # float64, because the borderline token must not depend on the order of a long float32 sum.
+    with np.errstate(invalid="ignore"):  # in a row of -inf every comparison fails, so all are kept
         mass = np.cumsum(np.exp(descending.astype(np.float64) - descending[0]))
     return min(int(np.searchsorted(mass, p * mass[-1])) + 1, descending.size)
 

@@ -1,9 +1,9 @@
-"""What a step does for each request apart from its logits: inputs, block tables, the bookkeeping.
+"""What a step does per request apart from logits: inputs, block tables and bookkeeping.
 
 Each function takes a kernel's launch arguments in the kernel's order and writes to the same
 tensors. `_` stands before an argument that only a GPU needs. The grid is not among the arguments,
-so the number of requests is that of `idx_mapping`. All in NumPy and for all requests at once:
-Triton's interpreter takes one to two milliseconds for each.
+so `idx_mapping` gives the number of requests. The functions use NumPy for all requests at once.
+Triton's interpreter takes one to two milliseconds for each request.
 """
 
 from types import SimpleNamespace
@@ -24,14 +24,14 @@ def segments(
 
 
 def unroll(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [sum(lengths)] each
-    """The request of each element of a ragged tensor, and its place among that request's."""
+    """By element of a ragged tensor: its request, and its place in that request's part."""
     ends = lengths.cumsum()
     owner = np.repeat(np.arange(lengths.size), lengths)
     return owner, np.arange(owner.size) - (ends - lengths)[owner]
 
 
 def int32_at(address: int, *shape: int) -> np.ndarray:
-    """The int32 array at an address: kernels are given several tensors as a tensor of pointers."""
+    """The int32 array at an address. Kernels get several tensors as one tensor of pointers."""
     interface = {"data": (int(address), False), "shape": shape, "typestr": "<i4", "version": 3}
     return np.asarray(SimpleNamespace(__array_interface__=interface))
 
@@ -40,17 +40,17 @@ def int32_at(address: int, *shape: int) -> np.ndarray:
 
 
 def apply_write_kernel(
-    output: torch.Tensor,  # [num_rows, ...]; with MULTI_GROUP pointers [num_groups] to such, int32
+    output: torch.Tensor,  # [num_rows, ...]; with MULTI_GROUP int32 pointers [num_groups]
     output_stride: int | torch.Tensor,  # with MULTI_GROUP [num_groups]
     write_indices: torch.Tensor,  # [num_writes], the row
     write_starts: torch.Tensor,  # [num_writes], the place in the row
     write_contents: torch.Tensor,  # [>= write_cu_lens[-1]]
-    write_cu_lens: torch.Tensor,  # [num_writes], the ends and not the starts
+    write_cu_lens: torch.Tensor,  # [num_writes], the ends, not the starts
     write_group_ids: torch.Tensor | None,  # [num_writes], with MULTI_GROUP
     BLOCK_SIZE: int,
     MULTI_GROUP: bool,
 ) -> None:
-    """Apply the staged writes in their order: of two to the same place the later one stays."""
+    """Apply the staged writes in order. Of two writes to the same place, the later one stays."""
     ends = write_cu_lens.numpy()
     write, offset = unroll(np.diff(ends, prepend=0))
     contents = write_contents[: write.size].numpy()
@@ -76,7 +76,10 @@ def gather_block_tables_kernel(
     num_reqs: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Copy the requests' rows; zeros in all rows behind: how many are padding, the grid knows."""
+    """Copy the requests' rows, and write zeros to all rows behind them.
+
+    Only the grid would tell how many of those rows are padding.
+    """
     num_groups, max_num_reqs = num_blocks.shape
     reqs = idx_mapping[:num_reqs].numpy()
     for group in range(num_groups):
@@ -108,7 +111,9 @@ def compute_slot_mappings_kernel(
     PAD_ID: int,
     TRITON_BLOCK_SIZE: int,
 ) -> None:
-    """The KV cache slot of each token; PAD_ID for tokens without one and behind the last token."""
+    """The KV cache slot of each token. PAD_ID for tokens without a slot, and behind the
+    last token.
+    """
     starts, lengths = segments(query_start_loc, idx_mapping.shape[0])
     request, offset = unroll(lengths)
     tokens, req = starts[request] + offset, idx_mapping.numpy()[request]
@@ -121,7 +126,7 @@ def compute_slot_mappings_kernel(
             continue
         block_size, local, stored = int(block_sizes[group]), positions, req >= 0
         if CP_SIZE > 1 and dcp_sharded[group]:
-            # The ranks take CP_INTERLEAVE tokens of a virtual block in turn.
+            # The ranks take turns with CP_INTERLEAVE tokens each of a virtual block.
             virtual_block, within = np.divmod(positions, block_size * CP_SIZE)
             turn, remainder = np.divmod(within, CP_INTERLEAVE)
             rounds, rank = np.divmod(turn, CP_SIZE)
@@ -148,7 +153,7 @@ def prepare_prefill_inputs_kernel(
     BLOCK_SIZE: int,
     LOOKAHEAD_BLOCK: int,
 ) -> None:
-    """The prompt tokens of this step, and those that follow on them, for prefilling requests."""
+    """For prefilling requests: the prompt tokens of this step, and the ones that follow them."""
     starts, lengths = segments(query_start_loc, idx_mapping.shape[0])
     req = idx_mapping.numpy()
     prefilling = num_computed_tokens.numpy()[req] < prefill_lens.numpy()[req]
@@ -196,7 +201,7 @@ def combine_sampled_and_draft_tokens_kernel(
     BLOCK_SIZE: int,
     NUM_NEW_SAMPLED_TOKENS: int = 1,
 ) -> None:
-    """Which tokens need logits; and what was sampled and drafted last, as the input of decodes."""
+    """Which tokens need logits, and the inputs of decodes: last sampled token, then drafts."""
     num_reqs = idx_mapping.shape[0]
     logits_starts, num_logits = segments(cu_num_logits, num_reqs)
     query_ends = query_start_loc[1 : num_reqs + 1].numpy()
@@ -208,7 +213,7 @@ def combine_sampled_and_draft_tokens_kernel(
     prefill = prefill_len.numpy()[req]
     tokens = input_ids.numpy()
     if NUM_NEW_SAMPLED_TOKENS > 0:
-        # A prompt's last tokens can be among those with logits: they stay.
+        # A prompt's last tokens can be among the tokens with logits. They stay.
         generated = lengths - num_logits >= prefill
         tokens[first[generated]] = last_sampled_tokens.view(-1).numpy()[req[generated]]
     num_drafts = np.maximum(num_logits - NUM_NEW_SAMPLED_TOKENS, 0) * (lengths > prefill)
@@ -241,7 +246,7 @@ def get_num_sampled_and_rejected_kernel(
     idx_mapping: torch.Tensor,  # [num_reqs]
     prefill_len: torch.Tensor,  # [max_num_reqs]
 ) -> None:
-    """A request in the middle of its prompt has sampled nothing, and rejected nothing."""
+    """A request in the middle of its prompt has sampled nothing and rejected nothing."""
     num_reqs = idx_mapping.shape[0]
     _, num_logits = segments(cu_num_logits, num_reqs)
     sampling = seq_lens[:num_reqs].numpy() >= prefill_len.numpy()[idx_mapping.numpy()]
@@ -267,7 +272,7 @@ def post_update_kernel(
     total_len: torch.Tensor,  # [max_num_reqs]
     **_launch_options: object,
 ) -> None:
-    """Append what was sampled, and count as computed what was not rejected."""
+    """Append the sampled tokens, and count all tokens that were not rejected as computed."""
     rows = np.flatnonzero(idx_mapping.numpy() >= 0)
     req, counts = idx_mapping.numpy()[rows], num_sampled.numpy()[rows]
     total, sampled = total_len.numpy(), sampled_tokens.numpy()

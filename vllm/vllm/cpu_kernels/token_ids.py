@@ -1,4 +1,4 @@
-"""Chosen token ids: whose log-probabilities are asked for, and which end a bad word.
+"""Chosen token ids: the ones whose log-probabilities are asked for, and the ends of bad words.
 
 Each function takes a kernel's launch arguments in the kernel's order and writes to the same
 tensors. `_` stands before an argument that only a GPU needs.
@@ -25,7 +25,10 @@ def fill_logprob_token_ids_kernel(
     NUM_TOPK: int,
     PADDED_COLS: int,
 ) -> None:
-    """The sampled token, then the request's own choice, or the best ones where it has none."""
+    """The sampled token, then the request's own token ids.
+
+    A request without token ids of its own gets the most likely tokens.
+    """
     req = expanded_idx_mapping.numpy()
     token_ids, valid = out_token_ids.numpy(), out_valid_mask.numpy()
     token_ids[:, 0] = sampled_token_ids.numpy()
@@ -49,12 +52,12 @@ def prompt_logprobs_token_ids_kernel(
     _all_token_ids_stride: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """The token that follows on each token of the batch."""
+    """The token that follows each token of the batch."""
     starts, lengths = segments(query_start_loc, idx_mapping.shape[0])
     request, offset = unroll(lengths)
     req = idx_mapping.numpy()[request]
     following = num_computed_tokens.numpy()[req] + 1 + offset
-    # Nothing follows on a request's very last token, and nobody asks there.
+    # Nothing follows a request's very last token, and nobody asks there.
     following = np.minimum(following, all_token_ids.shape[1] - 1)
     out = prompt_logprobs_token_ids.numpy()
     out[starts[request] + offset] = all_token_ids.numpy()[req, following]
@@ -76,13 +79,13 @@ def bad_words_kernel(
     input_ids: torch.Tensor,  # [num_tokens], the drafts of a request follow its first token
     expanded_local_pos: torch.Tensor,  # [num_tokens]
 ) -> None:
-    """-inf for the last token of a bad word whose others are the last of the output so far."""
+    """-inf for the last token of a bad word if the output so far ends in its other tokens."""
     local_pos = expanded_local_pos.tolist()
     for row, req in enumerate(expanded_idx_mapping.tolist()):
         num_words = int(num_bad_words[req])
         if num_words == 0:
             continue
-        # This row is asked on condition that the drafts before it are accepted.
+        # This row counts only if the drafts before it are accepted.
         drafts = input_ids[row - local_pos[row] + 1 : row + 1].tolist()
         output = all_token_ids[req, int(prompt_len[req]) : int(total_len[req])].tolist() + drafts
         offsets = bad_word_offsets[req, : num_words + 1].tolist()
