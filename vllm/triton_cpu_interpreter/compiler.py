@@ -1,6 +1,7 @@
-"""The compiler half of the backend, which Triton wants to exist and never calls.
+"""The compiler half of the backend. Triton requires it and never calls it.
 
-Under TRITON_INTERPRET=1 a kernel is run as Python, and without it the driver refuses before.
+With TRITON_INTERPRET=1 a kernel runs as Python. Without it, the driver raises an error before the
+compiler is called.
 """
 
 from triton.backends.compiler import BaseBackend
@@ -9,7 +10,7 @@ from triton_cpu_interpreter import CANNOT_COMPILE
 
 
 class InterpreterBackend(BaseBackend):
-    """Stands where a compiler would stand."""
+    """Takes the place of a compiler."""
 
     @staticmethod
     def supports_target(target) -> bool:
@@ -31,6 +32,6 @@ class InterpreterBackend(BaseBackend):
         return {}
 
 
-# Triton refuses to import when a backend is abstract, on a CUDA machine too, and the list of
-# abstract methods differs between its releases: a method that is new there must not break it.
+# Triton refuses to import if a backend is abstract, also on a CUDA machine. The list of abstract
+# methods differs between Triton's releases. A new abstract method must not break the import.
 InterpreterBackend.__abstractmethods__ = frozenset()

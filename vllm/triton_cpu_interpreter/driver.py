@@ -1,7 +1,7 @@
-"""The driver half of the backend: says whether the interpreter is in charge, and puts it there.
+"""The driver half of the backend: it says whether the interpreter is active, and activates it.
 
-Importing it is what Triton does when it looks for backends, before any kernel is defined; that is
-the last moment at which TRITON_INTERPRET takes effect.
+Triton imports this module when it looks for backends, before any kernel is defined. That is the
+last moment at which TRITON_INTERPRET takes effect.
 """
 
 import os
@@ -10,7 +10,7 @@ from triton.backends.driver import DriverBase
 
 from triton_cpu_interpreter import CANNOT_COMPILE, is_cpu_build
 
-# Read once: Triton and vLLM ask for the active driver many times.
+# Read once, because Triton and vLLM ask for the active driver many times.
 _ACTIVE = is_cpu_build()
 
 if _ACTIVE:
@@ -29,7 +29,7 @@ class InterpreterDriver(DriverBase):
         return "cpu"
 
     def get_current_device(self) -> int:
-        """The first thing Triton asks for when it is about to compile a kernel."""
+        """Triton calls this first when it is about to compile a kernel."""
         raise NotImplementedError(CANNOT_COMPILE)
 
     def map_python_to_cpp_type(self, ty: str) -> str:
@@ -51,5 +51,5 @@ class InterpreterDriver(DriverBase):
         return do_bench
 
 
-# For the reason given in `compiler.py`.
+# The reason is given in `compiler.py`.
 InterpreterDriver.__abstractmethods__ = frozenset()

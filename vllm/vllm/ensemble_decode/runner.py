@@ -89,9 +89,9 @@ class EnsembleRunner(MemberRunner):
         )
 
     def replace_helpers(self) -> None:
-        """Replace two helpers of a step that take the logits of all members.
+        """Replace two helpers of a step, so that they take the logits of all members.
 
-        No hook of vLLM replaces them.
+        vLLM has no hook for them.
         """
         if not self.ensemble_config.samples_members:
             return

@@ -39,7 +39,7 @@ class EnsembleModelState(DefaultModelState):
 
 
 class EnsembleSampler(Sampler):
-    """A `Sampler` whose logits are those of all members (see the module's docstring)."""
+    """A `Sampler` over the logits of all members (see the module's docstring)."""
 
     def __init__(self, sampler: Sampler, model: EnsembleModel) -> None:
         # Take over the request states of the sampler that the model runner built.
