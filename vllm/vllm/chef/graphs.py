@@ -46,7 +46,8 @@ def obstacle_to_graphs(speculator: DraftModelSpeculator, query_len: int) -> str 
     for group in (group for groups in speculator.attn_groups for group in groups):
         threshold = group.get_metadata_builder().reorder_batch_threshold
         if threshold is not None and threshold < query_len:
-            # Such a backend takes what a member reads for a prompt, and plans it on the host.
+            # Such a backend treats the tokens that a member reads as a prompt, and plans them on
+            # the host.
             return f"an attention backend that takes {query_len} tokens for a prompt"
     return None
 

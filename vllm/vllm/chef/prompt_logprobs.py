@@ -16,7 +16,9 @@ LogitsFn = Callable[[torch.Tensor], list[torch.Tensor]]
 
 
 class TurnPromptLogprobsWorker(PromptLogprobsWorker):
-    """vLLM's worker, extended from the hidden states of the first turn to those of all turns.
+    """vLLM's worker for prompt log-probabilities, on the hidden states of all turns.
+
+    vLLM gives it those of the first turn only. `take_up` keeps them with those of the other turns.
 
     Args:
         heads: num_turns x (members, function from the turn's hidden states to their logits).

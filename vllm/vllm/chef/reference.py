@@ -23,7 +23,7 @@ class Proposal(NamedTuple):
 class Output:
     tokens: Tokens
     cycles: int  # a cycle calls every turn once, the first turn first
-    calls: list[int]  # forward passes; this and the next lists are by member, in the user's order
+    calls: list[int]  # forward passes; this list and the next ones are by member, in user's order
     proposed: list[int]  # tokens
     judged: list[int]  # accepted or replaced; all other proposals were dropped unjudged
     accepted: list[int]

@@ -110,7 +110,7 @@ class Verifier:
     ) -> Verdict:
         """A decision on the requests in `part`.
 
-        `candidates` are those of the part. All other arguments belong to the whole step.
+        `candidates` belong to the part. All other arguments belong to the whole step.
         """
         members, proposal = self._gather(cycle.part(part), candidates, scores, num_segments)
         if scores.mask is not None:

@@ -2,8 +2,7 @@
 
 Each function takes a kernel's launch arguments in the kernel's order and writes to the same
 tensors. `_` stands before an argument that only a GPU needs. The functions read the statistics by
-block that `rejection.py` takes from the logits. Of the logits themselves they read only those of
-the drafts.
+block that `rejection.py` takes from the logits. They read single logits for the drafts only.
 """
 
 from typing import NamedTuple

@@ -47,7 +47,8 @@ class EnsembleFunction:
     def coefficients(self) -> tuple[float, ...] | None:
         """By member, `c_i` of a function that is `sum_i c_i x_i`. None for any other function.
 
-        With logits, a token that is removed from a subtracted member counts as its lowest logit.
+        With logits, a token that is removed from a subtracted member gets the member's lowest
+        logit.
         """
         return None
 
@@ -205,8 +206,8 @@ def make_function(name: str, num_members: int, args: Mapping[str, Any]) -> Ensem
     """The function of a registry name, or of a dotted path `package.module:function`.
 
     Raises:
-        ValueError: one line that names the configuration key, for an unknown name, a path that does
-            not import, or parameters that the function does not have or cannot take.
+        ValueError: one line that names the configuration key. The cause is an unknown name, a path
+            that does not import, or parameters that the function does not have or cannot take.
     """
     if not isinstance(name, str):
         raise ValueError(
@@ -250,9 +251,10 @@ def _import_function(path: str) -> Callable[..., torch.Tensor]:
 def _floor_removed(
     logits: torch.Tensor,  # [..., vocab_size]
 ) -> torch.Tensor:
-    """Give tokens that top-k, top-p or min-p removed from a subtracted member its lowest logit.
+    """Give tokens that are removed from a subtracted member the member's lowest logit.
 
-    `x - alpha * -inf` would give all probability to tokens that the amateur holds impossible.
+    Top-k, top-p or min-p has removed them. `x - alpha * -inf` would give all probability to tokens
+    that the amateur holds impossible.
     """
     removed = logits == NEG_INF
     lowest = logits.masked_fill(removed, float("inf")).amin(dim=-1, keepdim=True)

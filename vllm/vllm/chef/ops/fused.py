@@ -388,7 +388,7 @@ def _gather_scores_kernel(
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
 ):
-    # 64 bits: the logits of many rows and members are more than 2^31.
+    # 64 bits, because offsets into the logits of many rows and members exceed 2^31.
     row = tl.program_id(0).to(tl.int64)
     num_rows = tl.num_programs(0)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -77,7 +77,7 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 @triton.jit
 def _scores(logits_ptr, member_stride, row_stride, member, row, token, is_token):
     """A member's logits of a row at `token`. -inf past the end of the vocabulary."""
-    # 64 bits: the logits of many rows and members are more than 2^31.
+    # 64 bits, because offsets into the logits of many rows and members exceed 2^31.
     at = tl.cast(member_stride, tl.int64) * member + row * row_stride + token
     return tl.load(logits_ptr + at, mask=is_token, other=float("-inf")).to(tl.float32)
 
@@ -154,7 +154,7 @@ def _sum_kernel(
             if TAKES_PROBS:
                 x = tl.exp(x)
         if FLOORS:
-            # A token that is removed from a subtracted member counts as its lowest logit.
+            # A token that is removed from a subtracted member gets the member's lowest logit.
             blocks = tl.arange(0, COUNT_BLOCK)
             at = of_members_ptr + ((row * 3 + 2) * num_blocks + blocks) * NUM_MEMBERS + member
             lowest = tl.load(at, mask=blocks < num_blocks, other=float("inf"))
