@@ -14,7 +14,7 @@ import time
 import traceback
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, product
 from pathlib import Path
@@ -24,8 +24,6 @@ from benchmarks.plans import Plan, Run
 from benchmarks.shapes import SHAPES, make_shape
 from triton_cpu_interpreter import is_cpu_build
 
-CHEF_WORKER = "vllm.chef.worker.ChefWorker"
-ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
 BATCHED_TOKENS, SCHEDULED_TOKENS = 8192, 4096
 # vLLM's own choices.
 KV_BLOCK_SIZE, KV_BLOCK_SIZE_CPU = 16, 128
@@ -304,60 +302,65 @@ def engine_arguments(plan: Plan, args: Namespace, root: Path) -> dict[str, Any]:
     arguments["kv_cache_memory_bytes"] = kv_cache_bytes(
         every_model, arguments["max_num_seqs"], run, args
     )
+    arguments |= args.engine_args
+    options = speculation_options(plan, run, args)
     if others:
-        arguments["worker_cls"] = CHEF_WORKER if run.takes_turns else ENSEMBLE_WORKER
-        arguments["additional_config"] = {"ensemble": ensemble_config(run, others, args)}
-    if run.policy:
-        proposer = folders[run.proposer] if run.proposer else others[-1]
-        arguments["speculative_config"] = speculative_config(plan, run, proposer, args)
-    if run.takes_turns:
-        gamma = list(run.gammas) if run.policy == "chef" else run.gammas[0]
-        arguments["additional_config"]["chef"] = {"policy": run.policy, "gamma": gamma}
-        arguments["max_num_scheduled_tokens"] = SCHEDULED_TOKENS
-    if run.is_adaptive:
-        make_adaptive(arguments, run)
-    return arguments | args.engine_args
-
-
-def make_adaptive(arguments: dict[str, Any], run: Run) -> None:
-    """Gammas that are chosen as it goes, `run.gammas` at most."""
-    from vllm.chef.config import AUTO, SCHEDULER, depth_schedule
-    from vllm.chef.turns import chef_turns
-
-    schedule = depth_schedule(chef_turns(run.gammas, [1.0] * len(run.members), run.scores))
-    arguments["additional_config"]["chef"] |= {"gamma": AUTO, "max_gamma": list(run.gammas)}
-    arguments["speculative_config"]["num_speculative_tokens_per_batch_size"] = schedule
-    arguments["scheduler_cls"] = SCHEDULER
-    arguments["max_num_seqs"] = max(arguments["max_num_seqs"], len(schedule))
-
-
-def ensemble_config(run: Run, others: list[str], args: Namespace) -> dict[str, Any]:
-    config = {"extra_model": others, "ensemble_fn": "weighted", "ensemble_target": args.target}
-    if run.alpha is not None:
-        config |= {
-            "ensemble_fn": "contrastive",
-            "ensemble_target": "raw-logits",
-            "alpha": run.alpha,
+        return ensemble_arguments(run, folders, args.target, options, arguments)
+    if run.proposer:
+        arguments["speculative_config"] = {
+            "method": "draft_model",
+            "model": folders[run.proposer],
+            "num_speculative_tokens": run.window,
+            **options,
         }
+    return arguments
+
+
+def ensemble_arguments(
+    run: Run,
+    folders: Mapping[str, str],
+    target: str,
+    options: dict[str, Any],
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """The arguments with an ensemble's; `options` are further ones of its speculation."""
+    from vllm.chef import ensemble_args
+    from vllm.chef.config import AUTO
+
+    ensemble = {"ensemble_target": target}
+    if run.alpha is not None:
+        ensemble = {"ensemble_fn": "contrastive", "alpha": run.alpha}
     elif not all(run.scores):
-        config["weights"] = [scores / len(run.counted) for scores in run.scores]
-    return config
+        ensemble["weights"] = [scores / len(run.counted) for scores in run.scores]
+    proposing = {}
+    if run.takes_turns:
+        gammas = list(run.gammas) if run.policy == "chef" else run.gammas[0]
+        proposing = {"policy": run.policy, "gamma": gammas}
+        arguments = {"max_num_scheduled_tokens": SCHEDULED_TOKENS, **arguments}
+    elif run.proposer:
+        proposing = {"draft_model": folders[run.proposer], "gamma": run.window}
+    if run.is_adaptive:
+        proposing |= {"gamma": AUTO, "max_gamma": gammas}
+        # vLLM prepares one depth per number of requests.
+        num_depths = run.window + 1
+        arguments = {**arguments, "max_num_seqs": max(arguments["max_num_seqs"], num_depths)}
+    if options:
+        arguments = {**arguments, "speculative_config": options}
+    others = [folders[name] for name in run.members[1:]]
+    return ensemble_args(extra_model=others, **ensemble, **proposing, **arguments)
 
 
-def speculative_config(plan: Plan, run: Run, proposer: str, args: Namespace) -> dict[str, Any]:
+def speculation_options(plan: Plan, run: Run, args: Namespace) -> dict[str, Any]:
     from vllm.chef.synthetic import unconditional_rates
 
-    config = {
-        "method": "draft_model",
-        "model": proposer,
-        "num_speculative_tokens": run.window,
-    }
-    if run.proposer and any(args.temperature):
-        config["draft_sample_method"] = "probabilistic"  # as the harness has it
-    if plan.acceptances:
+    options = {}
+    if run.proposer:
+        # Where tokens are sampled, as the harness has it.
+        options["draft_sample_method"] = "probabilistic" if any(args.temperature) else "greedy"
+    if plan.acceptances and run.policy:
         rates = unconditional_rates(plan.acceptances[0], run.window)
-        config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
-    return config
+        options |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
+    return options
 
 
 def is_dummy(run: Run) -> bool:

@@ -137,7 +137,7 @@ class Engine:
             config, UsageContext.LLM_CLASS, disable_log_stats=True
         )
         if is_ensemble(config):
-            from vllm.ensemble_decode.frontend import allow_all_sampling_params
+            from vllm.ensemble_decode import allow_all_sampling_params
 
             allow_all_sampling_params(llm_engine)
         return cls(llm_engine, sampling_params, takes_turns)

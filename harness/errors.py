@@ -15,4 +15,9 @@ def one_line(error: Exception) -> str:
     pydantic spreads its errors over several lines; the first line has the reason.
     """
     text = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
-    return textwrap.shorten(text.removeprefix("Value error, "), MAX_LENGTH, placeholder=" ...")
+    return shortened(text.removeprefix("Value error, "))
+
+
+def shortened(text: str) -> str:
+    """`text` as one line of bearable length."""
+    return textwrap.shorten(text, MAX_LENGTH, placeholder=" ...")

@@ -4,28 +4,25 @@ Plain data in, plain data out. This module starts no engine and loads only model
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.errors import ConfigError, one_line
+from harness.errors import ConfigError, one_line, shortened
+from harness.fields import ENSEMBLE_KEYS, in_keys
 from harness.models import resolve_member, resolve_model
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
-
+    from vllm.chef.arguments import ResolvedEnsemble
+    from vllm.chef.config import ChefConfig
     from vllm.chef.turns import Turns
-    from vllm.ensemble_decode import EnsembleConfig
 
 logger = logging.getLogger(__name__)
 
-ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
-CHEF_WORKER = "vllm.chef.worker.ChefWorker"
-# Keys under method.llm that belong to the ensemble and not to vLLM.
-ENSEMBLE_KEYS = ("ensemble_fn", "ensemble_target", "ensemble_args")
+# Keys under method.llm that decide about other arguments of an ensemble.
+READ_KEYS = ("max_model_len", "trust_remote_code")
 # Keys under method.llm that every run sets itself: there is one engine, and its prompts are text.
 RUN_KEYS = (
     "model",
@@ -92,10 +89,9 @@ def _sd(method: Mapping[str, Any]) -> MethodSpec:
         "model": draft_model,
         "num_speculative_tokens": gamma,
     }
-    named = [("method.model", model), ("method.draft_model", draft_model)]
     engine_args = {
         "speculative_config": speculative_config,
-        **_context(method, named, (model, draft_model)),
+        **_context(method, model, draft_model),
     }
     return _spec(method, (model,), engine_args, {"draft_model": draft_model, "gamma": gamma})
 
@@ -103,7 +99,7 @@ def _sd(method: Mapping[str, Any]) -> MethodSpec:
 def _plain(method: Mapping[str, Any]) -> MethodSpec:
     """All members score every token. A draft model, if given, proposes only and has no say."""
     named = _named_members(method)
-    proposer, parameters = {}, {}
+    parameters = {}
     if method.get("draft_model") is not None:
         if method["llm"].get("speculative_config") is not None:
             raise ConfigError(
@@ -113,74 +109,35 @@ def _plain(method: Mapping[str, Any]) -> MethodSpec:
         gamma = _check_gamma(method.get("gamma"))
         draft_model = resolve_model(method["draft_model"], "method.draft_model")
         parameters = {"draft_model": draft_model, "gamma": gamma}
-        proposer["speculative_config"] = {
-            "method": "draft_model",
-            "model": draft_model,
-            "num_speculative_tokens": gamma,
-            # When the target samples, draws of the draft model are accepted more often than its
-            # likeliest token.
-            "draft_sample_method": "probabilistic",
-        }
     members = _resolve_members(named)
-    ensemble, recorded = _ensemble(method, members)
-    models = members
-    if "draft_model" in parameters:
-        named, models = [*named, ("method.draft_model", draft_model)], (*members, draft_model)
-    engine_args = {
-        "worker_cls": ENSEMBLE_WORKER,
-        "additional_config": {"ensemble": ensemble.to_dict()},
-        **proposer,
-        **_context(method, named, models),
-    }
-    return _spec(method, members, engine_args, {**recorded, **parameters})
+
+    from vllm.chef.arguments import draft_config
+
+    draft = draft_config(draft_model, gamma) if parameters else None
+    resolved = _resolve(method, members, None, draft)
+    parameters = {**_recorded(method), **parameters}
+    return _spec(method, members, resolved.engine_args, parameters)
 
 
 def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
     """Members propose in turn (`chef`), or the last member always proposes (`sd`)."""
 
     def make_spec(method: Mapping[str, Any]) -> MethodSpec:
-        named = _named_members(method)
-        members = _resolve_members(named)
+        members = _resolve_members(_named_members(method))
 
-        from vllm.chef.config import CONFIG_KEY, SCHEDULER, ChefConfig, depth_schedule
+        from vllm.chef.config import AUTO, ChefConfig
 
-        with _errors_of_keys():
-            chef = ChefConfig(method["gamma"], policy, method.get("turn_order"))
-            if chef.is_adaptive:
-                chef = dataclasses.replace(chef, max_gamma=method.get("max_gamma"))
-        ensemble, parameters = _ensemble(method, members)
-        configs = _model_configs(method, named, members)
-        turns = _make_turns(chef, configs, ensemble)
-        # vLLM accepts only a draft model with the target's number of rows. vLLM loads neither
-        # candidate.
-        carrier = turns[-1].members[0]
-        if configs[carrier].get_vocab_size() != configs[0].get_vocab_size():
-            carrier = 0
-        engine_args = {
-            "worker_cls": CHEF_WORKER,
-            "additional_config": {"ensemble": ensemble.to_dict(), CONFIG_KEY: chef.to_dict()},
-            # vLLM uses this to carry the pending tokens from step to step.
-            "speculative_config": {
-                "method": "draft_model",
-                "model": members[carrier],
-                "num_speculative_tokens": turns.window,
-            },
-        }
-        if chef.is_adaptive:
-            engine_args["scheduler_cls"] = SCHEDULER
-            schedule = {"num_speculative_tokens_per_batch_size": depth_schedule(turns)}
-            engine_args["speculative_config"] |= schedule
-        if method["llm"].get("max_model_len") is None:
-            engine_args["max_model_len"] = _longest_context(configs)
-        order = [(member, turn.gamma) for turn in turns for member in turn.members]
-        max_gamma = chef.gamma_limit if policy == "sd" else [gamma for _, gamma in sorted(order)]
-        gammas = (
-            {"gamma": chef.gamma, "max_gamma": max_gamma}
-            if chef.is_adaptive
-            else {"gamma": max_gamma}
-        )
-        parameters |= {**gammas, "turn_order": [member for member, _ in order]}
-        return _spec(method, members, engine_args, parameters, turns)
+        # Of a gamma that is not auto, configs/ has a max_gamma all the same.
+        max_gamma = method.get("max_gamma") if method["gamma"] == AUTO else None
+        with _errors_of_keys(method):
+            chef = ChefConfig(method["gamma"], policy, method.get("turn_order"), max_gamma)
+        resolved = _resolve(method, members, chef, None)
+        order = [member for turn in resolved.turns for member in turn.members]
+        limit = resolved.chef.gamma_limit
+        limit = limit if policy == "sd" else list(limit)
+        gammas = {"gamma": AUTO, "max_gamma": limit} if chef.is_adaptive else {"gamma": limit}
+        parameters = {**_recorded(method), **gammas, "turn_order": order}
+        return _spec(method, members, resolved.engine_args, parameters, resolved.turns)
 
     return make_spec
 
@@ -231,75 +188,67 @@ def _resolve_members(named: list[tuple[str, Any]]) -> tuple[str, ...]:
     return tuple(resolve_member(name, key) for key, name in named)
 
 
-def _ensemble(
-    method: Mapping[str, Any], members: tuple[str, ...]
-) -> tuple["EnsembleConfig", dict[str, Any]]:
-    """The ensemble, and its parameters for the record."""
+def _resolve(
+    method: Mapping[str, Any],
+    members: tuple[str, ...],
+    chef: "ChefConfig | None",
+    draft: dict[str, Any] | None,
+) -> "ResolvedEnsemble":
+    from vllm.chef.arguments import resolve_ensemble
     from vllm.ensemble_decode import EnsembleConfig
 
+    read = {key: method["llm"].get(key) for key in READ_KEYS}
+    with _errors_of_keys(method):
+        ensemble = EnsembleConfig(extra_model=members[1:], **_recorded(method))
+        resolved = resolve_ensemble(members[0], ensemble, chef, draft, read)
+    if resolved.is_shortened:
+        _warn_of_context(resolved.engine_args["max_model_len"], draft["model"])
+    return resolved
+
+
+def _recorded(method: Mapping[str, Any]) -> dict[str, Any]:
+    """The ensemble's parameters, for the record."""
     parameters = {key: method[key] for key in ("alpha", "weights") if method.get(key) is not None}
     parameters |= {key: method["llm"].get(key) for key in ENSEMBLE_KEYS}
     parameters["ensemble_args"] = parameters["ensemble_args"] or {}
-    with _errors_of_keys():
-        return EnsembleConfig(extra_model=members[1:], **parameters), parameters
+    return parameters
 
 
-def _model_configs(
-    method: Mapping[str, Any], named: list[tuple[str, Any]], members: tuple[str, ...]
-) -> list["ModelConfig"]:
-    from vllm.config import ModelConfig
-
-    trust = bool(method["llm"].get("trust_remote_code"))
-    configs = []
-    for (key, _), member in zip(named, members, strict=True):
-        with _errors_of_keys(f"{key}: '{member}': "):
-            configs.append(ModelConfig(model=member, trust_remote_code=trust))
-    return configs
-
-
-def _context(
-    method: Mapping[str, Any], named: list[tuple[str, Any]], models: tuple[str, ...]
-) -> dict[str, int]:
-    """The longest context that all models have, as an engine argument, unless the user set one.
-
-    A draft model counts as well: it would otherwise read past its last position.
-    """
+def _context(method: Mapping[str, Any], model: str, draft_model: str) -> dict[str, int]:
+    """As an engine argument the longest context that both models have, unless the user set one."""
     if method["llm"].get("max_model_len") is not None:
         return {}
-    configs = _model_configs(method, named, models)
-    longest = _longest_context(configs)
-    if named[-1][0] == "method.draft_model" and longest < _longest_context(configs[:-1]):
-        logger.warning(
-            "the context is %d tokens, that of the draft model '%s'; method.llm.max_model_len sets "
-            "it, and a draft model of a longer context allows more",
-            longest,
-            models[-1],
-        )
+    from vllm.chef.arguments import common_context, model_config
+
+    with _errors_of_keys(method):
+        target = model_config(model, "--model", method["llm"])
+        draft = model_config(draft_model, "draft_model", method["llm"])
+    longest, is_shortened = common_context([target], [draft])
+    if is_shortened:
+        _warn_of_context(longest, draft_model)
     return {"max_model_len": longest}
 
 
-def _longest_context(configs: list["ModelConfig"]) -> int:
-    return min(config.max_model_len for config in configs)
-
-
-def _make_turns(chef: Any, configs: list["ModelConfig"], ensemble: "EnsembleConfig") -> "Turns":
-    from vllm.chef.config import relative_cost
-
-    with _errors_of_keys():
-        return chef.make_turns(
-            [relative_cost(config) for config in configs], ensemble.make_function().counted
-        )
+def _warn_of_context(longest: int, draft_model: str) -> None:
+    logger.warning(
+        "the context is %d tokens, that of the draft model '%s'; method.llm.max_model_len sets "
+        "it, and a draft model of a longer context allows more",
+        longest,
+        draft_model,
+    )
 
 
 @contextlib.contextmanager
-def _errors_of_keys(prefix: str = "") -> Iterator[None]:
-    """Turn a ValueError into a ConfigError; its text, after `prefix`, begins with the key."""
+def _errors_of_keys(method: Mapping[str, Any]) -> Iterator[None]:
+    """Bad input within is told in the keys of `method`."""
+    from vllm.ensemble_decode import ConfigFieldError
+
     try:
         yield
-    except ConfigError:
-        raise
+    except ConfigFieldError as error:
+        raise ConfigError(shortened(in_keys(error, method))) from error
     except ValueError as error:
-        raise ConfigError(f"{prefix}{one_line(error)}") from error
+        raise ConfigError(one_line(error)) from error
 
 
 def _spec(

@@ -25,12 +25,11 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
 
-from vllm.chef.config import AUTO, SCHEDULER
+from vllm.chef import ensemble_args
+from vllm.chef.config import AUTO
 from vllm.chef.step import CycleStep
-from vllm.ensemble_decode.frontend import allow_all_sampling_params
+from vllm.ensemble_decode import allow_all_sampling_params
 
-ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
-CHEF_WORKER = "vllm.chef.worker.ChefWorker"
 # Far below any level at which a sound sampler fails in the suite's lifetime, far above what a
 # biased one reaches with thousands of draws.
 P_VALUE = 1e-4
@@ -51,41 +50,34 @@ def engine(
     the engine, each step's depth is a random one: more changes than any measurement would bring.
     """
     is_adaptive = chef is not None and chef["gamma"] == AUTO
-    defaults = dict(
-        skip_tokenizer_init=True,
-        dtype="float32",
-        enforce_eager=True,
-        kv_cache_memory_bytes=32 << 20,
-        gpu_memory_utilization=0.05,  # vLLM wants that much to be free
-        max_num_seqs=64,
-        max_model_len=96,
-        disable_log_stats=False,
-        seed=0,
-    )
-    if ensemble is not None:
-        defaults |= dict(worker_cls=ENSEMBLE_WORKER, additional_config={"ensemble": ensemble})
+    arguments = {
+        **dict(
+            skip_tokenizer_init=True,
+            dtype="float32",
+            enforce_eager=True,
+            kv_cache_memory_bytes=32 << 20,
+            gpu_memory_utilization=0.05,  # vLLM wants that much to be free
+            max_num_seqs=64,
+            max_model_len=96,
+            disable_log_stats=False,
+            seed=0,
+        ),
+        **arguments,
+    }
     if chef is not None:
-        defaults |= dict(
-            worker_cls=CHEF_WORKER,
-            max_num_scheduled_tokens=256,
-            additional_config={"ensemble": ensemble, "chef": chef},
-            speculative_config={
-                "method": "draft_model",
-                "model": ensemble["extra_model"][-1],
-                "num_speculative_tokens": window,
-            },
-        )
-    if is_adaptive:
-        defaults["scheduler_cls"] = SCHEDULER
-        defaults["speculative_config"]["num_speculative_tokens_per_batch_size"] = [
-            [size, size, window + 1 - size] for size in range(1, window + 2)
-        ]
+        chef = {"policy": "chef", **chef}
+        arguments.setdefault("max_num_scheduled_tokens", 256)
+    if ensemble is not None:
+        ensemble = {"ensemble_target": "probs", **ensemble}
+        arguments = ensemble_args(model, **ensemble, **(chef or {}), **arguments)
+    if chef is not None:
+        assert arguments["speculative_config"]["num_speculative_tokens"] == window
     # vLLM collects garbage a dozen times as it starts: half a second each, without this.
     gc.freeze()
     with _async_scheduling(bool(arguments.get("async_scheduling"))):
-        llm = LLM(model, **{**defaults, **arguments})
+        llm = LLM(**{"model": model, **arguments})
     if ensemble is not None:
-        allow_all_sampling_params(llm.llm_engine)
+        allow_all_sampling_params(llm)
     if is_adaptive:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         scheduler.dynamic_sd_lookup = RandomDepths(window)

@@ -158,7 +158,8 @@ def shapes_in(tmp_path):
 
 def test_engine_arguments_of_turns():
     found = arguments("llama-7b+llama-68m@1,5", (0.5,))
-    assert found["additional_config"]["chef"] == {"policy": "chef", "gamma": [1, 5]}
+    chef = {"policy": "chef", "gamma": [1, 5], "turn_order": [0, 1]}
+    assert found["additional_config"]["chef"] == chef
     speculative = found["speculative_config"]
     assert speculative["num_speculative_tokens"] == 5
     assert speculative["rejection_sample_method"] == "synthetic"
@@ -168,7 +169,7 @@ def test_engine_arguments_of_turns():
 
 def test_engine_arguments_of_adaptive_turns():
     found = arguments("llama-7b+llama-68m@auto1,2", (0.5,))
-    chef = {"policy": "chef", "gamma": "auto", "max_gamma": [1, 2]}
+    chef = {"policy": "chef", "gamma": "auto", "max_gamma": [1, 2], "turn_order": [0, 1]}
     assert found["additional_config"]["chef"] == chef
     schedule = found["speculative_config"]["num_speculative_tokens_per_batch_size"]
     assert [depth for _, _, depth in schedule] == [2, 1, 0]

@@ -1,5 +1,21 @@
 """Speculative ensembles by turns, and the plugin that vLLM loads in each of its processes."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.chef.arguments import ensemble_args
+
+__all__ = ["ensemble_args", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported with the plugin: vLLM loads that while it imports what the function needs.
+    if name == "ensemble_args":
+        from vllm.chef.arguments import ensemble_args
+
+        return ensemble_args
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
 
 def register() -> None:
     """vLLM's general plugin. vLLM calls it once or more in every process.

@@ -1,8 +1,8 @@
 """How a speculative ensemble takes turns: plain data in `additional_config["chef"]`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from vllm.config import ModelConfig, VllmConfig
 
@@ -78,6 +78,16 @@ class ChefConfig(PlainData):
     def gamma_limit(self) -> int | tuple[int, ...]:
         """The most tokens that a member proposes in its turn."""
         return self.max_gamma or DEFAULT_MAX_GAMMA if self.is_adaptive else self.gamma
+
+    def resolved(self, turns: Turns) -> Self:
+        """The same, with all that `make_turns` derived for `turns` written out."""
+        if self.policy == "sd":  # one number, and an order that is always the same
+            return replace(self, max_gamma=self.gamma_limit) if self.is_adaptive else self
+        gammas = {member: turn.gamma for turn in turns for member in turn.members}
+        name = "max_gamma" if self.is_adaptive else "gamma"
+        by_member = tuple(gammas[member] for member in sorted(gammas))
+        order = tuple(member for turn in turns for member in turn.members)
+        return replace(self, **{name: by_member}, turn_order=order)
 
     def _checked_gamma(self, name: str) -> int | tuple[int, ...]:
         value = getattr(self, name)

@@ -1,0 +1,303 @@
+"""From an ensemble to vLLM's engine arguments: the Python API.
+
+The harness, the benchmarks and the tests make their engines from it as well.  Reads the models'
+configs, which tell their costs and contexts.  Loads no weight and starts no engine.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.usage.usage_lib import UsageContext
+
+from vllm.chef import config as chef_config
+from vllm.chef.config import (
+    POLICIES,
+    SCHEDULER,
+    ChefConfig,
+    depth_schedule,
+    max_scheduled_tokens,
+    relative_cost,
+)
+from vllm.chef.turns import Turns
+from vllm.ensemble_decode import config as ensemble_config
+from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.errors import ConfigFieldError, reason
+
+logger = init_logger(__name__)
+
+ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
+CHEF_WORKER = "vllm.chef.worker.ChefWorker"
+PLAIN = "plain"
+# Functions that subtract, for which raw logits are meant.
+CONTRASTIVE = "contrastive"
+
+
+@dataclass(frozen=True)
+class ResolvedEnsemble:
+    """An ensemble whose turns are known.
+
+    Args:
+        engine_args: of vLLM's `EngineArgs`, what the ensemble needs besides `model`.
+        chef: the turns as resolved, gammas by member and the order of calls. None: a plain
+            ensemble.
+        turns: the same turns, as the engine runs them.
+        is_shortened: whether the draft model has the shortest context of all models.
+    """
+
+    engine_args: dict[str, Any]
+    chef: ChefConfig | None
+    turns: Turns | None
+    is_shortened: bool
+
+
+def ensemble_args(
+    model: str,
+    extra_model: str | Sequence[str],
+    *,
+    ensemble_fn: str = "weighted",
+    ensemble_target: str | None = None,
+    alpha: float | None = None,
+    weights: Sequence[float] | None = None,
+    ensemble_args: Mapping[str, Any] | None = None,
+    policy: str | None = None,
+    gamma: int | Sequence[int] | str | None = None,
+    max_gamma: int | Sequence[int] | None = None,
+    turn_order: Sequence[int] | None = None,
+    draft_model: str | None = None,
+    **engine_args: Any,
+) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for an ensemble.
+
+    Args:
+        model, extra_model: the members, paths or hub ids; `extra_model` is a name or a list.
+        ensemble_fn, alpha, weights, ensemble_args: as `EnsembleConfig` has them.
+        ensemble_target: as `EnsembleConfig` has it. None: `raw-logits` for contrastive functions,
+            else `probs`.
+        policy: `plain`, all members run on every token; `chef`, members take turns to propose;
+            `sd`, the last member always proposes. None: `chef` where gamma is given without a draft
+            model, else `plain`.
+        gamma, max_gamma, turn_order: as `ChefConfig` has them. A draft model's gamma is a number.
+        draft_model: a model outside of the ensemble. It proposes `gamma` tokens to a plain
+            ensemble, through vLLM's own speculation.
+        **engine_args: further arguments of vLLM by name, which are passed through. A
+            `speculative_config` may hold further options of the speculation that is set here.
+
+    Returns:
+        `model`, `worker_cls`, `additional_config`, and what turns or a draft model need.
+        `max_model_len` is the longest context that all models have, unless it is given. Where turns
+        need a limit of `max_num_scheduled_tokens`, it comes with `max_num_seqs` and
+        `max_num_batched_tokens`: as given, or else those that vLLM has for `LLM`.
+
+    Raises:
+        ConfigFieldError: one line that names the argument and the remedy.
+    """
+    policy = policy or (PLAIN if gamma is None or draft_model is not None else POLICIES[0])
+    asked = {"gamma": gamma, "max_gamma": max_gamma, "turn_order": turn_order}
+    # Wrong turns are told before any file of a model is looked for.
+    chef = draft = None
+    if policy != PLAIN:
+        chef = _chef(policy, draft_model, **asked)
+    elif draft_model is not None:
+        _check_no_turns({**asked, "gamma": None})
+        draft = draft_config(draft_model, gamma)
+    else:
+        _check_no_turns(asked)
+    parameters = {"alpha": alpha, "weights": weights, "ensemble_args": ensemble_args or {}}
+    target = ensemble_target or _default_target(ensemble_fn)
+    ensemble = EnsembleConfig(extra_model, ensemble_fn, target, **parameters)
+    resolved = resolve_ensemble(model, ensemble, chef, draft, engine_args)
+    if resolved.is_shortened:
+        logger.warning(
+            "The context is %d tokens, that of the draft model '%s'. --max-model-len sets it, and "
+            "a draft model of a longer context allows more.",
+            resolved.engine_args["max_model_len"],
+            draft_model,
+        )
+    arguments = {"model": model, **engine_args, **resolved.engine_args}
+    if resolved.turns is not None and arguments.get("max_num_scheduled_tokens") is None:
+        arguments |= _budget(arguments, resolved.turns)
+    return arguments
+
+
+def resolve_ensemble(
+    model: str,
+    ensemble: EnsembleConfig,
+    chef: ChefConfig | None,
+    draft: Mapping[str, Any] | None,
+    engine_args: Mapping[str, Any],
+) -> ResolvedEnsemble:
+    """Turns, and the engine arguments but for the budget of a step.
+
+    The budget hangs on other limits, which may be set later.
+
+    Args:
+        chef: the turns as asked for; None: a plain ensemble.
+        draft: the speculation of a draft model outside a plain ensemble (`draft_config`), or None.
+        engine_args: the user's. They are read and not passed through.
+
+    Raises:
+        ConfigFieldError: one line that names the field and the remedy.
+    """
+    configs = [model_config(model, "--model", engine_args)]
+    configs += [
+        model_config(path, "ensemble.extra_model", engine_args) for path in ensemble.extra_model
+    ]
+    made: dict[str, Any] = {"worker_cls": ENSEMBLE_WORKER}
+    additional = {ensemble_config.CONFIG_KEY: ensemble.to_dict()}
+    drafts, turns, speculative = [], None, draft
+    if draft is not None:
+        drafts = [model_config(draft["model"], "draft_model", engine_args)]
+    if chef is not None:
+        costs = [relative_cost(config) for config in configs]
+        turns = chef.make_turns(costs, ensemble.make_function().counted)
+        chef = chef.resolved(turns)
+        made["worker_cls"] = CHEF_WORKER
+        additional[chef_config.CONFIG_KEY] = chef.to_dict()
+        speculative = _carrier((model, *ensemble.extra_model), configs, turns)
+        if chef.is_adaptive:
+            speculative["num_speculative_tokens_per_batch_size"] = depth_schedule(turns)
+            made["scheduler_cls"] = SCHEDULER
+    made["additional_config"] = _additional_config(engine_args, additional)
+    if speculative is not None:
+        made["speculative_config"] = _speculative_config(engine_args, speculative)
+    is_shortened = False
+    if engine_args.get("max_model_len") is None:
+        made["max_model_len"], is_shortened = common_context(configs, drafts)
+    return ResolvedEnsemble(made, chef, turns, is_shortened)
+
+
+def model_config(path: str, field: str, engine_args: Mapping[str, Any]) -> ModelConfig:
+    """vLLM's configuration of a model, of which no weight is loaded.
+
+    Raises:
+        ConfigFieldError: of `field`, where there is no such model, or none that vLLM knows.
+    """
+    try:
+        return ModelConfig(model=path, trust_remote_code=bool(engine_args.get("trust_remote_code")))
+    except (ValueError, OSError) as error:  # OSError: files of a model that are missing
+        raise ConfigFieldError(field, f"'{path}': {reason(error)}") from error
+
+
+def common_context(
+    configs: Sequence[ModelConfig], drafts: Sequence[ModelConfig]
+) -> tuple[int, bool]:
+    """The longest context that all models have, and whether it is a draft model's alone.
+
+    A draft model counts as well: it would read past its last position.
+    """
+    of_members = min(config.max_model_len for config in configs)
+    longest = min([of_members, *(config.max_model_len for config in drafts)])
+    return longest, longest < of_members
+
+
+def draft_config(draft_model: str, gamma: int | None) -> dict[str, Any]:
+    """vLLM's `speculative_config` of a draft model outside of an ensemble.
+
+    Raises:
+        ConfigFieldError: of `chef.gamma`, the tokens that it proposes at a time.
+    """
+    if type(gamma) is not int or gamma < 1:
+        raise ConfigFieldError(
+            "chef.gamma", f"{gamma!r} is out of range; of a draft model it must be 1 or more"
+        )
+    return {
+        "method": "draft_model",
+        "model": draft_model,
+        "num_speculative_tokens": gamma,
+        # Where tokens are sampled, draws are accepted more often than the likeliest token.
+        "draft_sample_method": "probabilistic",
+    }
+
+
+def _default_target(ensemble_fn: object) -> str:
+    is_contrast = isinstance(ensemble_fn, str) and ensemble_fn.startswith(CONTRASTIVE)
+    return "raw-logits" if is_contrast else "probs"
+
+
+def _check_no_turns(asked: Mapping[str, Any]) -> None:
+    for name, value in asked.items():
+        if value is not None:
+            raise ConfigFieldError(
+                f"chef.{name}",
+                f"{value!r} is for members that take turns, and those of policy '{PLAIN}' do not; "
+                "leave it out, or choose another policy",
+            )
+
+
+def _chef(
+    policy: str,
+    draft_model: str | None,
+    gamma: int | Sequence[int] | str | None,
+    max_gamma: int | Sequence[int] | None,
+    turn_order: Sequence[int] | None,
+) -> ChefConfig:
+    if draft_model is not None:
+        raise ConfigFieldError(
+            "draft_model",
+            f"'{draft_model}' proposes to a plain ensemble, and policy '{policy}' has members take "
+            "turns; leave one of them out",
+        )
+    config = ChefConfig(gamma, policy, turn_order, max_gamma)
+    if max_gamma is not None and not config.is_adaptive:
+        raise ConfigFieldError(
+            "chef.max_gamma",
+            f'{max_gamma!r} is of gamma "auto", and gamma is {gamma!r}; leave it out',
+        )
+    return config
+
+
+def _carrier(paths: Sequence[str], configs: Sequence[ModelConfig], turns: Turns) -> dict[str, Any]:
+    """How vLLM carries the tokens that are pending from step to step."""
+    # vLLM takes a draft model of the target's number of rows only; it loads neither.
+    carrier = turns[-1].members[0]
+    if configs[carrier].get_vocab_size() != configs[0].get_vocab_size():
+        carrier = 0
+    return {
+        "method": "draft_model",
+        "model": paths[carrier],
+        "num_speculative_tokens": turns.window,
+    }
+
+
+def _additional_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    given = engine_args.get("additional_config") or {}
+    for key in (ensemble_config.CONFIG_KEY, chef_config.CONFIG_KEY):
+        if key in given:
+            raise ConfigFieldError(
+                f"--additional-config.{key}", "the arguments of the ensemble set it; leave it out"
+            )
+    return {**given, **ours}
+
+
+def _speculative_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """The speculation that carries proposals, with further options of the user's."""
+    given = engine_args.get("speculative_config") or {}
+    for key in given:
+        is_set = key in ours and key != "draft_sample_method"
+        if is_set and given[key] != ours[key]:
+            raise ConfigFieldError(
+                f"--speculative-config.{key}",
+                f"{given[key]!r} contradicts the ensemble, which sets {ours[key]!r}; leave it out",
+            )
+    return {**ours, **given}
+
+
+def _budget(arguments: Mapping[str, Any], turns: Turns) -> dict[str, int]:
+    """The limits of a step that turns need, as engine arguments; none where vLLM's own suffice.
+
+    vLLM's defaults depend on what starts the engine, so that a limit needs the others beside it.
+    """
+    if turns.num_new(len(turns) - 1) == 1:
+        return {}
+    config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+    scheduler = config.scheduler_config
+    return {
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        # A limit below 1 is refused by the engine's check, which says why.
+        "max_num_scheduled_tokens": max(1, max_scheduled_tokens(config, turns)),
+    }

@@ -1,0 +1,28 @@
+"""Bad input of an engine: one line that names the field as the engine's user wrote it."""
+
+
+class ConfigFieldError(ValueError):
+    """A value that cannot be meant.
+
+    `str` of it is one line, `field: message`.  vLLM sends an exception between processes pickled or
+    as text, and both keep that line.
+
+    Args:
+        field: `ensemble.alpha` or `chef.gamma` in `additional_config`; an engine argument as a
+            flag, `--max-model-len`, with what is inside of it behind a dot.
+        message: the reason and the remedy. Other fields in it are written in the same way.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        self.field = field
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}"
+
+
+def reason(error: Exception) -> str:
+    """The message of an error as one line; pydantic spreads its errors over several."""
+    text = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
+    return " ".join(text.removeprefix("Value error, ").split())
