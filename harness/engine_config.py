@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.engine import is_ensemble
-from harness.errors import ConfigError, one_line
-from harness.methods import METHODS, MethodSpec
+from harness.errors import ConfigError, one_line, shortened
+from harness.fields import Keys
+from harness.methods import MethodSpec, keys_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+PROPOSER = "--speculative-config.model"
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -32,6 +34,7 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
+    from vllm.ensemble_decode import ConfigFieldError
     from vllm.ensemble_decode.members import check_ensemble
 
     arguments = {"use_tqdm_on_load": False, **spec.engine_args, "seed": seed}
@@ -50,8 +53,10 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
         elif "additional_config" in arguments:
             check_ensemble(config)
         _check_draft_model(config, spec)
+    except ConfigFieldError as error:
+        raise ConfigError(shortened(_keys(spec).line(error))) from error
     except (ValueError, OSError) as error:  # OSError: files of a model are missing
-        raise ConfigError(_named(error, spec)) from error
+        raise ConfigError(_with_key(error, spec)) from error
     if config.model_config.runner_type != "generate" or config.model_config.is_encoder_decoder:
         raise ConfigError(
             f"method.model: '{config.model_config.model}' is no decoder-only language model; "
@@ -112,13 +117,11 @@ def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
     speculative = config.speculative_config
     if speculative is None or speculative.method != "draft_model":
         return
-    is_key = "draft_model" in spec.parameters
-    key = "method.draft_model" if is_key else "method.llm.speculative_config.model"
     # With another tokenizer, the proposed token ids would mean other text.
-    check_tokenizers([config.model_config, speculative.draft_model_config], key)
+    check_tokenizers([config.model_config, speculative.draft_model_config], PROPOSER)
     check_draft_context(config)
     if not is_ensemble(config):
-        _check_stock_draft(config, key)
+        _check_stock_draft(config, _keys(spec).of_field(PROPOSER))
 
 
 def _check_stock_draft(config: "VllmConfig", key: str) -> None:
@@ -143,17 +146,15 @@ def _check_stock_draft(config: "VllmConfig", key: str) -> None:
         )
 
 
-def _named(error: Exception, spec: MethodSpec) -> str:
-    """The error in one line that begins with one of our keys; vLLM does not know our keys."""
-    text = _with_key(error, spec)
-    # The ensemble uses one name for all members but the first.
-    is_cd = "amateur_model" in METHODS[spec.name].keys
-    return text.replace("extra_model", "amateur_model") if is_cd else text
+def _keys(spec: MethodSpec) -> Keys:
+    # The draft model that vLLM sees where members take turns is one of them.
+    return keys_of(spec.name, "draft_model" in spec.parameters or spec.turns is not None)
 
 
 def _with_key(error: Exception, spec: MethodSpec) -> str:
+    """An error of vLLM in one line that begins with one of our keys; vLLM does not know them."""
     text = one_line(error)
-    if text.startswith(("method.", "additional_config.", "VLLM_")):
+    if isinstance(error, ConfigError):
         return text
     details = error.errors()[0] if hasattr(error, "errors") else {}
     # The key comes from the field that pydantic names, else from an argument that the text
@@ -167,7 +168,7 @@ def _with_key(error: Exception, spec: MethodSpec) -> str:
     if "draft_model" in spec.parameters:
         draft = "method.draft_model"
     elif spec.turns is not None:  # the draft model that vLLM sees is a member
-        draft = "method.model/extra_model"
+        draft = _keys(spec).of_field("--model/ensemble.extra_model")
     classes = {"ModelConfig": "method.model", "SpeculativeConfig": draft}
     return f"{classes.get(getattr(error, 'title', ''), 'method.llm')}: {text}"
 

@@ -5,8 +5,8 @@ Here it gets the key under which it stands in `configs/`.
 """
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm.ensemble_decode import ConfigFieldError
@@ -18,31 +18,40 @@ _METHOD_KEYS = ("alpha", "weights", "gamma", "max_gamma", "turn_order")
 _FIELD = re.compile(r"(?<![\w./-])(?:--[a-z][\w-]*|(?:ensemble|chef)\.\w+)(?:\.\w+)*")
 
 
-def in_keys(error: "ConfigFieldError", method: Mapping[str, Any]) -> str:
-    """The error in one line that begins with a key of `method`, the configuration group.
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a method that are not the same for all.
 
-    Fields that the message mentions become keys as well.
+    Args:
+        others: of the members after the first.
+        draft_model: of a model that proposes and has no say.
     """
-    message = _FIELD.sub(lambda match: key_of(match[0], method), error.message)
-    return f"{key_of(error.field, method)}: {message}"
 
+    others: str
+    draft_model: str
 
-def key_of(field: str, method: Mapping[str, Any]) -> str:
-    """The key of a field; fields without a key of their own are left as they are."""
-    others = "amateur_model" if "amateur_model" in method else "extra_model"
-    whole = {
-        "--model": "method.model",
-        "--model/ensemble.extra_model": f"method.model/{others}",
-        "ensemble.extra_model": f"method.{others}",
-        "draft_model": "method.draft_model",
-    }
-    if method["llm"].get("speculative_config") is None:
-        whole["--speculative-config.model"] = "method.draft_model"
-    if field in whole:
-        return whole[field]
-    group, _, name = field.partition(".")
-    if group.startswith("--"):
-        return f"method.llm.{field.removeprefix('--').replace('-', '_')}"
-    if group == "ensemble" and name.split(".")[0] in ENSEMBLE_KEYS:
-        return f"method.llm.{name}"
-    return f"method.{name}" if name in _METHOD_KEYS else field
+    def line(self, error: "ConfigFieldError") -> str:
+        """The error in one line that begins with a key.
+
+        Fields that the message mentions become keys as well.
+        """
+        message = _FIELD.sub(lambda match: self.of_field(match[0]), error.message)
+        return f"{self.of_field(error.field)}: {message}"
+
+    def of_field(self, field: str) -> str:
+        """The key of a field; a field without one is left as it is."""
+        whole = {
+            "--model": "method.model",
+            "--model/ensemble.extra_model": f"method.model/{self.others}",
+            "ensemble.extra_model": f"method.{self.others}",
+            "--speculative-config.model": self.draft_model,
+            "draft_model": self.draft_model,
+        }
+        if field in whole:
+            return whole[field]
+        group, _, name = field.partition(".")
+        if group.startswith("--"):
+            return f"method.llm.{field.removeprefix('--').replace('-', '_')}"
+        if name.split(".")[0] in ENSEMBLE_KEYS:
+            return f"method.llm.{name}"
+        return f"method.{name}" if name in _METHOD_KEYS else field

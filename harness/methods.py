@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.errors import ConfigError, one_line, shortened
-from harness.fields import ENSEMBLE_KEYS, in_keys
+from harness.errors import ConfigError, shortened
+from harness.fields import ENSEMBLE_KEYS, Keys
 from harness.models import resolve_member, resolve_model
 
 if TYPE_CHECKING:
@@ -246,9 +246,19 @@ def _errors_of_keys(method: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except ConfigFieldError as error:
-        raise ConfigError(shortened(in_keys(error, method))) from error
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from error
+        keys = keys_of(method["name"], method["llm"].get("speculative_config") is None)
+        raise ConfigError(shortened(keys.line(error))) from error
+
+
+def keys_of(name: str, has_draft_key: bool) -> Keys:
+    """Of method `name`, where a proposer is, or could be, `method.draft_model` or vLLM's own."""
+    is_cd = "amateur_model" in METHODS[name].keys
+    return Keys(
+        others="amateur_model" if is_cd else "extra_model",
+        draft_model=(
+            "method.draft_model" if has_draft_key else "method.llm.speculative_config.model"
+        ),
+    )
 
 
 def _spec(

@@ -25,16 +25,16 @@ def test_the_costliest_that_proposes_one_token_opens():
 
 def test_a_member_without_a_say_never_opens():
     assert members(chef_turns([1, 1, 1], [1, 2, 3], (True, True, False))) == [1, 0, 2]
-    with pytest.raises(ValueError, match=r"^method\.gamma: \[2, 1\] has no 1; .*gamma 1$"):
+    with pytest.raises(ValueError, match=r"^chef\.gamma: \[2, 1\] has no 1; .*gamma 1$"):
         chef_turns([2, 1], [1, 2], (True, False))
 
 
 def test_turn_order_is_checked():
     assert members(chef_turns([1, 2, 1], [1, 1, 1], ALL, [2, 1, 0])) == [2, 1, 0]
     for order in ([0, 1], [0, 1, 1], [0, 1, 3]):
-        with pytest.raises(ValueError, match=r"^method\.turn_order: .*each member once"):
+        with pytest.raises(ValueError, match=r"^chef\.turn_order: .*each member once"):
             chef_turns([1, 1, 1], [1, 1, 1], ALL, order)
-    with pytest.raises(ValueError, match=r"^method\.turn_order: member 1 cannot open"):
+    with pytest.raises(ValueError, match=r"^chef\.turn_order: member 1 cannot open"):
         chef_turns([1, 2, 1], [1, 1, 1], ALL, [1, 0, 2])
 
 
@@ -77,14 +77,14 @@ def test_sd():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(gamma=0), r"^method\.gamma: 0 is out of range"),
-        (dict(gamma=True), r"^method\.gamma: True is out of range"),
-        (dict(gamma=[1, 2.5]), r"^method\.gamma: 2\.5 is out of range"),
-        (dict(gamma="5"), r"^method\.gamma: '5' is out of range"),
-        (dict(policy="best"), r"^additional_config\.chef\.policy: unknown policy 'best'"),
-        (dict(policy="sd", gamma=[1, 2]), r"^method\.gamma: \[1, 2\] is a list"),
-        (dict(policy="sd", turn_order=[1, 0]), r"^method\.turn_order: .*leave it out"),
-        (dict(turn_order=["a"]), r"^method\.turn_order: \['a'\] is no list of members"),
+        (dict(gamma=0), r"^chef\.gamma: 0 is out of range"),
+        (dict(gamma=True), r"^chef\.gamma: True is out of range"),
+        (dict(gamma=[1, 2.5]), r"^chef\.gamma: 2\.5 is out of range"),
+        (dict(gamma="5"), r"^chef\.gamma: '5' is out of range"),
+        (dict(policy="best"), r"^chef\.policy: unknown policy 'best'"),
+        (dict(policy="sd", gamma=[1, 2]), r"^chef\.gamma: \[1, 2\] is a list"),
+        (dict(policy="sd", turn_order=[1, 0]), r"^chef\.turn_order: .*leave it out"),
+        (dict(turn_order=["a"]), r"^chef\.turn_order: \['a'\] is no list of members"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(config, message):
@@ -95,11 +95,11 @@ def test_what_cannot_be_meant_is_refused(config, message):
 @pytest.mark.parametrize(
     ("config", "scores", "message"),
     [
-        (dict(gamma=[1, 2]), ALL, r"^method\.gamma: \[1, 2\] has 2 entries for 3 members"),
-        (dict(gamma=[2, 2, 3]), ALL, r"^method\.gamma: \[2, 2, 3\] has no 1"),
-        (dict(), (True, False, False), r"^method\.weights: fewer than two members have a say"),
-        (dict(), (False, True, True), r"^method\.weights: the first member has weight 0"),
-        (dict(policy="sd"), (True, True, False), r"^method\.weights: every member of \*_sd"),
+        (dict(gamma=[1, 2]), ALL, r"^chef\.gamma: \[1, 2\] has 2 entries for 3 members"),
+        (dict(gamma=[2, 2, 3]), ALL, r"^chef\.gamma: \[2, 2, 3\] has no 1"),
+        (dict(), (True, False, False), r"^ensemble\.weights: fewer than two members have a say"),
+        (dict(), (False, True, True), r"^ensemble\.weights: the first member has weight 0"),
+        (dict(policy="sd"), (True, True, False), r"^ensemble\.weights: every member of \*_sd"),
     ],
 )
 def test_turns_that_do_not_fit_the_members_are_refused(config, scores, message):
@@ -122,7 +122,7 @@ def test_speculation_that_turns_do_not_do_is_refused(options):
     turns = chef_turns([1, 2], [2, 1], ALL[:2])
     _check_carrier(SimpleNamespace(speculative_config=speculative), turns, False)
     vars(speculative).update(options)
-    with pytest.raises(ValueError, match=r"^method\.llm\.speculative_config[.:]") as error:
+    with pytest.raises(ValueError, match=r"^--speculative-config[.:]") as error:
         _check_carrier(SimpleNamespace(speculative_config=speculative), turns, False)
     assert "\n" not in str(error.value)
     for missing in (None, SimpleNamespace(method="ngram", num_speculative_tokens=2)):
@@ -136,9 +136,9 @@ def test_plain_data_and_back():
     assert data == {"gamma": [1, 3], "policy": "chef", "turn_order": [0, 1]}
     assert ChefConfig.from_additional_config({"chef": data}) == config
     for data in (None, {}, {"chef": 5}):
-        with pytest.raises(ValueError, match=r"^additional_config\.chef: missing"):
+        with pytest.raises(ValueError, match=r"^chef: missing"):
             ChefConfig.from_additional_config(data)
-    with pytest.raises(ValueError, match=r"^additional_config\.chef\.gama: unknown key"):
+    with pytest.raises(ValueError, match=r"^chef\.gama: unknown key"):
         ChefConfig.from_additional_config({"chef": {"gama": 1}})
 
 
@@ -166,5 +166,5 @@ def test_experts_do_not_take_turns_in_parallel():
 
     check(True, 1)
     check(False, 2)
-    with pytest.raises(ValueError, match=r"^method\.llm\.data_parallel_size: 'm1' has experts"):
+    with pytest.raises(ValueError, match=r"^--data-parallel-size: 'm1' has experts"):
         check(True, 2)

@@ -98,19 +98,19 @@ REFUSED = [
     (
         ["mistral_16", "mistral_32"],
         dict(disable_hybrid_kv_cache_manager=True),
-        r"^method\.llm\.disable_hybrid_kv_cache_manager: .* have \[16, 32\]; leave it out$",
+        r"^--disable-hybrid-kv-cache-manager: .* have \[16, 32\]; leave it out$",
     ),
     (
         # Layers with half as many heads get blocks of twice as many tokens.
         ["llama_wide", "llama4"],
         {},
-        r"^method\.llm\.block_size: .* chunks of 128 tokens, which blocks of 256 tokens do not "
+        r"^--block-size: .* chunks of 128 tokens, which blocks of 256 tokens do not "
         r"divide; set it to a divisor of 64$",
     ),
     (
         ["llama", "mixtral"],
         dict(data_parallel_size=2),
-        r"^method\.llm\.data_parallel_size: '.*mixtral' has experts and the first member has none",
+        r"^--data-parallel-size: '.*mixtral' has experts and the first member has none",
     ),
 ]
 
@@ -133,7 +133,7 @@ def test_a_draft_model_of_a_shorter_context_is_refused(root):
     short = save(root, "short", llama_config(max_position_embeddings=64))
     draft = {"method": "draft_model", "model": short, "num_speculative_tokens": 1}
     config = engine_config(model, model, speculative_config=draft)
-    message = r"^method\.llm\.max_model_len: 128 is beyond the draft model '.*', .* is 64; set it"
+    message = r"^--max-model-len: 128 is beyond the draft model '.*', .* is 64; set it"
     with pytest.raises(ValueError, match=message):
         check_ensemble(config)
     check_ensemble(engine_config(model, model, speculative_config=draft, max_model_len=64))

@@ -58,7 +58,7 @@ def test_what_one_member_has_alone_is_lacking_in_the_others_only(root):
 def test_a_token_beyond_the_first_members_rows_is_refused_where_it_could_be_emitted(root):
     members = configs(root, "exact", "tuned")
     message = (
-        r"^method\.model/extra_model: '.*tuned' has token 258, beyond the 257 rows of '.*exact'"
+        r"^--model/ensemble\.extra_model: '.*tuned' has token 258, beyond the 257 rows of '.*exact'"
     )
     with pytest.raises(ValueError, match=message):
         member_vocabularies(members)

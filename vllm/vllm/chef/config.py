@@ -9,6 +9,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.chef.synthetic import common_rate
 from vllm.chef.turns import Turns, chef_turns, sd_turns, spread_gamma
 from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.errors import ConfigFieldError
 from vllm.ensemble_decode.members import check_ensemble
 from vllm.ensemble_decode.plain_data import PlainData
 
@@ -43,7 +44,7 @@ class ChefConfig(PlainData):
             `chef_turns` chooses.
 
     Raises:
-        ValueError: one line that names the key, for any value that is out of range.
+        ConfigFieldError: one line that names the field, for any value that is out of range.
     """
 
     config_key: ClassVar[str] = CONFIG_KEY
@@ -59,9 +60,9 @@ class ChefConfig(PlainData):
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
-            raise ValueError(
-                f"additional_config.{CONFIG_KEY}.policy: unknown policy '{self.policy}'; "
-                f"choose one of {', '.join(POLICIES)}"
+            raise ConfigFieldError(
+                "chef.policy",
+                f"unknown policy '{self.policy}'; choose one of {', '.join(POLICIES)}",
             )
         if not self.is_adaptive:
             object.__setattr__(self, "gamma", self._checked_gamma("gamma"))
@@ -95,49 +96,54 @@ class ChefConfig(PlainData):
         for gamma in value if is_list else [value]:
             if type(gamma) is not int or gamma < 1:
                 words = f', or "{AUTO}"' if name == "gamma" else ""
-                raise ValueError(
-                    f"method.{name}: {gamma!r} is out of range; it must be 1 or more{words}"
+                raise ConfigFieldError(
+                    f"chef.{name}", f"{gamma!r} is out of range; it must be 1 or more{words}"
                 )
         if is_list and self.policy == "sd":
-            raise ValueError(
-                f"method.{name}: {list(value)} is a list, and only the last member proposes; give "
-                "one number"
+            raise ConfigFieldError(
+                f"chef.{name}",
+                f"{list(value)} is a list, and only the last member proposes; give one number",
             )
         return tuple(value) if is_list else value
 
     def _check_order(self) -> None:
         order = self.turn_order
         if not isinstance(order, Sequence) or any(type(member) is not int for member in order):
-            raise ValueError(
-                f"method.turn_order: {order!r} is no list of members; name each by its place, "
-                "from 0"
+            raise ConfigFieldError(
+                "chef.turn_order",
+                f"{order!r} is no list of members; name each by its place, from 0",
             )
         if self.policy == "sd":
-            raise ValueError("method.turn_order: the last member always proposes; leave it out")
+            raise ConfigFieldError(
+                "chef.turn_order", "the last member always proposes; leave it out"
+            )
         object.__setattr__(self, "turn_order", tuple(order))
 
     def make_turns(self, costs: Sequence[float], scores: Sequence[bool]) -> Turns:
         """The turns of members with these relative costs. For `scores`, see `Turns`.
 
         Raises:
-            ValueError: one line that names the key and the remedy.
+            ConfigFieldError: one line that names the field and the remedy.
         """
         num_members = len(costs)
         if sum(scores) < 2:
-            raise ValueError(
-                "method.weights: fewer than two members have a say; take turns with those that "
-                "have, or run method=sd"
+            raise ConfigFieldError(
+                "ensemble.weights",
+                "fewer than two members have a say; take turns with those that have, or run the "
+                "one that has without an ensemble, with --speculative-config.model",
             )
         if not scores[0]:
-            raise ValueError(
-                "method.weights: the first member has weight 0, and decides where the others "
-                "leave no token; put it in another place"
+            raise ConfigFieldError(
+                "ensemble.weights",
+                "the first member has weight 0, and decides where the others "
+                "leave no token; put it in another place",
             )
         if self.policy == "sd":
             if not all(scores):
-                raise ValueError(
-                    "method.weights: every member of *_sd has a say; leave a member of weight 0 "
-                    "out, or propose with it through method.draft_model"
+                raise ConfigFieldError(
+                    "ensemble.weights",
+                    "every member of *_sd has a say; leave a member of weight 0 "
+                    "out, or propose with it through --speculative-config.model",
                 )
             return sd_turns(num_members, self.gamma_limit)
         gammas = (
@@ -147,9 +153,10 @@ class ChefConfig(PlainData):
         )
         if len(gammas) != num_members:
             key = "max_gamma" if self.is_adaptive else "gamma"
-            raise ValueError(
-                f"method.{key}: {list(gammas)} has {len(gammas)} entries for {num_members} "
-                "members; give one each, in the order of the members"
+            raise ConfigFieldError(
+                f"chef.{key}",
+                f"{list(gammas)} has {len(gammas)} entries for {num_members} "
+                "members; give one each, in the order of the members",
             )
         return chef_turns(gammas, costs, scores, self.turn_order)
 
@@ -158,7 +165,7 @@ def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfi
     """The ensemble, its members and their turns, checked before any weight is loaded.
 
     Raises:
-        ValueError: one line that names the key and the remedy.
+        ConfigFieldError: one line that names the field and the remedy.
     """
     ensemble, members = check_ensemble(vllm_config)
     config = ChefConfig.from_additional_config(vllm_config.additional_config)
@@ -211,10 +218,11 @@ def _check_carrier(vllm_config: VllmConfig, turns: Turns, is_adaptive: bool) -> 
     speculative = vllm_config.speculative_config
     given = None if speculative is None else speculative.num_speculative_tokens
     if speculative is None or speculative.method != "draft_model" or given != turns.window:
-        raise ValueError(
-            "method.llm.speculative_config: turns need "
+        raise ConfigFieldError(
+            "--speculative-config",
+            "turns need "
             '{"method": "draft_model", "model": <one of the other members>, '
-            f'"num_speculative_tokens": {turns.window}}}'
+            f'"num_speculative_tokens": {turns.window}}}',
         )
     if is_adaptive:
         _check_adaptive(vllm_config, turns)
@@ -225,8 +233,8 @@ def _check_carrier(vllm_config: VllmConfig, turns: Turns, is_adaptive: bool) -> 
         if is_synthetic and option == "rejection_sample_method":
             continue  # for benchmarks
         if getattr(speculative, option) != default:
-            raise ValueError(
-                f"method.llm.speculative_config.{option}: turns make no use of it; leave it out"
+            raise ConfigFieldError(
+                f"--speculative-config.{option}", "turns make no use of it; leave it out"
             )
 
 
@@ -234,18 +242,20 @@ def _check_adaptive(vllm_config: VllmConfig, turns: Turns) -> None:
     scheduler, schedule = vllm_config.scheduler_config, depth_schedule(turns)
     given = vllm_config.speculative_config.num_speculative_tokens_per_batch_size or []
     if [list(entry) for entry in given] != schedule:
-        raise ValueError(
-            f"method.gamma: {AUTO} needs speculative_config.num_speculative_tokens_per_batch_size="
-            f"{schedule}"
+        raise ConfigFieldError(
+            "chef.gamma",
+            f"{AUTO} needs --speculative-config.num_speculative_tokens_per_batch_size={schedule}",
         )
     if scheduler.scheduler_cls != SCHEDULER:
-        raise ValueError(f"method.llm.scheduler_cls: gamma {AUTO} needs {SCHEDULER}")
+        raise ConfigFieldError("--scheduler-cls", f"gamma {AUTO} needs {SCHEDULER}")
     if scheduler.max_num_seqs < len(schedule):
-        raise ValueError(
-            f"method.llm.max_num_seqs: gamma {AUTO} with these turns needs {len(schedule)} or more"
+        raise ConfigFieldError(
+            "--max-num-seqs", f"gamma {AUTO} with these turns needs {len(schedule)} or more"
         )
     if vllm_config.parallel_config.data_parallel_size > 1:
-        raise ValueError(f"method.gamma: {AUTO} does not go with data parallelism; give numbers")
+        raise ConfigFieldError(
+            "chef.gamma", f"{AUTO} does not go with data parallelism; give numbers"
+        )
 
 
 def _check_parallel(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> None:
@@ -253,9 +263,10 @@ def _check_parallel(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
     parallel = vllm_config.parallel_config
     experts = [member.model for member in members if member.is_moe]
     if experts and parallel.data_parallel_size > 1:
-        raise ValueError(
-            f"method.llm.data_parallel_size: '{experts[0]}' has experts, whose ranks go in step, "
-            "and members that take turns do not; set it to 1"
+        raise ConfigFieldError(
+            "--data-parallel-size",
+            f"'{experts[0]}' has experts, whose ranks go in step, "
+            "and members that take turns do not; set it to 1",
         )
 
 
@@ -264,8 +275,10 @@ def _check_budget(vllm_config: VllmConfig, turns: Turns) -> None:
     limit = max_scheduled_tokens(vllm_config, turns)
     scheduled = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     if limit < 1 or scheduled > max(limit, 0):
-        raise ValueError(
-            f"method.llm.max_num_scheduled_tokens: with these turns it may be {max(limit, 0)} at "
-            "most (max_num_batched_tokens less max_num_seqs times what the members before the "
-            "last propose, less one); set it, lower max_num_seqs or raise max_num_batched_tokens"
+        raise ConfigFieldError(
+            "--max-num-scheduled-tokens",
+            f"with these turns it may be {max(limit, 0)} at "
+            "most (--max-num-batched-tokens less --max-num-seqs times what the members before the "
+            "last propose, less one); set it, lower --max-num-seqs or raise "
+            "--max-num-batched-tokens",
         )

@@ -11,6 +11,7 @@ import torch
 from vllm.config import SpeculativeConfig, get_current_vllm_config_or_none
 
 from vllm.chef.turns import Turns
+from vllm.ensemble_decode.errors import ConfigFieldError
 
 
 def unconditional_rates(rate: float, num_tokens: int) -> list[float]:
@@ -28,7 +29,7 @@ def common_rate(speculative: SpeculativeConfig) -> float | None:
     therefore need the same rate.
 
     Raises:
-        ValueError: one line that names the key and the remedy.
+        ConfigFieldError: one line that names the field and the remedy.
     """
     if speculative.rejection_sample_method != "synthetic":
         return None
@@ -40,9 +41,9 @@ def common_rate(speculative: SpeculativeConfig) -> float | None:
     ]
     # Entries may be rounded. The tolerance only has to detect different rates.
     if not all(math.isclose(other, rate, abs_tol=1e-3) for other in rates):
-        raise ValueError(
-            "method.llm.speculative_config.synthetic_acceptance_rates: turns accept all tokens at "
-            f"one rate a; give its powers, a, a**2, ... a**{len(given)}"
+        raise ConfigFieldError(
+            "--speculative-config.synthetic_acceptance_rates",
+            f"turns accept all tokens at one rate a; give its powers, a, a**2, ... a**{len(given)}",
         )
     return rate
 

@@ -6,6 +6,8 @@ Plain data. This module knows neither models nor scores.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from vllm.ensemble_decode.errors import ConfigFieldError
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -168,21 +170,22 @@ def chef_turns(
             others follow by the tokens they propose, fewest first.
 
     Raises:
-        ValueError: one line that names the key and the remedy.
+        ConfigFieldError: one line that names the field and the remedy.
     """
     if order is None:
         opens = primary(gammas, costs, scores)
         others = [member for member in range(len(gammas)) if member != opens]
         order = [opens, *sorted(others, key=lambda member: gammas[member])]
     elif sorted(order) != list(range(len(gammas))):
-        raise ValueError(
-            f"method.turn_order: {list(order)} must name each member once, by its place from 0 to "
-            f"{len(gammas) - 1}"
+        raise ConfigFieldError(
+            "chef.turn_order",
+            f"{list(order)} must name each member once, by its place from 0 to {len(gammas) - 1}",
         )
     elif gammas[order[0]] != 1 or not scores[order[0]]:
-        raise ValueError(
-            f"method.turn_order: member {order[0]} cannot open the step, which a member of the "
-            "ensemble with gamma 1 must do; begin with another, or set its gamma to 1"
+        raise ConfigFieldError(
+            "chef.turn_order",
+            f"member {order[0]} cannot open the step, which a member of the "
+            "ensemble with gamma 1 must do; begin with another, or set its gamma to 1",
         )
     return Turns(tuple(Turn((member,), gammas[member]) for member in order), tuple(scores))
 
@@ -191,13 +194,14 @@ def primary(gammas: Sequence[int], costs: Sequence[float], scores: Sequence[bool
     """The member that opens the step: the costliest scorer among those that propose one token.
 
     Raises:
-        ValueError: one line that names the key and the remedy.
+        ConfigFieldError: one line that names the field and the remedy.
     """
     candidates = [m for m in range(len(gammas)) if gammas[m] == 1 and scores[m]]
     if not candidates:
-        raise ValueError(
-            f"method.gamma: {list(gammas)} has no 1; the member that opens a cycle proposes one "
-            "token, so give the largest member gamma 1"
+        raise ConfigFieldError(
+            "chef.gamma",
+            f"{list(gammas)} has no 1; the member that opens a cycle proposes one "
+            "token, so give the largest member gamma 1",
         )
     return max(candidates, key=lambda member: costs[member])
 

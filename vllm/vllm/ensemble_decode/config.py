@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from vllm.ensemble_decode.errors import ConfigFieldError
 from vllm.ensemble_decode.functions import METHOD_KEYS, EnsembleFunction, make_function
 from vllm.ensemble_decode.plain_data import PlainData
 
@@ -29,7 +30,7 @@ class EnsembleConfig(PlainData):
         ensemble_args: its other parameters, by name.
 
     Raises:
-        ValueError: one line that names the key, for any value that is out of range.
+        ConfigFieldError: one line that names the field, for any value that is out of range.
     """
 
     config_key: ClassVar[str] = CONFIG_KEY
@@ -50,14 +51,15 @@ class EnsembleConfig(PlainData):
         members = (extra,) if isinstance(extra, str) else tuple(extra or ())
         object.__setattr__(self, "extra_model", members)
         if not isinstance(self.ensemble_args, Mapping):
-            raise ValueError(
-                f"method.llm.ensemble_args: {self.ensemble_args!r} does not name parameters; "
-                "write {name: value, ...}"
+            raise ConfigFieldError(
+                "ensemble.ensemble_args",
+                f"{self.ensemble_args!r} does not name parameters; write {{name: value, ...}}",
             )
         if self.ensemble_target not in ENSEMBLE_TARGETS:
-            raise ValueError(
-                f"method.llm.ensemble_target: unknown target '{self.ensemble_target}'; "
-                f"choose one of {', '.join(ENSEMBLE_TARGETS)}"
+            raise ConfigFieldError(
+                "ensemble.ensemble_target",
+                f"unknown target '{self.ensemble_target}'; "
+                f"choose one of {', '.join(ENSEMBLE_TARGETS)}",
             )
         self.make_function()
 
@@ -83,7 +85,5 @@ class EnsembleConfig(PlainData):
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         cls.check_keys(data)
         if "extra_model" not in data:
-            raise ValueError(
-                f"additional_config.{CONFIG_KEY}.extra_model: missing; name the other members"
-            )
+            raise ConfigFieldError("ensemble.extra_model", "missing; name the other members")
         return cls(**data)

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm.ensemble_decode.errors import ConfigFieldError
+
 NEG_INF = float("-inf")
 # Parameters with a key of their own. All others are given in `ensemble_args`.
 METHOD_KEYS = ("alpha", "weights")
@@ -24,7 +26,7 @@ class EnsembleFunction:
     """A function of the members' scores. Subclasses declare their parameters as fields.
 
     Raises:
-        ValueError: on construction, for parameters out of range. It names the key.
+        ConfigFieldError: on construction, for parameters out of range. It names the field.
     """
 
     num_members: int
@@ -34,8 +36,8 @@ class EnsembleFunction:
 
     def __post_init__(self) -> None:
         if self.num_members < 2:
-            raise ValueError(
-                "method.extra_model: an ensemble needs at least two members; name another model"
+            raise ConfigFieldError(
+                "ensemble.extra_model", "an ensemble needs at least two members; name another model"
             )
 
     @property
@@ -140,7 +142,7 @@ class Contrastive(EnsembleFunction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_fraction("method.alpha", self.alpha, low_open=False)
+        _check_fraction("ensemble.alpha", self.alpha, low_open=False)
 
     @property
     def coefficients(self) -> tuple[float, ...] | None:
@@ -168,7 +170,7 @@ class ContrastivePlausible(Contrastive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_fraction("method.llm.ensemble_args.plausibility", self.plausibility, low_open=True)
+        _check_fraction("ensemble.ensemble_args.plausibility", self.plausibility, low_open=True)
 
     @property
     def coefficients(self) -> None:
@@ -206,30 +208,33 @@ def make_function(name: str, num_members: int, args: Mapping[str, Any]) -> Ensem
     """The function of a registry name, or of a dotted path `package.module:function`.
 
     Raises:
-        ValueError: one line that names the configuration key. The cause is an unknown name, a path
+        ConfigFieldError: one line that names the field. The cause is an unknown name, a path
             that does not import, or parameters that the function does not have or cannot take.
     """
     if not isinstance(name, str):
-        raise ValueError(
-            f"method.llm.ensemble_fn: {name!r} is not a name; choose one of "
-            f"{', '.join(ENSEMBLE_FUNCTIONS)}, or write 'package.module:function'"
+        raise ConfigFieldError(
+            "ensemble.ensemble_fn",
+            f"{name!r} is not a name; choose one of "
+            f"{', '.join(ENSEMBLE_FUNCTIONS)}, or write 'package.module:function'",
         )
     if ":" in name:
         return Custom(num_members, partial(_import_function(name), **args))
     if name not in ENSEMBLE_FUNCTIONS:
-        raise ValueError(
-            f"method.llm.ensemble_fn: unknown function '{name}'; choose one of "
-            f"{', '.join(ENSEMBLE_FUNCTIONS)}, or write 'package.module:function'"
+        raise ConfigFieldError(
+            "ensemble.ensemble_fn",
+            f"unknown function '{name}'; choose one of "
+            f"{', '.join(ENSEMBLE_FUNCTIONS)}, or write 'package.module:function'",
         )
     cls = ENSEMBLE_FUNCTIONS[name]
     known = {f.name for f in fields(cls)} - {"num_members"}
     for key in args:
         if key not in known:
             takes = f"takes {', '.join(sorted(known))}" if known else "takes no parameters"
-            where = f"method.{key}" if key in METHOD_KEYS else f"method.llm.ensemble_args.{key}"
-            raise ValueError(
-                f"{where}: the ensemble function '{name}' has no parameter '{key}' "
-                f"({takes}); remove it or choose another method.llm.ensemble_fn"
+            where = key if key in METHOD_KEYS else f"ensemble_args.{key}"
+            raise ConfigFieldError(
+                f"ensemble.{where}",
+                f"the ensemble function '{name}' has no parameter '{key}' "
+                f"({takes}); remove it or choose another ensemble.ensemble_fn",
             )
     return cls(num_members, **args)
 
@@ -239,12 +244,13 @@ def _import_function(path: str) -> Callable[..., torch.Tensor]:
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # the user's module may raise anything
-        raise ValueError(
-            f"method.llm.ensemble_fn: '{path}' does not import ({type(error).__name__}: {error}); "
-            "write 'package.module:function' of a module on PYTHONPATH"
+        raise ConfigFieldError(
+            "ensemble.ensemble_fn",
+            f"'{path}' does not import ({type(error).__name__}: {error}); "
+            "write 'package.module:function' of a module on PYTHONPATH",
         ) from error
     if not callable(function):
-        raise ValueError(f"method.llm.ensemble_fn: '{path}' is not callable")
+        raise ConfigFieldError("ensemble.ensemble_fn", f"'{path}' is not callable")
     return function
 
 
@@ -265,24 +271,25 @@ def _check_weights(weights: Sequence[float], num_members: int) -> tuple[float, .
     try:
         values = tuple(float(w) for w in weights)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"method.weights: {weights!r} is not a list of numbers; give one per member"
+        raise ConfigFieldError(
+            "ensemble.weights", f"{weights!r} is not a list of numbers; give one per member"
         ) from None
     if len(values) != num_members:
-        raise ValueError(
-            f"method.weights: {len(values)} weights for {num_members} members; "
-            "give one weight per member, in the order of the members"
+        raise ConfigFieldError(
+            "ensemble.weights",
+            f"{len(values)} weights for {num_members} members; "
+            "give one weight per member, in the order of the members",
         )
     if any(not math.isfinite(w) or w < 0 for w in values) or sum(values) == 0:
-        raise ValueError(
-            f"method.weights: {list(values)} is out of range; weights must be finite, "
-            "not negative, and not all 0"
+        raise ConfigFieldError(
+            "ensemble.weights",
+            f"{list(values)} is out of range; weights must be finite, not negative, and not all 0",
         )
     return values
 
 
-def _check_fraction(key: str, value: float, low_open: bool) -> None:
+def _check_fraction(field: str, value: float, low_open: bool) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError(f"{key}: {value!r} is not a number; give one between 0 and 1")
+        raise ConfigFieldError(field, f"{value!r} is not a number; give one between 0 and 1")
     if not (0 < value <= 1 if low_open else 0 <= value <= 1):
-        raise ValueError(f"{key}: {value} is out of range; it must lie between 0 and 1")
+        raise ConfigFieldError(field, f"{value} is out of range; it must lie between 0 and 1")

@@ -14,6 +14,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader import get_model
 
 from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.errors import ConfigFieldError
 from vllm.ensemble_decode.functions import Contrastive
 from vllm.ensemble_decode.member_config import loading_config, use_own_metadata
 from vllm.ensemble_decode.ops import combine
@@ -29,7 +30,7 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     Returns the ensemble and the model configs of all members, in the user's order.
 
     Raises:
-        ValueError: one line that names the key and the remedy.
+        ConfigFieldError: one line that names the field and the remedy.
     """
     ensemble = EnsembleConfig.from_additional_config(vllm_config.additional_config)
     _check_engine(vllm_config)
@@ -110,45 +111,49 @@ def _member_model_config(vllm_config: VllmConfig, path: str) -> ModelConfig:
 
 def _check_engine(vllm_config: VllmConfig) -> None:
     refuse = {
-        "method.llm.enable_lora: LoRA adapters": vllm_config.lora_config is not None,
-        "method.llm.pipeline_parallel_size: pipeline parallelism": (
+        ("--enable-lora", "LoRA adapters"): vllm_config.lora_config is not None,
+        ("--pipeline-parallel-size", "pipeline parallelism"): (
             vllm_config.parallel_config.pipeline_parallel_size > 1
         ),
-        "method.llm.enable_prompt_embeds: prompt embeddings": (
+        ("--enable-prompt-embeds", "prompt embeddings"): (
             vllm_config.model_config.enable_prompt_embeds
         ),
-        "method.llm.return_sampling_mask: sampling masks": (
+        ("--return-sampling-mask", "sampling masks"): (
             vllm_config.model_config.return_sampling_mask
         ),
-        "method.llm.hf_overrides: overrides of one model's config": bool(
+        ("--hf-overrides", "overrides of one model's config"): bool(
             vllm_config.model_config.hf_overrides
         ),
-        "method.llm.watermark_config: watermarks": (
+        ("--watermark-config", "watermarks"): (
             getattr(vllm_config, "watermark_config", None) is not None
         ),
-        "method.llm.enable_trace_replay: replay of traces under speculation": (
+        ("--enable-trace-replay", "replay of traces under speculation"): (
             vllm_config.speculative_config is not None
             and vllm_config.model_config.enable_trace_replay
         ),
-        "method.llm.speculative_config.enable_adaptive_verification: adaptive verification": (
+        ("--speculative-config.enable_adaptive_verification", "adaptive verification"): (
             vllm_config.speculative_config is not None
             and vllm_config.speculative_config.enable_adaptive_verification
         ),
     }
-    for what, present in refuse.items():
+    for (option, what), present in refuse.items():
         if present:
-            raise ValueError(f"{what} cannot be combined with an ensemble; leave the option out")
+            raise ConfigFieldError(
+                option, f"{what} cannot be combined with an ensemble; leave the option out"
+            )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in LOGITS_ONLY_SPECULATION:
-        raise ValueError(
-            f"method.llm.speculative_config.method: '{speculative.method}' reads hidden states "
-            f"that an ensemble does not have; use one of {', '.join(LOGITS_ONLY_SPECULATION)}"
+        raise ConfigFieldError(
+            "--speculative-config.method",
+            f"'{speculative.method}' reads hidden states "
+            f"that an ensemble does not have; use one of {', '.join(LOGITS_ONLY_SPECULATION)}",
         )
     if not vllm_config.use_v2_model_runner:
-        raise ValueError(
-            "VLLM_USE_V2_MODEL_RUNNER: ensembles run on Model Runner V2, which this "
+        raise ConfigFieldError(
+            "VLLM_USE_V2_MODEL_RUNNER",
+            "ensembles run on Model Runner V2, which this "
             "configuration turns off; unset the variable, and see vLLM's warning above for what "
-            "V2 does not support"
+            "V2 does not support",
         )
 
 
@@ -161,9 +166,10 @@ def _check_supported(member: ModelConfig) -> None:
     }
     for kind, present in kinds.items():
         if present:
-            raise ValueError(
-                f"method.model/extra_model: '{member.model}' cannot be a member ({kind}); "
-                "members must be decoder-only text models with attention"
+            raise ConfigFieldError(
+                "--model/ensemble.extra_model",
+                f"'{member.model}' cannot be a member ({kind}); "
+                "members must be decoder-only text models with attention",
             )
 
 
@@ -171,9 +177,10 @@ def _check_max_model_len(members: list[ModelConfig]) -> None:
     smallest = min(members[1:], key=lambda member: member.max_model_len)
     max_model_len = members[0].max_model_len
     if smallest.max_model_len < max_model_len:
-        raise ValueError(
-            f"method.llm.max_model_len: {max_model_len} is beyond '{smallest.model}', whose "
-            f"longest context is {smallest.max_model_len}; set it to that or less"
+        raise ConfigFieldError(
+            "--max-model-len",
+            f"{max_model_len} is beyond '{smallest.model}', whose "
+            f"longest context is {smallest.max_model_len}; set it to that or less",
         )
     for member in members[1:]:
         member.max_model_len = max_model_len
@@ -183,14 +190,15 @@ def check_draft_context(vllm_config: VllmConfig) -> None:
     """Refuse a draft model whose context is shorter than the engine's. vLLM would read past it.
 
     Raises:
-        ValueError: one line that names the key and the remedy.
+        ConfigFieldError: one line that names the field and the remedy.
     """
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     max_model_len = vllm_config.model_config.max_model_len
     if draft is not None and draft.max_model_len < max_model_len:
-        raise ValueError(
-            f"method.llm.max_model_len: {max_model_len} is beyond the draft model '{draft.model}', "
-            f"whose longest context is {draft.max_model_len}; set it to that or less"
+        raise ConfigFieldError(
+            "--max-model-len",
+            f"{max_model_len} is beyond the draft model '{draft.model}', "
+            f"whose longest context is {draft.max_model_len}; set it to that or less",
         )
 
 
@@ -198,13 +206,14 @@ def check_attention(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
     """Refuse members whose attention vLLM's KV cache cannot hold in one engine.
 
     Raises:
-        ValueError: one line that names the key and the remedy.
+        ConfigFieldError: one line that names the field and the remedy.
     """
     windows = {window for member in members if (window := _window(member)) is not None}
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and len(windows) > 1:
-        raise ValueError(
-            "method.llm.disable_hybrid_kv_cache_manager: without that manager all layers need one "
-            f"attention window, and the members have {sorted(windows)}; leave it out"
+        raise ConfigFieldError(
+            "--disable-hybrid-kv-cache-manager",
+            "without that manager all layers need one "
+            f"attention window, and the members have {sorted(windows)}; leave it out",
         )
     block_size = vllm_config.cache_config.block_size
     largest = max(_entry_size(vllm_config, member) for member in members)
@@ -214,10 +223,11 @@ def check_attention(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
         # size in bytes.
         ratio = largest // entry_size if largest % entry_size == 0 else 1
         if chunk_size is not None and chunk_size % (block_size * ratio) != 0:
-            raise ValueError(
-                f"method.llm.block_size: '{member.model}' attends in chunks of {chunk_size} "
+            raise ConfigFieldError(
+                "--block-size",
+                f"'{member.model}' attends in chunks of {chunk_size} "
                 f"tokens, which blocks of {block_size * ratio} tokens do not divide; set it to a "
-                f"divisor of {chunk_size // ratio}"
+                f"divisor of {chunk_size // ratio}",
             )
 
 
@@ -242,9 +252,10 @@ def _check_experts(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> N
     """
     experts = [member.model for member in members[1:] if member.is_moe]
     if experts and not members[0].is_moe and vllm_config.parallel_config.data_parallel_size > 1:
-        raise ValueError(
-            f"method.llm.data_parallel_size: '{experts[0]}' has experts and the first member has "
-            "none, so that vLLM would not keep its ranks in step; set it to 1"
+        raise ConfigFieldError(
+            "--data-parallel-size",
+            f"'{experts[0]}' has experts and the first member has "
+            "none, so that vLLM would not keep its ranks in step; set it to 1",
         )
 
 
@@ -256,12 +267,14 @@ def _check_function(ensemble: EnsembleConfig, vocab_size: int) -> None:
         shape = function(scores, probs=ensemble.combines_probs).shape
         combine(function, scores, ensemble.combines_probs)
     except Exception as error:  # the user's function may raise anything
-        raise ValueError(
-            f"method.llm.ensemble_fn: '{ensemble.ensemble_fn}' fails on scores of shape "
-            f"{list(scores.shape)} ({type(error).__name__}: {error}); mend it, or its ensemble_args"
+        raise ConfigFieldError(
+            "ensemble.ensemble_fn",
+            f"'{ensemble.ensemble_fn}' fails on scores of shape {list(scores.shape)} "
+            f"({type(error).__name__}: {error}); mend it, or its ensemble_args",
         ) from error
     if shape != scores.shape[1:]:
-        raise ValueError(
-            f"method.llm.ensemble_fn: '{ensemble.ensemble_fn}' turns scores of shape "
-            f"{list(scores.shape)} into {list(shape)}; it must give {list(scores.shape[1:])}"
+        raise ConfigFieldError(
+            "ensemble.ensemble_fn",
+            f"'{ensemble.ensemble_fn}' turns scores of shape "
+            f"{list(scores.shape)} into {list(shape)}; it must give {list(scores.shape[1:])}",
         )

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
+from vllm.ensemble_decode.errors import ConfigFieldError
+
 
 class PlainData:
     """How a configuration, a frozen dataclass, is made from plain data and turned into it."""
@@ -26,7 +28,7 @@ class PlainData:
         """The configuration.
 
         Raises:
-            ValueError: one line that names a key which is unknown.
+            ConfigFieldError: one line that names a key which is unknown.
         """
         cls.check_keys(data)
         return cls(**data)
@@ -36,9 +38,8 @@ class PlainData:
         known = {f.name for f in fields(cls)}
         for key in data:
             if key not in known:
-                raise ValueError(
-                    f"additional_config.{cls.config_key}.{key}: unknown key; "
-                    f"known are {', '.join(sorted(known))}"
+                raise ConfigFieldError(
+                    f"{cls.config_key}.{key}", f"unknown key; known are {', '.join(sorted(known))}"
                 )
 
     @classmethod
@@ -46,10 +47,10 @@ class PlainData:
         """The configuration under its key.
 
         Raises:
-            ValueError: one line, if the configuration is missing.
+            ConfigFieldError: one line, if the configuration is missing.
         """
         given = additional_config if isinstance(additional_config, dict) else {}
         data = given.get(cls.config_key)
         if not isinstance(data, Mapping):
-            raise ValueError(f"additional_config.{cls.config_key}: missing; {cls.needed}")
+            raise ConfigFieldError(cls.config_key, f"missing; {cls.needed}")
         return cls.from_dict(data)

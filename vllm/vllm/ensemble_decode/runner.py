@@ -38,7 +38,7 @@ class MemberRunner(ModelRunner):
         before weights load.
 
         Raises:
-            ValueError: one line that names the key and the remedy.
+            ConfigFieldError: one line that names the field and the remedy.
         """
         return check_ensemble(vllm_config)
 

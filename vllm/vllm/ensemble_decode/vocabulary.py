@@ -16,9 +16,11 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from vllm.ensemble_decode.errors import ConfigFieldError
+
 logger = init_logger(__name__)
 
-KEY = "method.model/extra_model"
+FIELD = "--model/ensemble.extra_model"
 # A text on which tokenizers differ that have equal vocabularies, but other merges or normalisation.
 _PROBE = "def f(x):\n    return x + 1\n\nThe naïve café costs €1,234.50  — «ok»? 你好 🙂\t\r\n"
 
@@ -45,13 +47,13 @@ class MemberVocabulary:
         return not self.lacking and self.num_rows == self.vocab_size
 
 
-def check_tokenizers(members: Sequence[ModelConfig], key: str = KEY) -> None:
+def check_tokenizers(members: Sequence[ModelConfig], field: str = FIELD) -> None:
     """Refuse models whose tokenizers give one token different meanings.
 
     A token that only one model has must be an added or special token, such as a fine-tune brings.
 
     Raises:
-        ValueError: one line that begins with `key` and names the first token that differs.
+        ConfigFieldError: one line that begins with `field` and names the first token that differs.
     """
     first, *others = members
     if first.skip_tokenizer_init:
@@ -60,9 +62,10 @@ def check_tokenizers(members: Sequence[ModelConfig], key: str = KEY) -> None:
     for member in others:
         difference = _difference(tokenizer, cached_tokenizer_from_config(member))
         if difference is not None:
-            raise ValueError(
-                f"{key}: the tokenizers of '{first.model}' and '{member.model}' disagree: "
-                f"{difference}; members must share one tokenizer"
+            raise ConfigFieldError(
+                field,
+                f"the tokenizers of '{first.model}' and '{member.model}' disagree: "
+                f"{difference}; members must share one tokenizer",
             )
 
 
@@ -77,8 +80,8 @@ def member_vocabularies(
         union_needed: whether a token that the first member lacks may be emitted at all.
 
     Raises:
-        ValueError: one line that names the key and the remedy, if `union_needed` and the first
-            member has no row for a token.
+        ConfigFieldError: one line that names the field and the remedy, if `union_needed` and the
+            first member has no row for a token.
     """
     first = members[0]
     vocab_size = first.get_vocab_size()
@@ -176,9 +179,10 @@ def _check_beyond(
     if beyond < vocab_size:
         return
     if union_needed:
-        raise ValueError(
-            f"{KEY}: '{member.model}' has token {beyond}, beyond the {vocab_size} rows of "
-            f"'{first.model}', which are the ensemble's; begin with the member of most rows"
+        raise ConfigFieldError(
+            FIELD,
+            f"'{member.model}' has token {beyond}, beyond the {vocab_size} rows of "
+            f"'{first.model}', which are the ensemble's; begin with the member of most rows",
         )
     logger.warning_once(
         "Tokens from %d on of '%s' are never emitted: '%s', which every token needs, lacks them.",

@@ -1,0 +1,225 @@
+"""`ensemble_args`: from members, function and turns to vLLM's engine arguments."""
+
+from pathlib import Path
+
+import pytest
+from tiny_models import llama_config
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+from vllm.chef import ensemble_args
+from vllm.chef.arguments import CHEF_WORKER, ENSEMBLE_WORKER
+from vllm.chef.config import SCHEDULER, check_chef
+from vllm.ensemble_decode import ConfigFieldError
+from vllm.ensemble_decode.members import check_ensemble
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Model folders without weights; `small` is the cheapest, and reads 64 tokens where the
+    others read 128."""
+    root = tmp_path_factory.mktemp("models")
+    for name in ("large", "other"):
+        llama_config().save_pretrained(root / name)
+    llama_config(layers=1, max_position_embeddings=64).save_pretrained(root / "small")
+    llama_config(vocab_size=99, layers=1).save_pretrained(root / "wide")
+    return root
+
+
+@pytest.fixture
+def made(root):
+    def make(*others: str, **arguments):
+        extra_model = [str(root / name) for name in others]
+        if "draft_model" in arguments:
+            arguments["draft_model"] = str(root / arguments["draft_model"])
+        return ensemble_args(str(root / "large"), extra_model, **arguments)
+
+    return make
+
+
+def engine_config(arguments: dict):
+    return EngineArgs(**arguments, skip_tokenizer_init=True).create_engine_config()
+
+
+def test_a_plain_ensemble(root, made):
+    found = made("other", weights=[0.7, 0.3])
+    assert found == {
+        "model": str(root / "large"),
+        "worker_cls": ENSEMBLE_WORKER,
+        "additional_config": {
+            "ensemble": {
+                "extra_model": [str(root / "other")],
+                "ensemble_fn": "weighted",
+                "ensemble_target": "probs",
+                "weights": [0.7, 0.3],
+                "ensemble_args": {},
+            }
+        },
+        "max_model_len": 128,
+    }
+    check_ensemble(engine_config(found))
+
+
+def test_one_extra_model_may_be_a_name(root):
+    found = ensemble_args(str(root / "large"), str(root / "other"))
+    assert found["additional_config"]["ensemble"]["extra_model"] == [str(root / "other")]
+
+
+@pytest.mark.parametrize(
+    ("function", "target"),
+    [
+        ("weighted", "probs"),
+        ("mean", "probs"),
+        ("contrastive", "raw-logits"),
+        ("contrastive_plausible", "raw-logits"),
+        ("math:prod", "probs"),
+    ],
+)
+def test_the_target_is_by_default_the_functions(made, function, target):
+    found = made("other", ensemble_fn=function)["additional_config"]["ensemble"]
+    assert found["ensemble_target"] == target
+    found = made("other", ensemble_fn=function, ensemble_target="logits")
+    assert found["additional_config"]["ensemble"]["ensemble_target"] == "logits"
+
+
+@pytest.mark.parametrize(
+    ("others", "asked", "chef", "window", "carrier"),
+    [
+        (["small"], dict(gamma=5), dict(gamma=[1, 5], turn_order=[0, 1]), 5, "small"),
+        (["small"], dict(gamma=[2, 1]), dict(gamma=[2, 1], turn_order=[1, 0]), 2, "large"),
+        (
+            ["small", "other"],
+            dict(gamma=[2, 3, 1], turn_order=[2, 0, 1]),
+            dict(gamma=[2, 3, 1], turn_order=[2, 0, 1]),
+            5,
+            "small",
+        ),
+        (["other", "small"], dict(gamma=4, policy="sd"), dict(gamma=4), 4, "small"),
+        # vLLM takes a draft model of as many rows as the first model has.
+        (["wide"], dict(gamma=2), dict(gamma=[1, 2], turn_order=[0, 1]), 2, "large"),
+    ],
+)
+def test_turns_travel_as_resolved(root, made, others, asked, chef, window, carrier):
+    found = made(*others, **asked)
+    assert found["worker_cls"] == CHEF_WORKER
+    policy = asked.get("policy", "chef")
+    assert found["additional_config"]["chef"] == {"policy": policy, **chef}
+    assert found["speculative_config"] == {
+        "method": "draft_model",
+        "model": str(root / carrier),
+        "num_speculative_tokens": window,
+    }
+    assert "scheduler_cls" not in found
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit"),
+    [
+        (dict(), [1, 5]),
+        (dict(max_gamma=3), [1, 3]),
+        (dict(max_gamma=[1, 2]), [1, 2]),
+        (dict(policy="sd"), 5),
+        (dict(policy="sd", max_gamma=2), 2),
+    ],
+)
+def test_gamma_that_is_chosen_as_it_goes(made, asked, limit):
+    found = made("small", gamma="auto", **asked)
+    chef = found["additional_config"]["chef"]
+    assert (chef["gamma"], chef["max_gamma"]) == ("auto", limit)
+    assert found["scheduler_cls"] == SCHEDULER
+    window = limit if isinstance(limit, int) else limit[1]
+    schedule = found["speculative_config"]["num_speculative_tokens_per_batch_size"]
+    assert [depth for _, _, depth in schedule] == list(range(window, -1, -1))
+    check_chef(engine_config(found))
+
+
+@pytest.mark.parametrize("arguments_of", [EngineArgs, AsyncEngineArgs])
+def test_a_limit_that_turns_need_holds_whatever_starts_the_engine(made, arguments_of):
+    two = made("other", gamma=5)
+    assert "max_num_scheduled_tokens" not in two
+    three = made("other", "small", gamma=1)
+    arguments = arguments_of(**three, skip_tokenizer_init=True)
+    check_chef(arguments.create_engine_config())
+    spare = three["max_num_batched_tokens"] - three["max_num_scheduled_tokens"]
+    assert spare == three["max_num_seqs"]
+    given = made("other", "small", gamma=1, max_num_seqs=4, max_num_batched_tokens=50)
+    assert (given["max_num_seqs"], given["max_num_batched_tokens"]) == (4, 50)
+    assert given["max_num_scheduled_tokens"] == 46
+    given = made("other", "small", gamma=1, max_num_scheduled_tokens=9)
+    assert given["max_num_scheduled_tokens"] == 9
+    assert "max_num_seqs" not in given
+
+
+def test_a_draft_model_proposes_to_a_plain_ensemble(root, made):
+    found = made("other", draft_model="small", gamma=3)
+    assert found["worker_cls"] == ENSEMBLE_WORKER
+    assert "chef" not in found["additional_config"]
+    assert found["speculative_config"] == {
+        "method": "draft_model",
+        "model": str(root / "small"),
+        "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic",
+    }
+    assert found["max_model_len"] == 64  # the draft model's
+    assert made("other", draft_model="small", gamma=3, max_model_len=32)["max_model_len"] == 32
+
+
+def test_engine_arguments_are_passed_through(made):
+    found = made("other", dtype="bfloat16", max_num_seqs=3, max_model_len=32, seed=5)
+    expected = {"dtype": "bfloat16", "max_num_seqs": 3, "max_model_len": 32, "seed": 5}
+    assert {key: found[key] for key in expected} == expected
+    own = {"method": "ngram", "num_speculative_tokens": 2}
+    assert made("other", speculative_config=own)["speculative_config"] == own
+    found = made("other", additional_config={"mine": 1}, gamma=1)
+    assert found["additional_config"].keys() == {"mine", "ensemble", "chef"}
+    options = {"rejection_sample_method": "synthetic"}
+    found = made("other", gamma=2, speculative_config=options)["speculative_config"]
+    assert (found["num_speculative_tokens"], found["rejection_sample_method"]) == (2, "synthetic")
+
+
+def test_the_arguments_are_plain_data_and_the_callers_are_left_alone(made):
+    weights, options = [0.5, 0.5], {"additional_config": {"mine": {}}}
+    made("other", weights=weights, gamma=1, **options)
+    assert (weights, options) == ([0.5, 0.5], {"additional_config": {"mine": {}}})
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        (dict(policy="best", gamma=1), "chef.policy: unknown policy 'best'; choose one of"),
+        (dict(policy="chef"), "chef.gamma: None is out of range"),
+        (dict(gamma=0), "chef.gamma: 0 is out of range"),
+        (dict(gamma=[1, 2, 3]), "chef.gamma: [1, 2, 3] has 3 entries for 2 members"),
+        (dict(gamma=2, max_gamma=3), 'chef.max_gamma: 3 is of gamma "auto", and gamma is 2'),
+        (dict(policy="plain", gamma=2), "chef.gamma: 2 is for members that take turns"),
+        (dict(turn_order=[0, 1]), "chef.turn_order: [0, 1] is for members that take turns"),
+        (dict(gamma=1, turn_order=[0, 0]), "chef.turn_order: [0, 0] must name each"),
+        (dict(draft_model="small"), "chef.gamma: None is out of range; of a draft model"),
+        (dict(draft_model="small", gamma=[1, 2]), "chef.gamma: [1, 2] is out of range"),
+        (dict(draft_model="small", gamma=1, max_gamma=2), "chef.max_gamma: 2 is for members"),
+        (dict(draft_model="nope", gamma=1), "draft_model: '"),
+        (dict(draft_model="small", policy="sd", gamma=1), "draft_model: '"),
+        (dict(alpha=0.1), "ensemble.alpha: the ensemble function 'weighted' has no"),
+        (dict(weights=[1]), "ensemble.weights: 1 weights for 2 members"),
+        (dict(ensemble_fn="no_such"), "ensemble.ensemble_fn: unknown function 'no_such'"),
+        (dict(ensemble_args=5), "ensemble.ensemble_args: 5 does not name parameters"),
+        (dict(gamma=1, weights=[1, 0]), "ensemble.weights: fewer than two members have a say"),
+        (dict(additional_config={"chef": {}}), "--additional-config.chef: the arguments of"),
+        (
+            dict(gamma=2, speculative_config={"num_speculative_tokens": 3}),
+            "--speculative-config.num_speculative_tokens: 3 contradicts the ensemble, which sets 2",
+        ),
+    ],
+)
+def test_bad_input_is_told_in_one_line(made, asked, line):
+    with pytest.raises(ConfigFieldError) as caught:
+        made("other", **asked)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("others", [[], ["nope"]])
+def test_members_that_are_not_there(made, others, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigFieldError, match=r"^ensemble\.extra_model: ") as caught:
+        made(*others)
+    assert "\n" not in str(caught.value)
