@@ -262,7 +262,10 @@ def merged(times: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[st
 
 
 def turn_counts(stats: dict[str, Any]) -> dict[str, Any]:
-    """Acceptance and calls by member, from `TurnStats`; cycles before the clock started count too."""
+    """Acceptance and calls by member, from `TurnStats`.
+
+    Cycles before the clock started are included.
+    """
     judged = [sum(row) for row in stats["num_judged"]]
     accepted = [sum(row) for row in stats["num_accepted"]]
     return {
