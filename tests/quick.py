@@ -7,7 +7,7 @@ import pytest
 
 
 def quick(cases: Iterable[Any], *names: Any) -> list[Any]:
-    """The cases as parameters of a test or a fixture: all but `names` are marked `slow`."""
+    """The cases as parameters of a test or a fixture; all except `names` are marked `slow`."""
     cases = list(cases)
     assert all(name in cases for name in names), f"no such cases among {names}"
     return [case if case in names else _slow(case) for case in cases]
