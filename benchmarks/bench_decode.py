@@ -6,9 +6,9 @@
         --acceptance 0.8 0.6 --batch-sizes 1 8
     python benchmarks/bench_decode.py --preset smoke        # without a GPU
 
-Every run has an engine, and a process, of its own, and is measured while no other runs.
-`docs/benchmarks.md` has the grammar of runs, the method and every field.  The last line of the
-output is JSON; `--out FILE` has it after each measured cell.
+Every run has its own engine and its own process. While a run is measured, no other run works.
+`docs/benchmarks.md` has the grammar of runs, the method and every field. The last line of the
+output is JSON; `--out FILE` has the same JSON after each measured cell.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Self
 
 if __name__ == "__main__" and not __package__:
-    # Started by its path: Python looks for modules beside this file, and they are one folder up.
+    # Started by its path, Python looks for modules beside this file; they are one folder up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.plans import GRAMMAR, PRESETS, Plan, Run, Target
@@ -38,7 +38,7 @@ from repository import ROOT, search_path
 
 ENGINE = [sys.executable, "-m", "benchmarks.bench_engine"]
 DEFAULT_RUNS = ["llama-7b", "llama-7b+llama-7b"]
-# What does not change what is measured; all other settings must be the same in a resumed run.
+# Settings that do not change what is measured. All others must be the same in a resumed run.
 OF_THE_CALL = {
     "out",
     "trace",
@@ -156,8 +156,10 @@ def targets_of(args: argparse.Namespace) -> list[Target]:
 
 
 def check_models(plans: Sequence[Plan], models: Path) -> None:
-    """Refuse models that are not there, and a run that mixes shapes with real ones: there is no
-    text for it."""
+    """Refuse missing models, and runs that mix shapes with real models.
+
+    There is no text for a mixed run.
+    """
     for plan in plans:
         names = Run.parse(plan.run).models
         real = [name for name in names if name not in SHAPES]
@@ -172,7 +174,7 @@ def check_models(plans: Sequence[Plan], models: Path) -> None:
 
 
 class Document:
-    """The one JSON document, kept on disk from cell to cell."""
+    """The one JSON document, which is saved to disk after every cell."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.out, self.targets = args.out, targets_of(args)
@@ -211,7 +213,7 @@ class Document:
         return entry
 
     def describe(self, entry: dict[str, Any], engine: dict[str, Any]) -> None:
-        """What an engine says of itself; all must be of one machine."""
+        """Record what an engine says of itself; all engines must be on one machine."""
         where = {key: engine.pop(key) for key in ("device", "versions")}
         for key, value in where.items():
             if self.content[key] not in (None, value):
@@ -223,21 +225,24 @@ class Document:
         complete(self.content)
         self.content["targets"] = [t.judge(self.content["results"]) for t in self.targets]
         if self.out:
-            # Never half a file, whenever the process is killed.
+            # The file on disk is always whole, even if the process is killed.
             part = self.out.with_suffix(".part")
             part.write_text(json.dumps(self.content, indent=2) + "\n")
             os.replace(part, self.out)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """As JSON gives them back."""
+    """The settings as they look after a round trip through JSON."""
     settings = {key: value for key, value in vars(args).items() if key not in OF_THE_CALL}
     return json.loads(json.dumps(settings | {"models": None}, default=str))
 
 
 class EngineProcess:
-    """`bench_engine.py` in a process of its own: its memory is freed for sure, and what breaks in
-    it breaks nothing else.  Starts at once, and measures when its second line is asked for."""
+    """`bench_engine.py` in a process of its own, which starts at once.
+
+    Its memory is surely freed at the end, and an error in it breaks nothing else. It begins to
+    measure when its second line is requested.
+    """
 
     def __init__(self, plan: Plan, args: argparse.Namespace, root: Path) -> None:
         self.plan, self.timeout = plan, args.engine_timeout
@@ -245,8 +250,8 @@ class EngineProcess:
         request, self.path = folder / "request.json", folder / "lines.jsonl"
         request.write_text(json.dumps({"plan": asdict(plan), "args": vars(args)}, default=str))
         self.path.touch()
-        # vLLM writes to the standard output, where the document goes. A session of its own, so that
-        # vLLM's further processes end with it.
+        # vLLM writes to the standard output, which is for the document. The process gets its own
+        # session, so that vLLM's further processes end with it.
         self.process = subprocess.Popen(
             [*ENGINE, str(request), str(self.path)],
             env={**os.environ, "PYTHONPATH": search_path()},
@@ -263,14 +268,17 @@ class EngineProcess:
 
     def end(self) -> None:
         if not self.process.stdin.closed:
-            # Also where it has ended: it may have left processes behind.
+            # Also if the process has ended: it may have left other processes behind.
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.communicate()  # closes its input
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """What it writes, as it comes: `engine` when it is ready; the rest only after that has been
-        taken.  `error` where it broke, which is the last."""
+        """The lines that the process writes, as they come.
+
+        The first is `engine`, when the engine is ready. The process measures only after the caller
+        has taken it. An `error` is always the last line.
+        """
         deadline, rest = time.monotonic() + self.timeout, ""
         with self.path.open() as file:
             while True:
@@ -293,7 +301,7 @@ class EngineProcess:
             yield {"error": f"the engine's process ended with {self.process.returncode}"}
 
     def _let_it_measure(self) -> None:
-        with suppress(BrokenPipeError):  # it died meanwhile, which the next look at it finds
+        with suppress(BrokenPipeError):  # the process died meanwhile; the next poll finds that
             self.process.stdin.write(b"\n")
             self.process.stdin.flush()
 

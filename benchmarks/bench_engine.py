@@ -1,6 +1,6 @@
 """One engine and its timed cells: what `bench_decode.py` runs in a process of its own.
 
-Knows vLLM's engine and how decoding is timed; compares nothing.
+This module knows vLLM's engine and how decoding is timed. It compares nothing.
 """
 
 import gc
@@ -32,17 +32,20 @@ NUM_TRACED_TOKENS = 64
 
 @dataclass
 class Sample:
-    """The steady state of one batch: from a step that all requests have been in to the step in
-    which the last of the asked tokens came."""
+    """The steady state of one batch.
+
+    It begins after the step by which all requests have their first outputs. It ends with the step
+    that brings the last of the requested tokens.
+    """
 
     seconds: float = 0.0
     steps: int = 0
     counts: Counter[int] = field(default_factory=Counter)
-    """How often a request got so many tokens from one step"""
+    """How often a request got each number of tokens from one step"""
 
     @property
     def num_cycles(self) -> int:
-        """Of all requests together."""
+        """Cycles of all requests together."""
         return sum(self.counts.values())
 
     @property
@@ -58,10 +61,10 @@ def decode(
     skip: int,
     clock: Any = time.perf_counter,
 ) -> Sample:
-    """Decode a batch until its requests have got `num_tokens` each, in the mean.
+    """Decode a batch until its requests have `num_tokens` each, on average.
 
-    The clock runs from the step in which the last of them got its `skip`th output.  The step that
-    reaches `num_tokens` is counted whole, so that tokens per cycle come out without bias.
+    The clock starts at the step in which the last request gets its `skip`th output. The step that
+    reaches `num_tokens` is counted whole, so tokens per cycle have no bias.
     """
     ids = [f"{id(params)}-{index}" for index in range(len(prompts))]
     for request_id, prompt, sampling in zip(ids, prompts, params, strict=True):
@@ -91,7 +94,7 @@ def decode(
 
 
 class BenchEngine:
-    """An engine of one run, to be asked for cells."""
+    """An engine of one run, which measures cells on request."""
 
     def __init__(self, plan: Plan, args: Namespace, root: Path) -> None:
         from vllm.engine.arg_utils import EngineArgs
@@ -104,7 +107,7 @@ class BenchEngine:
         self.timed: set[int] = set()
         self.graph_ms: dict[str, Any] | None = None
         """What `bench_graph_times` says of all batch sizes so far"""
-        # vLLM collects garbage a dozen times as it starts, over all that is imported.
+        # vLLM collects garbage a dozen times as it starts, over everything that is imported.
         gc.freeze()
         started = time.perf_counter()
         self.engine = LLMEngine.from_engine_args(
@@ -134,7 +137,7 @@ class BenchEngine:
                 yield self.cell(asked, acceptance, batch_size)
 
     def _requests(self) -> list[dict[str, Any]]:
-        """SamplingParams that are measured."""
+        """The SamplingParams that are measured."""
         kinds = product(self.args.temperature, self.args.sampling)
         return [{"temperature": temperature, **sampling} for temperature, sampling in kinds]
 
@@ -174,7 +177,7 @@ class BenchEngine:
     def _samples(self, asked: dict[str, Any], batch_size: int) -> list[Sample]:
         """Batches until there are enough cycles, or the time for a cell is over."""
         samples, deadline = [], time.perf_counter() + self.args.cell_seconds
-        # Without proposals every cycle gives one token: nothing to be averaged out.
+        # Without proposals every cycle gives one token, so there is nothing to average.
         min_cycles = self.args.min_cycles if self.run.policy else 0
         while len(samples) < self.args.repeats or (
             sum(sample.num_cycles for sample in samples) < min_cycles
@@ -192,7 +195,7 @@ class BenchEngine:
         prompts = [self.prompts[i % len(self.prompts)] for i in range(batch_size)]
         params = [
             SamplingParams(
-                # Another for every request ever: what is accepted hangs on seed and position.
+                # Every request ever made has another seed: acceptance depends on seed and position.
                 seed=next(self.seeds),
                 max_tokens=max_model_len(self.run, self.args) - len(prompt),
                 ignore_eos=True,
@@ -238,13 +241,13 @@ def summary(samples: Sequence[Sample], batch_size: int) -> dict[str, Any]:
         "num_samples": len(samples),
         "num_steps": steps,
         "num_cycles": cycles,
-        # Less than the batch size: vLLM did not run all requests in every step.
+        # If this is less than the batch size, vLLM did not run all requests in every step.
         "requests_per_step": cycles / steps,
     }
 
 
 def merged(times: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Times of graphs, with those of another batch size."""
+    """Times of graphs together with those of another batch size."""
     if times is None or more is None:
         return more or times
     return {
@@ -257,7 +260,10 @@ def merged(times: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[st
 
 
 def turn_counts(stats: dict[str, Any]) -> dict[str, Any]:
-    """Acceptance and calls by member, of `TurnStats`: the cycles before the clock ran included."""
+    """Acceptance and calls by member, from `TurnStats`.
+
+    Cycles before the clock started are included.
+    """
     judged = [sum(row) for row in stats["num_judged"]]
     accepted = [sum(row) for row in stats["num_accepted"]]
     return {
@@ -267,7 +273,7 @@ def turn_counts(stats: dict[str, Any]) -> dict[str, Any]:
 
 
 def draft_counts(samples: Sequence[Sample], run: Run) -> dict[str, Any]:
-    """The same of vLLM's own speculation: every cycle ends in a token of the target's."""
+    """The same for vLLM's own speculation: every cycle ends in a token of the target."""
     (gamma,) = run.gammas
     counts = sum((sample.counts for sample in samples), Counter())
     judged = sum(times * min(length, gamma) for length, times in counts.items())
@@ -279,7 +285,7 @@ def draft_counts(samples: Sequence[Sample], run: Run) -> dict[str, Any]:
 
 
 def engine_arguments(plan: Plan, args: Namespace, root: Path) -> dict[str, Any]:
-    """Of vLLM's `EngineArgs`."""
+    """The arguments of vLLM's `EngineArgs`."""
     run = Run.parse(plan.run)
     folders = {name: model_folder(name, args, root) for name in run.models}
     first, *others = (folders[name] for name in run.members)
@@ -292,13 +298,13 @@ def engine_arguments(plan: Plan, args: Namespace, root: Path) -> dict[str, Any]:
         "max_model_len": max_model_len(run, args),
         "max_num_seqs": max(plan.batch_sizes + plan.sweep_batch_sizes),
         "max_num_batched_tokens": BATCHED_TOKENS,
-        # Only looked at: the memory of the cache is set below.
+        # vLLM only checks this value: the memory of the cache is set below.
         "gpu_memory_utilization": 0.9 / args.engines_at_once,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
         "worker_extension_cls": "benchmarks.bench_worker.BenchWorker",
     }
-    every_model = [folders[name] for name in run.models]  # a model twice counts twice
+    every_model = [folders[name] for name in run.models]  # a model that appears twice counts twice
     arguments["kv_cache_memory_bytes"] = kv_cache_bytes(
         every_model, arguments["max_num_seqs"], run, args
     )
@@ -372,7 +378,7 @@ def model_folder(name: str, args: Namespace, root: Path) -> str:
 
 
 def max_model_len(run: Run, args: Namespace) -> int:
-    """Room for requests that are luckier than the mean, and for what is proposed past the end."""
+    """Room for requests that get more tokens than the mean, and for proposals past the end."""
     return args.prompt_len + args.skip + args.num_tokens * 3 // 2 + 4 * (run.window + 2)
 
 
@@ -387,15 +393,15 @@ def kv_cache_bytes(folders: Sequence[str], num_reqs: int, run: Run, args: Namesp
         head_size = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads
         per_token += 2 * config["num_hidden_layers"] * kv_heads * head_size * value_size
-    # One block more than the longest text has, so that no request is ever preempted; but only one,
-    # so that several engines fit beside one another.
+    # One block more than the longest text needs, so that no request is ever preempted. It is only
+    # one, so that several engines fit beside one another.
     block_size = KV_BLOCK_SIZE_CPU if is_cpu_build() else KV_BLOCK_SIZE
     num_blocks = -(-max_model_len(run, args) // block_size) + 1
     return max(per_token * num_reqs * num_blocks * block_size, 64 << 20)
 
 
 def make_prompts(args: Namespace, num_prompts: int, tokenizer: Any) -> list[list[int]]:
-    """Of dummy models any tokens; of real ones HumanEval's prompts, their last `prompt_len`."""
+    """Any tokens for dummy models; for real models the last `prompt_len` of HumanEval's prompts."""
     if tokenizer is None:
         return [[3 + i] * args.prompt_len for i in range(num_prompts)]
     if args.prompts:
@@ -409,18 +415,19 @@ def make_prompts(args: Namespace, num_prompts: int, tokenizer: Any) -> list[list
 
 
 def configure_process() -> None:
-    """Settings that are read when vLLM is imported; what the environment sets already is kept."""
+    """Settings that vLLM reads when it is imported; what the environment already sets is kept."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if is_cpu_build():
-        # An engine in a process of its own would share the cores with this one.
+        # An engine in a process of its own would share the cores with this process.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 def main() -> None:
     """`python -m benchmarks.bench_engine REQUEST LINES`: measure what REQUEST (JSON) asks for.
 
-    LINES gets a line of JSON for each result as soon as it is known.  So a killed process leaves
-    what it had.  After `engine` this process waits for a line on its standard input.
+    LINES gets a line of JSON for each result as soon as it is known, so a killed process leaves the
+    results that it had. After the line `engine` this process waits for a line on its standard
+    input.
     """
     request, lines = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     paths = {
@@ -436,10 +443,10 @@ def main() -> None:
             file.write(json.dumps({kind: content}) + "\n")
 
     try:
-        # The same for all, so that vLLM finds what it has compiled before.
+        # All engines share one folder, so that vLLM finds what it has compiled before.
         engine = BenchEngine(plan, args, Path(tempfile.gettempdir()) / "bench_decode_shapes")
         write("engine", engine.describe())
-        sys.stdin.readline()  # until no other engine starts or measures
+        sys.stdin.readline()  # waits until no other engine starts or measures
         for row in engine.cells():
             write("row", row)
         if args.trace:

@@ -1,10 +1,10 @@
-"""What each operation of a cycle costs: Triton kernels and their namesakes in torch, side by side.
+"""What each operation of a cycle costs: Triton kernels and their torch namesakes, side by side.
 
     python benchmarks/bench_kernels.py --out kernels.json        # on a GPU; on a CPU torch alone
 
-Times a call until it returns (`host_us`) and what it takes when it is replayed in a CUDA graph
-(`graph_us`), as it is in a step that only decodes.  `combine` is the ensemble's arithmetic over the
-vocabulary.  The last line of the output is JSON.
+`host_us` is the time until a call returns. `graph_us` is the time of a call that is replayed in a
+CUDA graph, as in a step that only decodes. `combine` is the ensemble's arithmetic over the
+vocabulary. The last line of the output is JSON.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def operations(
     gammas: Sequence[int], num_reqs: int, vocab_size: int, device: torch.device
 ) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
-    """(name, `{"torch": call, "triton": call}`); without Triton's where it would be interpreted."""
+    """(name, `{"torch": call, "triton": call}`); no "triton" if Triton would be interpreted."""
     kinds = {"torch": eager, "triton": fused}
     if device.type == "cpu":
         del kinds["triton"]
@@ -99,7 +99,7 @@ def operations(
 def of_cycle(
     ops: ModuleType, gammas: Sequence[int], num_reqs: int, vocab_size: int, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
-    """Every operation on columns, on requests that all decode with a full window."""
+    """Every operation on columns, for requests that all decode with a full window."""
     turns = chef_turns(gammas, list(range(len(gammas), 0, -1)), [True] * len(gammas))
     last, window = len(turns) - 1, turns.window
     state = ProposalState(turns, MAX_NUM_REQS, MAX_MODEL_LEN, 8, torch.bfloat16, device)
@@ -162,7 +162,7 @@ def of_cycle(
 
 
 def host_us(call: Callable[[], Any]) -> float:
-    """Microseconds until a call returns, the mean of many."""
+    """Microseconds until a call returns, the mean of many calls."""
     call(), synchronize()
     start = time.perf_counter()
     for _ in range(NUM_CALLS):
@@ -173,7 +173,7 @@ def host_us(call: Callable[[], Any]) -> float:
 
 
 def graph_us(call: Callable[[], Any]) -> float | None:
-    """Microseconds in a CUDA graph of many calls; None on a CPU."""
+    """Microseconds of a call in a CUDA graph of many calls; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     graph = torch.cuda.CUDAGraph()

@@ -1,6 +1,6 @@
-"""What a benchmark asks of a worker, mixed into it by vLLM (`worker_extension_cls`).
+"""What a benchmark asks of a worker; vLLM mixes this class into it (`worker_extension_cls`).
 
-Fits vLLM's own workers and ours.  Knows runners; times nothing but single CUDA graphs.
+It fits vLLM's own workers and ours. It knows runners, and it times only single CUDA graphs.
 """
 
 import resource
@@ -26,7 +26,7 @@ class BenchWorker:
         rates.fill_(rate)
 
     def bench_turns(self) -> dict[str, Any] | None:
-        """`{"turns": [[members, gamma], ...], "scores": [...]}`; None where nobody takes turns."""
+        """`{"turns": [[members, gamma], ...], "scores": [...]}`; None if no member takes turns."""
         turns = getattr(self.model_runner, "turns", None)
         if turns is None:
             return None
@@ -40,14 +40,17 @@ class BenchWorker:
             torch.cuda.reset_peak_memory_stats()
 
     def bench_memory_gib(self) -> float:
-        """The most that tensors took on a GPU since the reset; else this process, ever."""
+        """GiB: on a GPU the peak of tensors since the reset, else the peak of this process ever."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
 
     def bench_trace(self, path: str | None) -> None:
-        """Record what the device and the host do, until `path` says where to write it: a Chrome
-        trace, compressed if the name ends in `.gz`."""
+        """Record what the device and the host do.
+
+        A call with a `path` stops the recording and writes a Chrome trace to it. The trace is
+        compressed if the name ends in `.gz`.
+        """
         if path is None:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -62,12 +65,12 @@ class BenchWorker:
     def bench_graph_times(self, batch_size: int) -> dict[str, Any] | None:
         """Milliseconds of one replay of the graphs that a batch runs in, by number of tokens.
 
-        `{"primary": {num_tokens: ms}, "turns": [...]}`: the engine's own model, and of each turn
-        after the first `{"reading": {num_tokens: ms}, "passes": {num_reqs: ms},
-        "passes_per_replay": n}`.  None where there are no CUDA graphs.
+        The result is `{"primary": {num_tokens: ms}, "turns": [...]}`. "primary" is the engine's own
+        model. "turns" has an entry for each turn after the first: `{"reading": {num_tokens: ms},
+        "passes": {num_reqs: ms}, "passes_per_replay": n}`. None if there are no CUDA graphs.
 
-        To be asked after a batch of this size: a replay attends to as much as its last step did,
-        and writes to where that has written.
+        Call this after a batch of this size. A replay attends to as many tokens as the batch's last
+        step did, and it writes to the same places.
         """
         manager = getattr(self.model_runner, "cudagraph_manager", None)
         if manager is None or not manager.graphs:
@@ -75,8 +78,8 @@ class BenchWorker:
         found = {"primary": times(manager, batch_size), "turns": []}
         if getattr(self.model_runner, "turns", None) is not None:
             speculator = self.model_runner.speculator
-            # Only the second turn's graph begins a cycle: replayed by itself, one of a later turn
-            # would propose again and again, and come to read past its own tokens.
+            # Only the second turn's graph begins a cycle. The graph of a later turn, replayed by
+            # itself, would propose again and again. In the end it would read past its own tokens.
             turn_gammas, graphs = speculator.gammas.on_device, speculator.graphs.turns
             gammas = turn_gammas.clone()
             turn_gammas.zero_()
@@ -86,8 +89,11 @@ class BenchWorker:
 
 
 def turn_times(graphs: Any, batch_size: int) -> dict[str, Any]:
-    """Of `TurnGraphs`, for requests without filters and with most tokens in the engine step; of the
-    graphs that hold several passes, those with most."""
+    """Milliseconds of replays of `TurnGraphs`, for requests without filters.
+
+    The times are those of the graphs with the most tokens in the engine step. If graphs hold
+    several passes, they are those with the most passes.
+    """
     number = max(graphs.loops, default=0)
     return {
         "reading": times(graphs.reading[max(graphs.lengths), False], batch_size),
@@ -97,8 +103,10 @@ def turn_times(graphs: Any, batch_size: int) -> dict[str, Any]:
 
 
 def times(manager: Any, batch_size: int) -> dict[int, float]:
-    """Milliseconds by `num_tokens` of the graphs of a `CudaGraphManager` that a batch may run in:
-    of each number of tokens per request, the smallest that holds it."""
+    """Milliseconds by `num_tokens` of the graphs of a `CudaGraphManager` that a batch may run in.
+
+    For each number of tokens per request, it is the smallest graph that holds the batch.
+    """
     fitting: dict[int | None, Any] = {}
     for desc in sorted(manager.graphs, key=lambda desc: desc.num_tokens):
         if desc.num_reqs >= batch_size:

@@ -3,15 +3,20 @@
     python benchmarks/inflate.py models/smollm2-135m /tmp/smollm2-7b --size 7b
     python benchmarks/inflate.py models/smollm2-135m /tmp/wide --hidden-size 960 --layers 34
 
-What is not given is the size's, without --size the source's; heads follow the hidden size.
-So speed is measured at the cost of a 7B with what members of one tokenizer really accept. Knows
-checkpoints in the layout of transformers; knows no engine.
+Dimensions that are not given are those of the size; without `--size`, those of the source. The
+number of heads follows the hidden size. This measures speed at the cost of a 7B, with the real
+acceptance of members of one tokenizer. The module knows checkpoints in the layout of transformers.
+It knows no engine.
 
-All that is added is zero: hidden channels, which every layer then leaves at zero; MLP channels and
-heads, whose outputs are projected by zeros; layers, which add zero. RMSNorm divides by the root of
-the mean square, and of d channels padded to D the mean square is d/D of what it was; so eps is
-multiplied by d/D and each norm's weight by sqrt(d/D). That is exact but for the rounding of these
-weights to the dtype, in bfloat16 up to 0.4 %; where D/d is a power of 4 there is none.
+Everything that is added is zero:
+- hidden channels, which every layer then leaves at zero,
+- MLP channels and heads, whose outputs are projected by zeros,
+- layers, which add zero.
+
+RMSNorm divides by the root of the mean square. If d channels are padded to D, the mean square is
+d/D of what it was. So eps is multiplied by d/D, and each norm's weight by sqrt(d/D). This is exact
+except for the rounding of these weights to the dtype, up to 0.4 % in bfloat16. If D/d is a power of
+4, there is no rounding.
 """
 
 import argparse
@@ -30,11 +35,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Not copied to the target: what is made anew, and what speaks of the source only.
+# Not copied to the target: files that are made anew, and files that describe only the source.
 MADE_ANEW = ("config.json", "README.md", "SHA256SUMS")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
-# Which axes a tensor has, by the second last part of its name; a bias has the first only.
+# Which axes a tensor has, by the second last part of its name; a bias has only the first axis.
 AXES = {
     "embed_tokens": ("vocab", "hidden"),
     "lm_head": ("vocab", "hidden"),
@@ -53,7 +58,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
 class ShapeError(ValueError):
-    """A source or a shape that cannot be inflated. Its text is one line."""
+    """A source or a shape that cannot be inflated. The text is one line."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Shape:
 
     @property
     def num_parameters(self) -> int:
-        """Biases left out."""
+        """The number of parameters, without biases."""
         attention = 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
         layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
@@ -98,7 +103,8 @@ class Shape:
 class Size:
     """A public model's width, grouping of heads, least depth, and number of parameters.
 
-    The source's vocabulary and depth being what they are, the width of the MLP makes up the number.
+    The vocabulary comes from the source, and so does the depth if it is larger. The width of the
+    MLP is chosen to reach the number of parameters.
     """
 
     hidden_size: int
@@ -133,15 +139,19 @@ def shape_of_size(source: Shape, name: str) -> Shape:
 
 
 def with_heads(shape: Shape, heads: int) -> Shape:
-    """That many heads, shared as they were if that comes out even, else with a key to each."""
+    """The shape with `heads` heads. The grouping stays if it divides `heads`.
+
+    Otherwise each head has a key of its own.
+    """
     ratio = shape.queries_per_key if heads % shape.queries_per_key == 0 else 1
     return replace(shape, num_attention_heads=heads, num_key_value_heads=heads // ratio)
 
 
 def check(source: Shape, target: Shape) -> None:
-    """
+    """Check that the target has room for the source.
+
     Raises:
-        ShapeError: the target has not room for the source.
+        ShapeError: the target does not have room for the source.
     """
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
         if getattr(target, key) < getattr(source, key):
@@ -166,12 +176,12 @@ def check(source: Shape, target: Shape) -> None:
 
 
 def _copies(source: Shape, target: Shape) -> int:
-    """Of each key-value head, so that all heads that read it find one in the target's grouping."""
+    """Copies of each key-value head that its query heads need in the target's grouping."""
     return math.ceil(source.queries_per_key / target.queries_per_key)
 
 
 def head_origins(source: Shape, target: Shape) -> tuple[list[int], list[int]]:
-    """The source's head in each place of the target, -1 where none: of queries, of keys."""
+    """The source's head at each place of the target, -1 if none: for queries, then for keys."""
     copies, per_key = _copies(source, target), target.queries_per_key
     queries, keys = [-1] * target.num_attention_heads, [-1] * target.num_key_value_heads
     for head in range(source.num_attention_heads):
@@ -183,7 +193,7 @@ def head_origins(source: Shape, target: Shape) -> tuple[list[int], list[int]]:
 
 
 def origins(source: Shape, target: Shape) -> dict[str, Tensor]:
-    """By axis: the source's index at each index of the target `[target_size]`, -1 where none."""
+    """By axis: the source's index at each index of the target `[target_size]`, -1 if none."""
 
     def padded(num_source: int, num_target: int) -> Tensor:
         index = torch.full((num_target,), -1)
@@ -205,7 +215,7 @@ def origins(source: Shape, target: Shape) -> dict[str, Tensor]:
 
 
 def pick(tensor: Tensor, axis: int, origin: Tensor) -> Tensor:
-    """`tensor` with what `origin` names along `axis`, zeros where that is -1."""
+    """`tensor` with the indices of `origin` along `axis`, and zeros where an index is -1."""
     picked = tensor.index_select(axis, origin.clamp(min=0))
     return picked.index_fill_(axis, (origin < 0).nonzero()[:, 0], 0)
 
@@ -223,11 +233,11 @@ class Source:
         if config.get("tie_word_embeddings"):
             self._file_of.pop("lm_head.weight", None)
         for name in list(self._file_of):
-            if name.endswith("rotary_emb.inv_freq"):  # computed anew by every reader
+            if name.endswith("rotary_emb.inv_freq"):  # every reader computes it anew
                 del self._file_of[name]
 
     def names(self, num_layers: int) -> Iterator[tuple[str, bool]]:
-        """The names of a model of that many layers, and whether the source has it."""
+        """The tensor names of a model with `num_layers` layers, and whether the source has each."""
         ours = "model.layers.0."
         parts = [name.removeprefix(ours) for name in self._file_of if name.startswith(ours)]
         yield from ((name, True) for name in self._file_of if ".layers." not in name)
@@ -277,9 +287,9 @@ class Inflation:
 
 
 def write_shards(inflation: Inflation, folder: Path, shard_bytes: int) -> int:
-    """All tensors, a file at a time, and the index; returns their bytes.
+    """Write all tensors, one file at a time, and the index; returns their bytes.
 
-    No more than one file's tensors are in memory at once.
+    Memory holds the tensors of one file at most.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -301,7 +311,7 @@ def write_shards(inflation: Inflation, folder: Path, shard_bytes: int) -> int:
 
 
 def _write_shard(inflation: Inflation, names: Sequence[str], file: Path) -> None:
-    # Apart, so that its tensors are gone before the next file's are made.
+    # A separate function, so that its tensors are freed before the next file's are made.
     tensors = {name: inflation.make(name) for name in names}
     save_file(tensors, file, metadata={"format": "pt"})
 
@@ -315,9 +325,10 @@ def inflated_config(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """
+    """The config of a checkpoint.
+
     Raises:
-        ShapeError: not a plain Llama checkpoint.
+        ShapeError: it is not a plain Llama checkpoint.
     """
     file = folder / "config.json"
     if not file.exists():
@@ -333,10 +344,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def inflate(
     folder: Path, into: Path, target: Shape, dtype: str | None = None, shard_gib: float = 2.0
 ) -> int:
-    """Writes the checkpoint `folder`, brought to the shape `target`, as `into`; returns its bytes.
+    """Write the checkpoint `folder` in the shape `target` as `into`; returns its bytes.
 
     Raises:
-        ShapeError: `target` has not room for it, or `into` is there.
+        ShapeError: `target` does not have room for it, or `into` exists.
     """
     config = read_config(folder)
     source = Shape.of(config)

@@ -1,6 +1,6 @@
-"""What a benchmark runs: how a run is written, which belong together, and what is to be reached.
+"""What a benchmark runs: how a run is written, which runs belong together, and the targets.
 
-Plain data; starts no engine.
+Plain data. This module starts no engine.
 """
 
 import re
@@ -32,10 +32,10 @@ class Run:
         members: names, in the user's order.
         scores: by member, whether it has a say.
         alpha: of a contrastive ensemble; None: weighted, all weights equal.
-        policy: `chef` or `sd` where members take turns, `draft_model` where vLLM's own
-            speculation proposes with `proposer`; None: nobody proposes.
+        policy: `chef` or `sd` if members take turns; `draft_model` if vLLM's own speculation
+            proposes with `proposer`; None: no model proposes.
         gammas: of all members (`chef`), else one number.
-        is_adaptive: gammas are chosen as it goes; these at most.
+        is_adaptive: the gammas are chosen at run time; `gammas` holds the maxima.
     """
 
     text: str
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def window(self) -> int:
-        """Tokens that are carried from step to step."""
+        """The number of tokens that are carried from step to step."""
         return sum(self.gammas) - (self.policy == "chef")
 
     @property
@@ -103,9 +103,9 @@ class Run:
 
     @property
     def plain_key(self) -> tuple[str, ...]:
-        """Equal for a run and the plain ensemble that it gives the output of.
+        """Equal for a run and for the plain ensemble that gives the same output.
 
-        Without alpha, which changes no cost.
+        The key leaves out alpha, which does not change the cost.
         """
         return ("weighted" if self.alpha is None else "contrastive", *self.counted)
 
@@ -116,8 +116,8 @@ class Plan:
 
     Args:
         run: as text.
-        acceptances: set synthetically; none: as the models have it. The first at all batch
-            sizes, the others at those of `sweep_batch_sizes`.
+        acceptances: set synthetically; none: the models' own. The first one is measured at all
+            batch sizes, the others at `sweep_batch_sizes`.
     """
 
     run: str
@@ -126,7 +126,7 @@ class Plan:
     sweep_batch_sizes: tuple[int, ...] = (1,)
 
     def cells(self) -> list[tuple[float | None, int]]:
-        """(acceptance, batch size), in the order of their measurement."""
+        """(acceptance, batch size), in the order of measurement."""
         first, *others = self.acceptances or (None,)
         cells = [(first, size) for size in self.batch_sizes]
         return cells + [(rate, size) for rate in others for size in self.sweep_batch_sizes]
@@ -139,7 +139,7 @@ class Target:
     Args:
         runs: the best of these counts.
         field: of a row of the results; `speed_over:RUN` is the speed over another run's.
-        value: at least this, or `at_most`.
+        value: the least number, or the largest if `at_most`.
     """
 
     name: str
@@ -150,7 +150,7 @@ class Target:
     at_most: bool = False
 
     def judge(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """`{"name", "target", "reached_value", "reached", "run"}`; None where nothing was run."""
+        """`{"name", "target", "reached_value", "reached", "run"}`; None if no run was measured."""
         found = [(self._value(row, rows), row["run"]) for row in rows if self._is_meant(row)]
         found = [(value, run) for value, run in found if value is not None]
         best, run = (min if self.at_most else max)(found, default=(None, None))
@@ -190,8 +190,8 @@ CHEF_CD, SD_TARGET_ALONE = f"cd0.1:{BIG}+{SMALL}@1,5", f"cd0:{BIG}+{SMALL}@sd5"
 STOCK = f"{BIG}/{SMALL}@5"
 OUTSIDE = (f"{TWO}+{SMALL}:0@1,1,5", f"{TWO}/{SMALL}@5")
 
-# In the order of their weight: what a killed run lacks is what was asked for last. In fours that
-# 139 GiB hold together (--engines-at-once 4).
+# In the order of importance: a killed benchmark lacks the last ones. Groups of four fit into 139
+# GiB together (--engines-at-once 4).
 DESIGN = [
     *(Plan(BIG), Plan(TWO), Plan(f"{TWO}@1,1", ACCEPTANCES)),
     *(Plan(f"cd0.1:{BIG}+{SMALL}"), Plan(CHEF_CD, ACCEPTANCES), Plan(STOCK, (0.8,))),

@@ -2,9 +2,10 @@
 
     python benchmarks/plot.py benchmarks/results/RESULT.json --folder docs/pictures
 
-By acceptance (at one batch size), and by batch size (at each run's first acceptance), measured as
-points, what theory expects of the measured costs as lines; of several kinds of requests the first.
-Each in a light and a dark variant.
+There is one picture by acceptance (at one batch size), and one by batch size (at each run's first
+acceptance). Points are measurements. Lines are what theory expects from the measured costs. If
+there are several kinds of requests, the first kind is drawn. Each picture has a light and a dark
+variant.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 if __name__ == "__main__" and not __package__:
-    # Started by its path: Python looks for modules beside this file, and they are one folder up.
+    # Started by its path, Python looks for modules beside this file; they are one folder up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.plans import Run
@@ -35,7 +36,7 @@ THEMES = {
     "light": {"paper": "#ffffff", "ink": "#1f2328", "faint": "#8c959f", "grid": "#e4e7eb"},
     "dark": {"paper": "#0d1117", "ink": "#e6edf3", "faint": "#7d8590", "grid": "#272d35"},
 }
-# Okabe and Ito's, told apart by readers with any colour vision; lighter on dark where needed.
+# Okabe and Ito's colours, for readers with any colour vision; lighter on dark where needed.
 COLOURS = {
     "light": ["#0072b2", "#d55e00", "#009e73", "#a0518a", "#8a6d00", "#4a4a4a", "#7a3b00"],
     "dark": ["#56b4e9", "#f0803c", "#2fc89a", "#d99ac0", "#e0c341", "#b8b8b8", "#c08a5a"],
@@ -47,7 +48,7 @@ GRID = [step / 40 for step in range(20, 41)]
 
 
 def label(run: Run) -> str:
-    """What a reader calls it: `2 x 7b + 68m, gamma 1, 5`."""
+    """The name for readers: `2 x 7b + 68m, gamma 1, 5`."""
     names = []
     for model in dict.fromkeys(run.members):
         times = run.members.count(model)
@@ -65,7 +66,7 @@ def label(run: Run) -> str:
 
 
 def is_drawn(row: Row, runs: Sequence[str]) -> bool:
-    """Of `runs`, or of all where two members or more have a say."""
+    """Whether the row is of `runs`, or has at least two members with a say if `runs` is empty."""
     if not row.get("speed_over_plain"):
         return False
     run = Run.parse(row["run"])
@@ -73,7 +74,7 @@ def is_drawn(row: Row, runs: Sequence[str]) -> bool:
 
 
 def of_one_kind(rows: Sequence[Row]) -> list[Row]:
-    """Those whose requests ask for what the first row's do."""
+    """The rows whose requests ask for the same as the first row's."""
     kinds = [(row["temperature"], row["sampling"]) for row in rows]
     return [row for row, kind in zip(rows, kinds, strict=True) if kind == kinds[0]]
 
@@ -86,13 +87,13 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def shown_acceptance(row: Row) -> float:
-    """Of the proposals that were judged, the mean over the members that propose."""
+    """The acceptance of judged proposals, the mean over the members that propose."""
     rates = [rate for rate in row["acceptance"] if rate is not None]
     return sum(rates) / len(rates)
 
 
 def curve(row: Row, engine: dict[str, Any]) -> tuple[list[float], list[float]] | None:
-    """Speed by acceptance that theory expects of this row's costs."""
+    """Speed by acceptance that theory expects from this row's costs."""
     ratio = (row["theory"] or {}).get("cost_ratio")
     run, turns = Run.parse(row["run"]), turns_of(engine)
     if ratio is None or run.is_adaptive or (turns is None and run.policy != "draft_model"):
@@ -120,7 +121,7 @@ def by_acceptance(
             MARKERS[at % len(MARKERS)],
             label=label(Run.parse(name)),
             markersize=7,
-            # Keeps points apart that lie upon one another.
+            # Keeps points apart that lie on top of one another.
             markeredgecolor=axes.get_facecolor(),
             **style,
         )
@@ -144,7 +145,7 @@ def by_batch_size(axes: Axes, document: dict[str, Any], colours: Sequence[str]) 
             MARKERS[at % len(MARKERS)],
             label=text,
             markersize=7,
-            # Keeps points apart that lie upon one another.
+            # Keeps points apart that lie on top of one another.
             markeredgecolor=axes.get_facecolor(),
             **style,
         )
@@ -162,7 +163,7 @@ def by_batch_size(axes: Axes, document: dict[str, Any], colours: Sequence[str]) 
 def pictures(
     documents: Sequence[dict[str, Any]], runs: Sequence[str], batch_size: int | None
 ) -> Iterator[tuple[str, str, Any]]:
-    """(name, theme, figure); of several documents the runs that were finished are put together."""
+    """(name, theme, figure); finished runs of several documents are put together."""
     engines, rows = [], []
     for document in documents:
         done = [entry for entry in document["configurations"] if entry["status"] == "done"]
@@ -231,7 +232,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=[], help="default: all of several members")
     parser.add_argument("--format", default="svg", choices=["svg", "png"])
     args = parser.parse_args()
-    matplotlib.rcParams["svg.fonttype"] = "path"  # the same everywhere
+    matplotlib.rcParams["svg.fonttype"] = "path"  # looks the same everywhere
     matplotlib.rcParams["svg.hashsalt"] = "speculative-ensemble"  # the same file again
     documents = [json.loads(path.read_text()) for path in args.results]
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What the rows of a benchmark say of one another: ratios, time in graphs, and what theory expects.
+"""What the rows of a benchmark say together: ratios, time in graphs, and what theory expects.
 
-Knows results as plain data; measures nothing.
+This module knows results as plain data. It measures nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def complete(document: dict[str, Any]) -> None:
-    """Add to every row what can be said by now; call it again when there are more rows."""
+    """Add to every row what the rows so far allow; call this again when there are more rows."""
     rows = document["results"]
     engines = {entry["run"]: entry for entry in document["configurations"]}
     index = Index(rows)
@@ -55,8 +55,11 @@ class Index:
 
 
 def compared(row: Row, run: Run, index: Index) -> Row:
-    """The cost over that of the members together, and the speed over each and over the plain
-    ensemble; None where the other was not measured."""
+    """The cost over that of the members together, and the speed over each member.
+
+    The row also has the speed over the plain ensemble. A value is None if the other run was not
+    measured.
+    """
     alone = {model: index.alone(model, row) for model in run.models}
     cost = row["ms_per_token"]
     found: Row = {"speed_over_alone": {m: ms and ms / cost for m, ms in alone.items()}}
@@ -70,7 +73,7 @@ def compared(row: Row, run: Run, index: Index) -> Row:
 
 
 def turns_of(engine: Mapping[str, Any]) -> Turns | None:
-    """The turns of an engine's members, as its worker told them."""
+    """The turns of an engine's members, as its worker reported them."""
     told = engine.get("turns")
     if told is None:
         return None
@@ -81,9 +84,11 @@ def turns_of(engine: Mapping[str, Any]) -> Turns | None:
 def in_graphs(row: Row, run: Run, engine: Mapping[str, Any]) -> Row:
     """Milliseconds of a cycle that are spent in each turn's CUDA graphs, and the rest.
 
-    None on a CPU, and of turns whose requests ask for more than a temperature: they run in other
-    graphs, or without; the rest also of vLLM's own speculation, whose drafts are not timed, and
-    where gammas change.
+    All values are None on a CPU. They are also None for turns whose requests ask for more than a
+    temperature: such requests run in other graphs, or without graphs. The rest alone is None in two
+    cases:
+    - vLLM's own speculation, whose drafts are not timed,
+    - gammas that change.
     """
     found: Row = {"graph_ms": None, "overhead_ms": None, "overhead_share": None}
     times, size = engine.get("graph_ms"), row["batch_size"]
@@ -106,7 +111,7 @@ def in_graphs(row: Row, run: Run, engine: Mapping[str, Any]) -> Row:
 
 
 def in_turn(times: Mapping[str, Any], turn: int, turns: Turns, size: int) -> Row:
-    """Of a turn after the first: the pass that reads, and all those of one token."""
+    """The times of a turn after the first: the pass that reads, and all passes of one token."""
     reading = at_least(times["reading"], size * turns.num_read(turn, 1 + turns.window))
     num_passes, passes = turns.num_passes(turns[turn].gamma), 0.0
     if num_passes:
@@ -116,16 +121,16 @@ def in_turn(times: Mapping[str, Any], turn: int, turns: Turns, size: int) -> Row
 
 
 def at_least(times: Mapping[Any, float], num_tokens: int) -> float | None:
-    """Of the smallest graph that holds so many tokens, which vLLM takes and pads for."""
+    """The time of the smallest graph that holds `num_tokens`; vLLM pads the batch to it."""
     fitting = [int(size) for size in times if int(size) >= num_tokens]
     return {int(size): ms for size, ms in times.items()}[min(fitting)] if fitting else None
 
 
 def expected(row: Row, run: Run, engine: Mapping[str, Any], index: Index) -> Row | None:
-    """What `docs/algorithm.md` expects of the acceptance and the costs that were measured.
+    """What `docs/algorithm.md` expects from the measured acceptance and costs.
 
-    The costs are a cycle's graphs and a token of the plain ensemble; else those of each model
-    alone, as often as it is called.
+    The costs are a cycle's graphs and a token of the plain ensemble. If these are missing, they are
+    the costs of each model alone, times its calls.
     """
     if run.policy is None or run.is_adaptive:
         return None
@@ -135,7 +140,7 @@ def expected(row: Row, run: Run, engine: Mapping[str, Any], index: Index) -> Row
     if cycle_ms is None:
         alone = {model: index.alone(model, row) for model in run.models}
         if None not in alone.values():
-            # Steps of their own on both sides, so that what the engine adds cancels out.
+            # Both sides count engine steps of their own, so that the engine's overhead cancels out.
             basis, plain_ms = "models alone", sum(alone[model] for model in run.counted)
             calls = zip(row["calls_per_cycle"], run.models, strict=True)
             cycle_ms = sum(count * alone[model] for count, model in calls)
@@ -144,14 +149,18 @@ def expected(row: Row, run: Run, engine: Mapping[str, Any], index: Index) -> Row
         "tokens_per_cycle": tokens,
         "cycle_ms": cycle_ms,
         "cycle_ms_from": basis if cycle_ms else None,
-        # Speed over the plain ensemble per token of a cycle.
+        # The speed over the plain ensemble, per token of a cycle.
         "cost_ratio": ratio,
         "speed_over_plain": ratio and tokens and ratio * tokens,
     }
 
 
 def expected_tokens(run: Run, turns: Turns | None, rates: Sequence[float | None]) -> float | None:
-    """Per cycle; `rates` by member, of vLLM's own speculation the proposer's last."""
+    """Tokens per cycle.
+
+    Args:
+        rates: by member; for vLLM's own speculation the proposer's is the last.
+    """
     if run.policy == "draft_model":
         return run_of(rates[-1], run.gammas[0])
     if turns is None:

@@ -1,6 +1,6 @@
 """Model folders with a config and no weights, for engines with `load_format="dummy"`.
 
-The shapes are those of public checkpoints; their figures are from the checkpoints' configs.
+The shapes are those of public checkpoints; their numbers are from the checkpoints' configs.
 """
 
 import json
@@ -34,7 +34,7 @@ SHAPES = {
         num_attention_heads=12,
         num_key_value_heads=12,
     ),
-    "llama-tiny": dict(  # for a try without a GPU
+    "llama-tiny": dict(  # to try without a GPU
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -46,10 +46,10 @@ SHAPES = {
 
 
 def make_shape(name: str, root: Path) -> str:
-    """The folder of a shape below `root`, made if need be."""
+    """The folder of a shape below `root`; it is made if it is missing."""
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
-    # At once: engines that start together make and read the same.
+    # The rename is atomic: engines that start together make and read the same folder.
     part = folder / f"config.{os.getpid()}.part"
     part.write_text(json.dumps({**LLAMA, **SHAPES[name]}, indent=2))
     os.replace(part, folder / "config.json")

@@ -1,9 +1,9 @@
-"""Tokens and passes per cycle, by the reference: the table of `docs/algorithm.md`.
+"""Tokens and passes per cycle, from the reference: the table of `docs/algorithm.md`.
 
     python benchmarks/simulate_turns.py
 
-Members whose proposals are accepted independently, with given probabilities.  Needs no GPU and no
-weights.  The last line of the output is JSON; `--out FILE` writes it too.
+The proposals of each member are accepted independently, with given probabilities. This needs no GPU
+and no weights. The last line of the output is JSON; `--out FILE` writes it too.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def simulate(
     scorers: Sequence[int] | None,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    # Each member puts its rate on the one token that the ensemble wants.
+    # Each member gives its rate to the one token that the ensemble wants.
     members = [lambda tokens, rate=rate: (rate, 1 - rate) for rate in rates]
     num_tokens, num_cycles, calls = 0, 0, [0] * len(members)
     for seed in range(args.sequences):

@@ -1,6 +1,6 @@
-"""Tokens per cycle that a method is expected to decide, by the formulas of `docs/algorithm.md`.
+"""The expected number of tokens that a method decides per cycle, by `docs/algorithm.md`.
 
-Knows turns and rates of acceptance; runs no model.
+This module knows turns and acceptance rates. It runs no model.
 """
 
 from argparse import Namespace
@@ -19,23 +19,28 @@ TurnList = Sequence[tuple[Sequence[int], int]]
 
 
 def run_of(rate: float, num_tokens: int) -> float:
-    """1 + a + ... + a**n: tokens of a verification that always gives one of its own."""
+    """1 + a + ... + a**n: tokens of a verification that always adds one token of its own."""
     return sum(rate**length for length in range(num_tokens + 1))
 
 
 def two_members(gamma: int, opener: float, other: float) -> float:
-    """Two members, the opener proposes one token and the other `gamma`; rates of acceptance."""
+    """Tokens per cycle of two members: the opener proposes one token, the other `gamma`.
+
+    Args:
+        opener, other: their rates of acceptance.
+    """
     full, short = other**gamma, other ** (gamma - 1)
-    # The share of cycles with one token less in the window; where nothing is ever accepted it is
-    # not determined, and does not matter.
+    # The share of cycles with one token less in the window. If nothing is ever accepted, the share
+    # is undefined and does not matter.
     share = full * (1 - opener) / ((1 - (short - full) * (1 - opener)) or 1.0)
     return (1 - share) * run_of(other, gamma) + share * run_of(other, gamma - 1)
 
 
 def one_token_each(rates: Sequence[float]) -> float:
-    """Members that propose one token each."""
+    """Tokens per cycle of members that propose one token each."""
     if not prod(rates):
-        # A member whose proposals all fall is asked again until it has been replaced for good.
+        # If all proposals of a member are rejected, the member is asked again until it has been
+        # replaced for good.
         return 1.0
     mean = len(rates) / sum(1 / rate for rate in rates)
     return len(rates) / (1 + (len(rates) - 1) * (1 - mean))
@@ -44,11 +49,11 @@ def one_token_each(rates: Sequence[float]) -> float:
 def tokens_per_cycle(
     turns: TurnList, scores: Sequence[bool], rates: Sequence[float | None]
 ) -> float:
-    """Of members that take turns.
+    """Tokens per cycle of members that take turns.
 
     Args:
         scores: by member, whether the ensemble counts it.
-        rates: by member, the probability that a proposal is accepted; None for one that never
+        rates: by member, the probability that a proposal is accepted; None for a member that never
             proposes.
     """
     gammas = [gamma for _, gamma in turns]

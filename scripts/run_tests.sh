@@ -4,14 +4,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/setup.sh
-# What libraries start by name (ninja, for one) must be the venv's as well.
+# Programs that libraries start by name (ninja, for one) must come from the venv too.
 export PATH="$PWD/.venv/bin:$PATH"
-# All that the tests need is here; without this, libraries would ask a hub first and wait.
+# Everything that the tests need is here. Otherwise libraries would ask a hub first and wait.
 export HF_HUB_OFFLINE=1
 python scripts/prepare_models.py
 
 ruff check .
 ruff format --check .
 scripts/docs.sh build
-# Two processes, for two cores; a file's tests stay together, since they share engines.
+# Two processes, for two cores. The tests of a file stay together, because they share engines.
 exec python -m pytest -n 2 --dist loadfile "$@"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv with everything this project needs: scripts/setup.sh [cpu|cuda]
 #
-# Without an argument: the kind of the .venv that is there, or else cuda where a GPU is listed and
-# cpu where none is. A rerun with nothing to do ends at once. From the environment: PYTHON (which
-# Python to use) and TORCH_CPU_INDEX (see .env.example).
+# Without an argument it keeps the kind of an existing .venv. If there is no .venv, it takes cuda if
+# a GPU is listed, else cpu. A rerun with nothing to do ends at once. It reads PYTHON (which Python
+# to use) and TORCH_CPU_INDEX (see .env.example) from the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,8 +17,9 @@ fail() {
   exit 1
 }
 
-# The kind of an existing .venv, also of a half-finished or a foreign one. torch tells, since uv
-# takes a 2.13.0+cpu that is there for the 2.13.0 of the CUDA lock and would leave it in place.
+# The kind of an existing .venv, even if it is half-finished or made by something else. The kind is
+# read from torch: uv accepts an installed 2.13.0+cpu as the 2.13.0 of the CUDA lock, and would
+# leave it in place.
 venv_kind() {
   if compgen -G ".venv/lib/python*/site-packages/torch-*+cpu.dist-info" >/dev/null; then
     echo cpu
@@ -31,9 +32,9 @@ machine_kind() {
   if [[ "$(nvidia-smi -L 2>/dev/null || true)" == *"GPU "* ]]; then echo cuda; else echo cpu; fi
 }
 
-# Changes with whatever an installation depends on: the place and our packages too, because an
-# editable installation maps each package by its path, and what is installed, in case somebody
-# removed a package or moved one to another version.
+# Changes with everything that an installation depends on:
+# - the folder and our packages, because an editable installation maps each package by its path,
+# - what is installed, in case somebody removed a package or changed its version.
 fingerprint() {
   {
     echo "$kind $PWD"
@@ -43,8 +44,8 @@ fingerprint() {
   } | sha256sum | cut -d' ' -f1
 }
 
-# 3.11 first, which the tests run on. A name on the PATH may be a shim of a version that is absent,
-# and a distribution's Python may lack ensurepip, so each is tried.
+# 3.11 comes first, because the tests run on it. Each candidate is tried: a name on the PATH may be
+# a shim of a missing version, and a distribution's Python may lack ensurepip.
 find_python() {
   local candidates=(python3.11 python3.12 python3.13 python3.14 python3 python) candidate
   [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
@@ -73,8 +74,8 @@ make_venv() {
 pip_install() { "$VENV_PYTHON" -m pip install --no-input --disable-pip-version-check "$@"; }
 uv_install() { "$VENV_PYTHON" -m uv pip install --python "$VENV_PYTHON" --no-deps "$@"; }
 
-# pip comes first, since it may be set up with a source for the CPU wheel that uv does not read. The
-# extra index is asked only if need be, and for this one package: with it, pip looks up all twice.
+# pip comes first, because it may know a source for the CPU wheel that uv does not read. The extra
+# index is used only if needed, and for this one package: with it, pip looks up everything twice.
 install_cpu_torch() {
   local torch errors
   torch=$(grep -oE '^torch==[^ ]+' "$lock")
@@ -92,7 +93,7 @@ install_cpu_torch() {
     fail "the index in TORCH_CPU_INDEX gave no $torch either"
 }
 
-# Two runs at once would write into the same .venv; the script itself serves as the lock's file.
+# Two runs at once would write into the same .venv. The script itself serves as the lock file.
 exec 9<scripts/setup.sh
 flock 9
 
@@ -115,7 +116,7 @@ fi
 make_venv
 rm -f $STAMP
 quiet=(--quiet)
-[[ ! -t 2 ]] || quiet=() # uv's progress bars, where somebody can see them
+[[ ! -t 2 ]] || quiet=() # uv's progress bars, if a terminal shows them
 pip_install -q "$UV"
 [[ "$kind" != cpu ]] || install_cpu_torch
 say "installing $lock with $UV"

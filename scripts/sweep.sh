@@ -7,10 +7,11 @@
 #   alpha       strength of contrastive decoding
 #   weights     weights of an ensemble of two
 #
-# These are the questions of the tables of arXiv 2502.01662. Each is a Hydra sweep; what follows the
-# name goes to main_dataset.py, and wins: a study of one's own is the same with other keys. On
-# several GPUs add hydra/launcher=joblib, on a SLURM cluster hydra/launcher=submitit_slurm: see
-# docs/sweeps.md. Started again, a study goes on where it was.
+# These are the questions of the tables of arXiv 2502.01662. Each study is a Hydra sweep. Keys after
+# the name go to main_dataset.py and override the study's own, so you can make your own study with
+# other keys. On several GPUs add hydra/launcher=joblib; on a SLURM cluster add
+# hydra/launcher=submitit_slurm (docs/sweeps.md). A study that is started again continues where it
+# stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,7 +25,7 @@ for argument in "$@"; do
 done
 
 status=0
-# Of a key that is given twice the last one counts: the caller's.
+# If a key is given twice, the last one counts, which is the caller's.
 run() {
   local -A last=()
   local argument
@@ -36,7 +37,7 @@ run() {
 }
 
 given=("$@")
-# As the paper measures: one request at a time.
+# One request at a time, as the paper measures.
 common=(dataset.size=small batch_size=1 method.generate.temperature=0,1)
 datasets=dataset.name=humaneval,gsm8k,mmlu,cnndm
 case "$name" in
@@ -54,7 +55,7 @@ case "$name" in
   cd) run "${common[@]}" method=cd,cd_sd,cd_chef "$datasets" method.alpha=0.1,0.5 ;;
   ensemble) run "${common[@]}" method=ensemble,ensemble_sd,ensemble_chef "$datasets" ;;
   gamma)
-    run "${common[@]}" method=cd # what the others are compared with; it proposes nothing
+    run "${common[@]}" method=cd # the baseline of the others; it proposes nothing
     run "${common[@]}" method=cd_sd,cd_chef method.gamma=1,2,3,5,8
     ;;
   alpha) run "${common[@]}" method=cd,cd_sd,cd_chef method.alpha=0.1,0.2,0.3,0.4,0.5 ;;

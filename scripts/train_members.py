@@ -3,8 +3,9 @@
     python scripts/train_members.py                  # both, with the recipes below: for a GPU
     python scripts/train_members.py --members smollm2-amateur --device cpu --steps 500
 
-Writes weights and a model card with what it measured of them, as they are stored. Knows torch and
-transformers; prepare_models.py knows how models are made of the weights, training_text.py the text.
+The script writes weights and a model card. The card has measurements of the stored weights. The
+script knows torch and transformers. prepare_models.py makes models from the weights, and
+training_text.py collects the text.
 """
 
 import argparse
@@ -47,8 +48,9 @@ from transformers.utils.logging import disable_progress_bar
 # Rank 16 of all projections of SmolLM2-135M: 4.9 million values, 9.8 MB in bfloat16.
 RANK, LORA_ALPHA = 16, 32
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# The layers of the parent that the amateur starts from. After 61 thousand tokens of training they
-# shared 0.217 with the parent; 0, 1, 2, 29 shared 0.205 and 0, 10, 20, 29 shared 0.202.
+# The parent's layers that the amateur starts from. After 61 thousand tokens of training they shared
+# 0.217 of the probability with the parent. Layers 0, 1, 2, 29 shared 0.205, and 0, 10, 20, 29
+# shared 0.202.
 ORIGIN = (0, 1, 28, 29)
 
 
@@ -56,7 +58,7 @@ ORIGIN = (0, 1, 28, 29)
 class Recipe:
     """How a member is trained: AdamW, a linear warm-up, then a cosine down to a tenth.
 
-    batch_size: blocks of `context` tokens per step, `micro_batch` of them at a time.
+    batch_size: blocks of `context` tokens per step; `micro_batch` blocks run at a time.
     """
 
     steps: int
@@ -74,10 +76,10 @@ RECIPES = {
     AMATEUR: Recipe(steps=2000, batch_size=64, micro_batch=32, context=512, learning_rate=1e-3),
 }
 
-# At a time, in a comparison: their distributions take a gigabyte or two.
+# Blocks compared at a time: their distributions take one or two gigabytes.
 COMPARED_BLOCKS = 4
 
-# What of a recipe the command line can set.
+# The parts of a recipe that the command line can set.
 OVERRIDES = {
     "steps": int,
     "batch_size": int,
@@ -90,13 +92,13 @@ OVERRIDES = {
 
 @dataclass
 class Report:
-    """What the model card tells of a run."""
+    """What the model card says of a run."""
 
     recipe: Recipe
     num_tokens: int = 0
     seconds: float = 0.0
     final_loss: float = math.nan
-    # Of the member as it is stored, against each model: what `compare` returns.
+    # What `compare` returns for the member as it is stored, by the model it is compared with.
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -114,7 +116,7 @@ class LowRank(nn.Module):
 
 
 def add_adapter(model: nn.Module) -> dict[str, LowRank]:
-    """Puts an update of low rank beside every projection; all else is frozen."""
+    """Put an update of low rank beside every projection; everything else is frozen."""
     model.requires_grad_(False)
     adapter = {}
     for name, module in list(model.named_modules()):
@@ -125,7 +127,7 @@ def add_adapter(model: nn.Module) -> dict[str, LowRank]:
 
 
 def save_adapter(adapter: dict[str, LowRank], folder: Path) -> None:
-    """In the layout and under the names of the library peft."""
+    """Save in the layout and under the names of the library peft."""
     tensors = {}
     for name, update in adapter.items():
         prefix = f"base_model.model.{name}"
@@ -144,7 +146,7 @@ def save_adapter(adapter: dict[str, LowRank], folder: Path) -> None:
 
 
 def cut_layers(parent: nn.Module, origin: Sequence[int]) -> nn.Module:
-    """The parent with only the layers `origin`; they and the last norm are trained."""
+    """The parent with only the layers `origin`; these layers and the last norm are trained."""
     layers = parent.model.layers
     parent.model.layers = nn.ModuleList([layers[index] for index in origin])
     for index, layer in enumerate(parent.model.layers):
@@ -157,7 +159,7 @@ def cut_layers(parent: nn.Module, origin: Sequence[int]) -> nn.Module:
 
 
 def save_layers(amateur: nn.Module, folder: Path) -> None:
-    """Matrices in eight bits with a scale per row, vectors in bfloat16."""
+    """Save matrices in eight bits with a scale per row, and vectors in bfloat16."""
     tensors = {}
     for name, parameter in amateur.named_parameters():
         if parameter.requires_grad:
@@ -172,13 +174,13 @@ def save_layers(amateur: nn.Module, folder: Path) -> None:
 def quantize_rows(
     weight: Tensor,  # [num_rows, num_columns]
 ) -> tuple[Tensor, Tensor]:
-    """int8 `[num_rows, num_columns]` and float32 scales `[num_rows, 1]`; their product is near."""
+    """int8 `[num_rows, num_columns]` and float32 scales `[num_rows, 1]`; the product is close."""
     scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
     return (weight.float() / scale).round().to(torch.int8), scale
 
 
 def to_tokens(texts: Sequence[str], tokenizer: Any) -> Tensor:
-    """All texts, each closed by the end token, one after another: int32 `[num_tokens]`."""
+    """All texts one after another, each closed by the end token: int32 `[num_tokens]`."""
     end = [tokenizer.eos_token_id]
     rows = []
     for start in range(0, len(texts), 1000):
@@ -190,10 +192,10 @@ def to_tokens(texts: Sequence[str], tokenizer: Any) -> Tensor:
 
 
 def to_blocks(tokens: Tensor, context: int) -> Tensor:
-    """`[num_blocks, context]` of `[num_tokens]`, without what is left over.
+    """`[num_blocks, context]` from `[num_tokens]`; tokens after the last whole block are dropped.
 
     Raises:
-        ValueError: not even one block.
+        ValueError: there is not even one block.
     """
     num_blocks = len(tokens) // context
     if num_blocks == 0:
@@ -202,7 +204,7 @@ def to_blocks(tokens: Tensor, context: int) -> Tensor:
 
 
 def batches(blocks: Tensor, recipe: Recipe) -> Iterator[Tensor]:
-    """`recipe.steps` batches `[batch_size, context]`; each epoch in another, seeded, order."""
+    """`recipe.steps` batches `[batch_size, context]`; each epoch has another, seeded, order."""
     generator = torch.Generator().manual_seed(recipe.seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(recipe.steps):
@@ -213,7 +215,7 @@ def batches(blocks: Tensor, recipe: Recipe) -> Iterator[Tensor]:
 
 
 def log_probs(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Of the token after each: float32 `[batch_size, context, vocab_size]`."""
+    """Log-probabilities of each next token: float32 `[batch_size, context, vocab_size]`."""
     return model(tokens, use_cache=False).logits.float().log_softmax(-1)
 
 
@@ -231,12 +233,12 @@ def distillation_loss(student: nn.Module, teacher: nn.Module, tokens: Tensor) ->
 
 def train(
     parameters: Sequence[nn.Parameter],
-    loss: Callable[[Tensor], Tensor],  # of tokens [micro_batch, context]
+    loss: Callable[[Tensor], Tensor],  # takes tokens [micro_batch, context]
     blocks: Tensor,
     recipe: Recipe,
     progress: Callable[[], None],
 ) -> Report:
-    """Minimises `loss`; calls `progress` ten times on the way, whose time is not counted."""
+    """Minimise `loss`; call `progress` ten times on the way, outside the counted time."""
     device = parameters[0].device
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
@@ -274,7 +276,7 @@ def train(
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """The share of the learning rate at a step."""
+    """The factor of the learning rate at a step."""
     warmup = max(1, round(recipe.warmup * recipe.steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -288,7 +290,7 @@ def compare(
     other: nn.Module,
     blocks: Tensor,  # [num_blocks, context]
 ) -> dict[str, float]:
-    """Both models on the same text, in their own dtype.
+    """Compare both models on the same text, in their own dtype.
 
     perplexity, other_perplexity: of the text.
     kl: KL(other || model) per token, in nats.
@@ -319,7 +321,7 @@ def compare(
 
 @dataclass
 class Data:
-    """Where the base is, and blocks of text `[num_blocks, context]`."""
+    """The path of the base, and blocks of text `[num_blocks, context]`."""
 
     base: Path
     device: str
@@ -331,13 +333,13 @@ class Data:
         return model.eval().to(self.device)
 
     def measure(self, model: nn.Module, other: nn.Module) -> dict[str, float]:
-        """In float32, whose rounding is not worth mentioning."""
+        """Compare in float32, where rounding is negligible."""
         models = (each.float().eval().to(self.device) for each in (model, other))
         return compare(*models, self.held_out)
 
 
 def train_python(data: Data, recipe: Recipe, folder: Path) -> Report:
-    """A low-rank adapter of the base, by the next token."""
+    """Train a low-rank adapter of the base on the next token."""
     base, model = data.load_base(), data.load_base(torch.float32)
     adapter = add_adapter(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -353,7 +355,7 @@ def train_python(data: Data, recipe: Recipe, folder: Path) -> Report:
 
 
 def train_amateur(data: Data, recipe: Recipe, folder: Path, origin: Sequence[int]) -> Report:
-    """A few layers of the base, by the base's distributions."""
+    """Train a few layers of the base to match the base's distributions."""
     base = data.load_base()
     student = cut_layers(data.load_base(torch.float32), origin)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -377,9 +379,9 @@ def make_member(
     name: str,
     args: argparse.Namespace,
     corpus: Corpus,
-    tokens: dict[str, Tensor],  # of the corpus, to train on and held out
+    tokens: dict[str, Tensor],  # tokens of the corpus: "train" and "held_out"
 ) -> None:
-    """Trains, stores and measures a member; its folder is replaced when all is done."""
+    """Train, store and measure a member; its folder is replaced only at the end."""
     recipe = make_recipe(name, args)
     torch.manual_seed(recipe.seed)
     held_out = to_blocks(tokens["held_out"], recipe.context)

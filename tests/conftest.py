@@ -1,17 +1,17 @@
-"""Settings of every test process, and tests marked `gpu` left to machines with one."""
+"""Settings of every test process. Tests marked `gpu` run only on machines with a GPU."""
 
 import os
 import sys
 
-# One thread, set before torch is imported: the models are tiny, and threads that wait for a busy
-# core make a step of 15 ms one of 150.
+# One thread, set before torch is imported. The models are tiny, and threads that wait for a busy
+# core turn a step of 15 ms into one of 150 ms.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from absl import logging as absl_logging
 
-# When Hydra sets logging up anew, this handler closes the stream it began with: pytest's own.
+# When Hydra sets logging up anew, this handler closes its first stream: pytest's own.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 

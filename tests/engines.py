@@ -1,6 +1,6 @@
-"""Starts and stops vLLM engines inside the test process, several after one another.
+"""Starts and stops vLLM engines inside the test process, several one after another.
 
-Also the chi-square test that every sampled path must pass.
+It also has the chi-square test that every sampled path must pass.
 """
 
 import gc
@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-# In this process: an engine starts in seconds, and fixtures can look at its state.
+# In this process, an engine starts in seconds and fixtures can look at its state.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-# Triton's products of float32 are TF32 by default, too coarse to compare greedy tokens by.
+# Triton multiplies float32 as TF32 by default, which is too coarse to compare greedy tokens.
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 import torch
@@ -45,9 +45,10 @@ def engine(
 ) -> Iterator[LLM]:
     """An engine for tiny models.
 
-    With `ensemble`, the plain ensemble of `model` and others; with `chef` besides, its members
-    take turns, and `window` tokens are carried from step to step.  Where `chef` leaves gamma to
-    the engine, each step's depth is a random one: more changes than any measurement would bring.
+    With `ensemble`, it runs the plain ensemble of `model` and others. With `chef` as well, the
+    members take turns, and `window` tokens are carried from step to step. If `chef` leaves gamma to
+    the engine, each step's depth is random: it changes more often than any measurement would make
+    it.
     """
     is_adaptive = chef is not None and chef["gamma"] == AUTO
     arguments = {
@@ -91,7 +92,7 @@ def engine(
 
 
 class RandomDepths:
-    """In the place of what `DepthChooser` says."""
+    """Stands in for `DepthChooser` and returns random depths."""
 
     def __init__(self, max_depth: int) -> None:
         self.random, self.max_depth = random.Random(0), max_depth
@@ -102,7 +103,7 @@ class RandomDepths:
 
 @contextmanager
 def _async_scheduling(wanted: bool) -> Iterator[None]:
-    """vLLM turns it off on a CPU, where it works and has nothing to gain."""
+    """vLLM turns asynchronous scheduling off on a CPU, where it works but gains nothing."""
     if not wanted or not current_platform.is_cpu():
         yield
         return
@@ -126,7 +127,7 @@ def generate(
 
 
 def counted_replays(monkeypatch: Any) -> Counter[bool]:
-    """From now on, in how many steps the turns ran in CUDA graphs, and in how many not."""
+    """Count, from now on, the steps whose turns ran in CUDA graphs (True) or without (False)."""
     replay, run, counts = CycleStep.replay, CycleStep.run, Counter()
 
     def counted_replay(*args: Any) -> Any:
@@ -158,7 +159,7 @@ def chi_square_p_value(
 ) -> float:
     """The p-value of the draws under `probs`; outcomes expected less than 5 times are pooled.
 
-    0.0 where an outcome without probability was drawn.
+    It is 0.0 if an outcome without probability was drawn.
     """
     counts = Counter(draws)
     probs = (probs.double() / probs.double().sum()).tolist()

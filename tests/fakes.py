@@ -7,8 +7,8 @@ from torch import nn
 class TableMember(nn.Module):
     """A member whose logits are `table[token]`; its hidden state repeats the token id.
 
-    With `pool` its output lives in a buffer of all members, as the outputs of piecewise CUDA
-    graphs do: valid only until the next member runs.
+    With `pool`, its output lies in a buffer that all members share, like the outputs of piecewise
+    CUDA graphs. The output is valid only until the next member runs.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TableMember(nn.Module):
         hidden_states = input_ids[:, None].float().expand(-1, self.width)
         if self.pool is None:
             return hidden_states.clone()
-        # What other members had written there is gone.
+        # Erases what other members had written there.
         self.pool.fill_(-1)
         return self.pool[: hidden_states.numel()].view(hidden_states.shape).copy_(hidden_states)
 

@@ -1,7 +1,7 @@
 """Tiny random models of the architectures that vLLM serves for text, one per family.
 
-What members are made of in `e2e/test_families.py`.  Knows transformers and vLLM's registry; starts
-no engine.
+The members in `e2e/test_families.py` are made from them. This module knows transformers and vLLM's
+registry. It starts no engine.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 import transformers
 from tiny_models import MAX_LEN, VOCAB_SIZE
 
-# Of every family whose config has these names.
+# For every family whose config has these names.
 SIZES = dict(
     vocab_size=VOCAB_SIZE,
     hidden_size=64,
@@ -56,8 +56,8 @@ class Family:
     """How a tiny model of a family is configured.
 
     Args:
-        config_class: of transformers.
-        options: beside `sizes`.
+        config_class: a class of transformers.
+        options: values beside `sizes`.
         sizes: by default `SIZES`.
     """
 
@@ -157,8 +157,8 @@ FAMILIES = {
 def save_family(root: Path, name: str) -> str:
     """A random float32 model of a family below `root`; its seed is its place in the table.
 
-    Its class is inspected in this process. vLLM would start another process for that, which
-    imports for 20 seconds.
+    Its class is inspected in this process. vLLM would start another process for that, whose imports
+    take 20 seconds.
     """
     torch.manual_seed(list(FAMILIES).index(name))
     model = reference_class().from_config(FAMILIES[name].config(), dtype=torch.float32).eval()
@@ -183,10 +183,10 @@ def logits_of(
 ) -> list[torch.Tensor]:  # num_texts x [length, vocab_size]
     """What transformers computes for whole texts.
 
-    To be called before the first engine: for families that vLLM runs on transformers' own code it
-    changes the classes of this process.
+    Call it before the first engine starts. vLLM runs some families on transformers' own code, and
+    for them it changes the classes of this process.
     """
-    # "eager", since the faster ways leave out Gemma 2's soft caps and gpt-oss's sinks.
+    # "eager", because the faster ways leave out Gemma 2's soft caps and gpt-oss's sinks.
     model = reference_class().from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
     )

@@ -1,4 +1,4 @@
-"""Run directories made by hand, in the form in which a run leaves them."""
+"""Run directories made by hand, in the form that a run leaves."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ PLAIN_SPEED = 100.0
 
 
 def make_config(name: str = "cd", **changes: Any) -> dict[str, Any]:
-    """A resolved configuration; `changes` are by dotted key with '__' for the dot."""
+    """A resolved configuration; `changes` are by dotted key, with '__' for the dot."""
     llm = {"dtype": None, "gpu_memory_utilization": None}
     method = {"name": name, "model": "org/large", "generate": {"temperature": 0}, "llm": llm}
     if name.startswith(("cd", "ensemble")):

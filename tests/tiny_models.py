@@ -1,6 +1,6 @@
-"""Tiny random language models on disk, and the distributions a transformers loop gives them.
+"""Tiny random language models on disk, and the distributions that transformers gives them.
 
-What the e2e tests compare the engine with.  Knows transformers; knows no vLLM.
+The e2e tests compare the engine with these. This module knows transformers. It knows no vLLM.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,7 +67,7 @@ def gpt2_config(vocab_size: int = VOCAB_SIZE) -> GPT2Config:
 
 
 def opt_config(vocab_size: int = VOCAB_SIZE) -> OPTConfig:
-    """Its last hidden state is projected to another width than `hidden_size`."""
+    """The last hidden state is projected to another width than `hidden_size`."""
     return OPTConfig(
         vocab_size=vocab_size,
         hidden_size=64,
@@ -108,9 +108,9 @@ def save_noisy_copy(path: Path, source: str, seed: int, noise: float = 0.02) -> 
 
 
 def save_byte_tokenizer(path: str, extra: Sequence[str] = (), added: Sequence[str] = ()) -> int:
-    """A byte-level tokenizer beside a model; returns its number of tokens.
+    """Save a byte-level tokenizer beside a model; returns its number of tokens.
 
-    `extra` tokens are the model's own, `added` ones are special, as a fine-tune brings them.
+    `extra` tokens are the model's own. `added` tokens are special, like those of a fine-tune.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<eos>", *alphabet, *extra]
@@ -153,10 +153,10 @@ def assert_same_tokens(
     combine: Callable[[list[torch.Tensor]], torch.Tensor],
     prompt: Sequence[int],
 ) -> None:
-    """Equal token for token; on a GPU the first difference may be a tie of the scores.
+    """Check that outputs are equal token for token; on a GPU the first difference may be a tie.
 
-    Its float32 attention rounds otherwise than the CPU's, so that a margin of the top two below
-    `TIE` decides nothing.
+    A GPU's float32 attention rounds differently from the CPU's. A margin of the top two below `TIE`
+    therefore decides nothing.
     """
     if tokens == expected or not torch.cuda.is_available():
         assert tokens == expected

@@ -1,4 +1,7 @@
-"""Speculation whose depth is chosen as it goes: the same tokens, and none where it only costs."""
+"""Speculation whose depth is chosen at run time.
+
+The tokens stay the same, and nothing is proposed if proposals only cost.
+"""
 
 from typing import Any
 
@@ -20,7 +23,7 @@ POLICIES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One, another that agrees with it on most tokens, and one that never does."""
+    """One model, another that agrees with it on most tokens, and one that never agrees with it."""
     root = tmp_path_factory.mktemp("models")
     config = llama_config()
     first = save_model(root / "first", config, seed=0)
@@ -32,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 class Clock:
-    """Steps that take the longer the deeper they are, whatever else the machine does."""
+    """Deeper steps take longer, whatever else the machine does."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler, self.now = scheduler, 0.0
@@ -56,7 +59,7 @@ def test_depth_may_change_at_every_step_that_is_scheduled_ahead(models, chef):
         outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS))
         stats = llm.collective_rpc("turn_stats")[0]
     assert [out.token_ids for out in outputs] == [out.token_ids for out in expected]
-    # Some cycles were shallower than the deepest: fewer passes of the one that proposes.
+    # Some cycles were shallower than the deepest one: the proposer ran fewer passes.
     assert stats["num_calls"][1] < (3 if chef.get("policy") != "sd" else 4) * stats["num_calls"][0]
 
 
@@ -71,10 +74,11 @@ def test_nothing_is_proposed_where_nothing_is_accepted(models, monkeypatch):
         for num_reqs in (1, 4):
             assert chooser[num_reqs] == 4
             generate(llm, PROMPTS[:num_reqs], greedy(NUM_TOKENS))
-            # One token costs nothing: it comes from the pass that decides the other's.
+            # One token costs nothing: it comes from the pass that decides the other member's
+            # proposal.
             assert chooser[num_reqs] <= 1
         assert chooser.tokens(4) < 1.5
-        # Other depths are tried once more, and then not for long.
+        # Other depths are tried once more, but then not for long.
         while chooser.batches[2].hold == MIN_HOLD_STEPS:
             generate(llm, PROMPTS[:4], greedy(NUM_TOKENS))
         llm.collective_rpc("reset_turn_stats")

@@ -1,8 +1,11 @@
-"""What the CUDA graphs of turns replay, without a GPU: the same functions called once more.
+"""What the CUDA graphs of turns replay, tested without a GPU: the same functions called once more.
 
-A stand-in for vLLM's manager "captures" by keeping the function and "replays" by calling it on
-fixed memory, at sizes that are rounded up. So it shows what a real graph would hide: a value that
-came from the host, memory that has moved, rows that fill a batch up and are taken for requests.
+A stand-in for vLLM's manager "captures" a function by keeping it. It "replays" the function by
+calling it on fixed memory, at sizes that are rounded up. So it shows errors that a real graph would
+hide:
+- a value that came from the host,
+- memory that has moved,
+- padding rows that are taken for requests.
 """
 
 from collections import Counter
@@ -31,7 +34,7 @@ from vllm.ensemble_decode.functions import make_function
 
 PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]
 NUM_TOKENS = 24
-# Of each prompt. What the last batch asks for, no graph has.
+# The parameters of each prompt. No graph has what the last batch asks for.
 FILTERS = [dict(top_p=0.8), dict(top_k=3), dict(), dict(min_p=0.1), dict(top_k=9, top_p=0.9)]
 SAMPLED, FILTERED, PENALISED = (
     [
@@ -56,19 +59,21 @@ CASES = {
 
 
 class Manager:
-    """Graphs of 1, 2, 4, 8, 16, ... tokens, rounded up to whole requests as vLLM's are: how many
-    requests fill a batch up depends on how many tokens each has."""
+    """Graphs of 1, 2, 4, 8, 16, ... tokens, rounded up to whole requests as vLLM's are.
+
+    The number of padding requests depends on how many tokens each request has.
+    """
 
     num_replays: Counter[bool] = Counter()
-    """By whether a turn's member reads, or goes on with one token after the other"""
+    """True: a turn's member reads. False: it goes on, one token after the other"""
     with_filters: set[bool] = set()
-    """Of what was replayed"""
+    """Whether the replayed graphs had filters"""
     _candidates: dict[Any, Any] = {}
 
     def __init__(self, speculator: ChefSpeculator, length: int) -> None:
         self.speculator = speculator
         self.length = length
-        # The largest, which the speculator makes room for.
+        # The largest graph, which the speculator makes room for.
         largest = self.descriptor(speculator.max_num_reqs, length)
         self._capture_descs = {CUDAGraphMode.FULL: [largest]}
 
@@ -92,7 +97,7 @@ class Manager:
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> None:
         *_, filters = self.function.__kwdefaults__["function"].args
-        reads = isinstance(filters, bool)  # or the number of passes
+        reads = isinstance(filters, bool)  # else the number of passes
         Manager.num_replays[reads] += 1
         if reads:
             Manager.with_filters.add(filters)
@@ -110,7 +115,7 @@ def use_graphs(speculator: ChefSpeculator, monkeypatch: pytest.MonkeyPatch) -> N
     metadata: dict[str, Any] = {}
 
     def rebuild_metadata(desc: BatchExecutionDescriptor) -> dict[str, Any]:
-        # A real graph's metadata keeps its memory, and so sees what the buffers hold by then.
+        # A real graph's metadata keeps its memory, so a replay sees what the buffers hold then.
         query_start = np.arange(desc.num_reqs + 1, dtype=np.int32) * desc.uniform_token_count
         speculator.input_buffers.query_start_loc[: desc.num_reqs + 1] = torch.from_numpy(
             query_start
@@ -139,7 +144,7 @@ def use_graphs(speculator: ChefSpeculator, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def counted_chunks(monkeypatch: pytest.MonkeyPatch, num_logits: int) -> list[int]:
-    """From now on, in how many parts each verification was made, of `num_logits` rows at most."""
+    """Count, from now on, the parts of each verification, with at most `num_logits` rows a part."""
     chunks, counts = Verifier._chunks, []
 
     def counted(*args: Any) -> list[slice]:
@@ -179,10 +184,10 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
         _, eager_sampled, eager_stats = run()
         if case == "three":
-            # As where the vocabulary is large: a decision goes over few requests at a time.
+            # As with a large vocabulary: a decision covers few requests at a time.
             chunks = counted_chunks(monkeypatch, num_logits=num_members * (window + 2) * 2)
         use_graphs(runner.speculator, monkeypatch)
-        # Nobody needs a larger one, so that it stays where graphs know it.
+        # Nobody needs a larger buffer, so the graphs know where it stays.
         buffers = [b for key, b in _TRITON_BUFFER_CACHE.items() if key[2] == VOCAB_SIZE]
         assert [len(buffer) for buffer in buffers] == [num_compute_units()]
         Manager.num_replays.clear()
@@ -194,8 +199,8 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
             assert Manager.with_filters == with_filters
     assert case != "three" or max(chunks) > 2
     assert tokens == [out.token_ids for out in expected]
-    # What is proposed is the same as well, and so what is accepted and, above temperature 0, what
-    # is drawn; depths of `auto` are random.
+    # The proposals are the same as well. So the accepted tokens are the same, and so are the draws
+    # above temperature 0. Depths of `auto` are random.
     assert "auto" in case or (stats, sampled) == (eager_stats, eager_sampled)
     num_steps = stats["num_cycles"] / len(PROMPTS)
     assert replays[True] > (num_members - 1) * num_steps, "most steps only decode"
@@ -205,13 +210,14 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
 
 @pytest.mark.slow
 def test_rows_of_a_step_before_are_not_read(models, monkeypatch):
-    """The graph of a later turn holds more rows than that in which the cycle begins."""
+    """A later turn's graph holds more rows than the graph in which the cycle begins."""
     settings = dict(extra_model=models[1:], ensemble_fn="mean", ensemble_target="logits")
     prompts = [[1 + i, 2, 3, *range(5, 22)] for i in range(5)]
     params = [greedy(1 if i == 4 else NUM_TOKENS) for i in range(5)]
     with engine(models[0], settings) as llm:
         expected = generate(llm, prompts, params)
-    # The second turn reads 7 tokens of each request, of which a graph holds 4; the third 3, of 6.
+    # The second turn reads 7 tokens of each request, and its graph holds 4 requests. The third turn
+    # reads 3 tokens, and its graph holds 6 requests.
     with engine(models[0], settings, dict(gamma=[1, 1, 5]), 6) as llm:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
         generate(llm, prompts[:1], greedy(2))
@@ -273,7 +279,7 @@ def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeyp
             monkeypatch.setattr(group.get_metadata_builder(), "reorder_batch_threshold", threshold)
             assert speculator._can_capture() == can
         monkeypatch.setattr(group.get_metadata_builder(), "reorder_batch_threshold", None)
-        # Of a request there is no more to read than its context.
+        # A request has no more to read than its context.
         with monkeypatch.context() as patch:
             patch.setattr(vllm.chef.speculator, "TurnGraphs", lambda *args: args[2])
             for max_model_len, length in ((96, 2), (1, 1)):
@@ -286,6 +292,6 @@ def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeyp
             assert not speculator._can_capture()
         monkeypatch.setattr(speculator, "supports_decode_metadata_update", False)
         assert not speculator._can_capture()
-        # Nothing is captured where vLLM captures nothing.
+        # Nothing is captured if vLLM captures nothing.
         speculator.init_cudagraph_manager(CUDAGraphMode.PIECEWISE)
         assert speculator.graphs.turns == []

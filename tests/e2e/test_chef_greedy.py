@@ -1,7 +1,7 @@
-"""At temperature 0 members that take turns emit what the plain ensemble emits, token for token.
+"""At temperature 0, members that take turns emit the plain ensemble's tokens, one for one.
 
-Random requests over numbers of members, turns, batch sizes and prompt lengths; they end by eos, by
-a stop token, by `max_tokens` inside a window or at the end of the context.
+The requests are random. They vary in numbers of members, turns, batch sizes and prompt lengths.
+They end by eos, by a stop token, by `max_tokens` inside a window, or at the end of the context.
 """
 
 import random
@@ -20,7 +20,7 @@ NUM_REQUESTS = 30  # for each of the policies below
 ENSEMBLES = {
     "contrastive-2": dict(ensemble_fn="contrastive", ensemble_target="raw-logits", alpha=0.3),
     "weighted-3": dict(ensemble_fn="weighted", ensemble_target="probs", weights=[0.5, 0.3, 0.2]),
-    # The last proposes, and has no say.
+    # The last member proposes and has no say.
     "outside-3": dict(ensemble_fn="weighted", ensemble_target="logits", weights=[0.6, 0.4, 0]),
     "mean-4": dict(ensemble_fn="mean", ensemble_target="logits"),
 }
@@ -53,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("models")
     config = llama_config(eos_token_id=EOS)
     first = save_model(root / "0", config, seed=0)
-    # They agree with the first often, not always.
+    # They often agree with the first, but not always.
     noise = [0.01, 0.02, 0.03]
     return [first] + [save_noisy_copy(root / str(s), first, s, noise[s - 1]) for s in (1, 2, 3)]
 
@@ -74,7 +74,7 @@ def requests(seed: int, logprobs: int | None) -> list[tuple[list[int], SamplingP
 
 
 def outputs(llm: Any, seed: int, logprobs: int | None = 2) -> list[Any]:
-    """In batches of 1 to 8 requests."""
+    """Outputs in batches of 1 to 8 requests."""
     rng, made, finished = random.Random(seed), requests(seed, logprobs), []
     while made:
         size = rng.randint(1, 8)
@@ -84,7 +84,7 @@ def outputs(llm: Any, seed: int, logprobs: int | None = 2) -> list[Any]:
 
 
 def assert_same_output(output: Any, expected: Any) -> None:
-    """On a GPU, whose attention rounds otherwise for other shapes, ties may go either way."""
+    """A GPU's attention rounds differently for other shapes, so ties may go either way there."""
     tokens, wanted = list(output.token_ids), list(expected.token_ids)
     if tokens != wanted and torch.cuda.is_available():
         at = next(i for i, pair in enumerate(zip(tokens, wanted, strict=False)) if len({*pair}) > 1)
@@ -111,7 +111,7 @@ def ensemble(request: pytest.FixtureRequest, models: list[str]) -> tuple[str, di
 
 @pytest.fixture(scope="module")
 def expected(models: list[str], ensemble: tuple[str, dict[str, Any]]) -> list[list[Any]]:
-    """Of the plain ensemble, for each policy's requests."""
+    """Outputs of the plain ensemble, for each policy's requests."""
     name, settings = ensemble
     with engine(models[0], settings, max_model_len=MAX_MODEL_LEN) as llm:
         made = [outputs(llm, seed) for seed in range(len(POLICIES[name]))]
@@ -130,7 +130,7 @@ def check_policies(models, ensemble, expected, monkeypatch, logprobs=(2,), **arg
             for number in logprobs:
                 replays.clear()
                 found = outputs(llm, seed, number)
-                # Turns run in CUDA graphs where no log-probabilities are asked for.
+                # Turns run in CUDA graphs if no log-probabilities are requested.
                 has_graphs = number is None
                 assert (replays[True] > replays[False]) == has_graphs, replays
                 for output, wanted in zip(found, expected[seed], strict=True):

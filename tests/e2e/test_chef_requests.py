@@ -1,7 +1,9 @@
-"""Requests that join, wait, lose their cache, are aborted: members that take turns and vLLM agree.
+"""Requests that join, wait, lose their cache or are aborted, with members that take turns.
 
-Whatever the scheduler does, a request's tokens stay those of the plain ensemble, its window depends
-on no other request, and the engine's counts are those of the committed tokens.
+Whatever the scheduler does:
+- a request's tokens are those of the plain ensemble,
+- its window depends on no other request,
+- the engine's counts match the committed tokens.
 """
 
 import random
@@ -30,7 +32,8 @@ CHEF, WINDOW = dict(gamma=[1, 2, 1]), 3
 NUM_TOKENS = 24
 rng = random.Random(0)
 SHARED = [rng.randrange(VOCAB_SIZE) for _ in range(40)]
-# Of very different lengths; two share a prefix of more than a block, one is longer than a chunk.
+# Prompts of very different lengths. Two share a prefix of more than a block; one is longer than a
+# chunk.
 PROMPTS = [
     [*SHARED, 1, 2, 3],
     [*SHARED, 4],
@@ -81,7 +84,7 @@ def test_chunks_and_cached_prefixes(models, ensemble, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize("async_scheduling", [True, False])
 def test_requests_that_are_preempted_resume(async_scheduling, models, ensemble, expected):
-    # 6 blocks of 32 tokens, one of them vLLM's own, for requests that need 1 to 3 each.
+    # 6 blocks of 32 tokens. vLLM uses one of them itself, and requests need 1 to 3 each.
     arguments = dict(block_size=32, num_gpu_blocks_override=6, async_scheduling=async_scheduling)
     with engine(models[0], ensemble, CHEF, WINDOW, **arguments) as llm:
         scheduler = Steps(llm).scheduler
@@ -93,7 +96,7 @@ def test_requests_that_are_preempted_resume(async_scheduling, models, ensemble, 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_gpu_blocks", [8, 20])
 def test_sliding_windows_at_the_end_of_the_context(num_gpu_blocks, tmp_path):
-    """vLLM takes the blocks away that a sliding window has left behind."""
+    """vLLM takes away the blocks that a sliding window has passed."""
     config = MistralConfig(
         **llama_config().to_dict() | dict(sliding_window=8, model_type="mistral")
     )
@@ -127,7 +130,7 @@ def test_a_model_and_its_second_self_accept_everything(chef, window, tokens_per_
 
 
 class Steps:
-    """An engine driven step by step, whose state can be looked at in between."""
+    """An engine driven step by step, whose state can be checked in between."""
 
     def __init__(self, llm: LLM) -> None:
         self.engine = llm.llm_engine
@@ -148,12 +151,12 @@ class Steps:
             self.outputs[output.request_id] = list(output.outputs[0].token_ids)
 
     def slots(self) -> dict[str, int]:
-        """Of requests in the runner, by the id that was given to `add`."""
+        """The slots of requests in the runner, by the id that was given to `add`."""
         slots = self.runner.req_states.req_id_to_index
         return {request_id.split("-")[0]: slot for request_id, slot in slots.items()}
 
     def window(self, slot: int) -> tuple[int, list[int]]:
-        """The number of tokens committed, and the pending ones."""
+        """The number of committed tokens, and the pending ones."""
         state = self.runner.speculator.state
         length = int(state.lengths[slot].sum())
         num_tokens = int(self.runner.req_states.total_len.gpu[slot])
@@ -168,7 +171,7 @@ def llm(models, ensemble, expected) -> LLM:
 
 
 def windows(llm: LLM, prompts: list[list[int]]) -> list[dict[int, list[int]]]:
-    """By request, the window that every step leaves, by the number of tokens committed."""
+    """By request: the window after every step, by the number of committed tokens."""
     steps = Steps(llm)
     ids = [steps.add(prompt) for prompt in prompts]
     found: list[dict[int, list[int]]] = [{} for _ in prompts]
@@ -215,7 +218,7 @@ def test_counts_are_those_of_the_committed_tokens(llm, expected):
 
 
 def test_turns_are_those_of_the_reference(llm, models):
-    """What is judged and accepted, member by member, is what the algorithm on paper does."""
+    """Judged and accepted proposals, member by member, match the algorithm on paper."""
     references = [load_reference(path) for path in models]
     weights = [0.5, 0.3, 0.2]
 
@@ -249,7 +252,7 @@ def test_requests_join_and_are_aborted_in_mid_window(llm, expected):
     num_tokens, _ = steps.window(steps.slots()[doomed])
     assert num_tokens > len(PROMPTS[3])
     steps.engine.abort_request([doomed])
-    # Takes the slot of the one that is gone, with whatever its windows were.
+    # Takes the slot of the request that is gone, with whatever its windows were.
     kept += [steps.add(PROMPTS[1]), steps.add(PROMPTS[4])]
     while steps.engine.has_unfinished_requests():
         steps.step()
@@ -265,7 +268,7 @@ def test_a_seed_repeats_a_sample_in_the_same_batch(llm):
 
 @pytest.mark.slow
 def test_acceptance_is_told_apart_per_request(llm):
-    """A batch of 32, half of it with requests whose proposals are seldom accepted (hot)."""
+    """A batch of 32. Half of its requests are hot: their proposals are seldom accepted."""
     prompts = [[token, token + 1, token + 2] for token in range(32)]
     params = greedy(10)
     alone = [tokens(generate(llm, [prompt], params))[0] for prompt in prompts[::8]]
@@ -277,7 +280,7 @@ def test_acceptance_is_told_apart_per_request(llm):
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device_within_a_step(llm):
-    """CUDA's synchronisations are errors from the scores on to the window of the next step."""
+    """CUDA synchronisations are errors from the scores to the window of the next step."""
     steps = Steps(llm)
     runner = steps.runner
     sample_tokens = type(runner).sample_tokens

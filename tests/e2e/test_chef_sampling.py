@@ -1,6 +1,6 @@
 """Members that take turns sample from the ensemble's distribution, whatever is accepted.
 
-A narrow vocabulary, so that few draws show a bias; several sampling parameters in one batch.
+The vocabulary is narrow, so that few draws show a bias. One batch has several sampling parameters.
 """
 
 from collections import Counter
@@ -34,7 +34,7 @@ PARAMETERS = [
     dict(temperature=1.5, top_k=5, repetition_penalty=1.3),
     dict(temperature=0.9, min_p=0.1),
 ]
-# Without penalties, for which turns have no CUDA graphs.
+# Without penalties, because turns have no CUDA graphs for them.
 FILTERS = [
     {key: value for key, value in parameters.items() if key != "repetition_penalty"}
     for parameters in PARAMETERS
@@ -102,7 +102,7 @@ def p_values(
     num_at_once: int = NUM_DRAWS * len(PARAMETERS),
     **arguments: Any,
 ) -> list[float]:
-    """Of every position, given the likeliest token at each position before."""
+    """The p-value of every position, given the likeliest token at each position before."""
     target, members, chef, window = CASES[case]
     weights = WEIGHTS[members]
     ensemble = dict(
@@ -144,7 +144,7 @@ def test_turns_sample_from_the_ensemble(case, models, references):
 
 
 @pytest.mark.gpu
-# Few rows are filtered by other kernels of vLLM's than many; a batch of three fills a graph up.
+# vLLM filters few rows with other kernels than many rows. A batch of three fills a graph up.
 # Without filters there are graphs of their own.
 @pytest.mark.parametrize(
     ("case", "num_at_once", "asked"),
@@ -161,10 +161,10 @@ def test_turns_sample_from_the_ensemble(case, models, references):
 def test_turns_sample_in_half_precision_and_cuda_graphs(
     case, num_at_once, asked, models, references, monkeypatch
 ):
-    """Scores are rounded, the rule is the same: too coarse to see with as many draws."""
+    """Scores are rounded but the rule is the same; as many draws cannot show the rounding."""
     replays = counted_replays(monkeypatch)
     arguments = dict(dtype="bfloat16", enforce_eager=False)
-    # At once what one step reads: the next one only decodes.
+    # At once, as many as one step reads: the next step only decodes.
     found = p_values(case, models, references, asked, num_at_once, **arguments)
     assert min(found) > P_VALUE
     num_batches = NUM_DRAWS * len(asked) / num_at_once
@@ -185,7 +185,7 @@ def text_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("async_scheduling", [True, False])
 @pytest.mark.parametrize("policy", ["chef", "sd"])
 def test_a_grammar_leaves_the_distribution_what_it_is(policy, async_scheduling, text_models):
-    """Proposals know no grammar; vLLM leaves those out that it forbids, but they were judged."""
+    """Proposals know no grammar: vLLM drops forbidden ones, although they were judged."""
     ensemble = dict(extra_model=text_models[1:], ensemble_fn="weighted", weights=[0.6, 0.4])
     chef = dict(gamma=[1, 2] if policy == "chef" else 2, policy=policy)
     arguments = dict(skip_tokenizer_init=False, async_scheduling=async_scheduling)
@@ -208,7 +208,8 @@ def test_a_grammar_leaves_the_distribution_what_it_is(policy, async_scheduling, 
     mask = torch.full((257,), -torch.inf)
     mask[allowed] = 0
     for position in range(3):
-        # Each sequence's own prefix, hence a mean of distributions; it makes the test no stricter.
+        # Each sequence has its own prefix, so this is a mean of distributions. It does not make the
+        # test stricter.
         texts = torch.tensor([prefix + tokens[:position] for tokens in sequences])
         with torch.inference_mode():
             probs = [(m(texts).logits[:, -1] + mask).softmax(-1) for m in members]
@@ -220,7 +221,7 @@ def test_a_grammar_leaves_the_distribution_what_it_is(policy, async_scheduling, 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", ["judged-as-uniform", "always-accepted"])
 def test_a_broken_acceptance_rule_is_found(mutation, models, references, monkeypatch):
-    """The test above fails where proposals are judged by a distribution they do not have."""
+    """The test above must fail if proposals are judged by a distribution that is not theirs."""
     verify = vllm.chef.verifier.rejection_sample
 
     def broken(target_logits, proposal_logits, *args, **kwargs):

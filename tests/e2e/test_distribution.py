@@ -1,8 +1,8 @@
 """Installing ./vllm adds our packages to a stock vLLM, wherever Python starts, and leaves no trace.
 
-Each installation is made for real, by pip, in a venv of its own. What it does not touch (torch and
-the rest) it shares with the environment that runs the tests; the stock `vllm` must be its own copy,
-since the installation writes into that folder. Nothing here asks the network.
+pip makes each installation for real, in a venv of its own. The venv shares torch and the rest with
+the environment that runs the tests, because the installation does not touch them. The stock `vllm`
+must be a copy, because the installation writes into that folder. Nothing here uses the network.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from repository import ROOT
 DISTRIBUTION = ROOT / "vllm"
 OUR_PACKAGES = ("chef", "cpu_kernels", "ensemble_decode")
 
-# Prints what a process finds and what a process finds that it spawned, as vLLM does its workers.
+# Prints what a process finds, and what a process finds that it spawned, as vLLM spawns workers.
 PROBE = """
 import json
 import multiprocessing
@@ -49,7 +49,7 @@ if __name__ == "__main__":
 
 
 class Installation(NamedTuple):
-    root: Path  # a copy of the repository, as far as it matters here
+    root: Path  # a copy of the parts of the repository that matter here
     python: Path
     site_packages: Path
     editable: bool
@@ -74,13 +74,13 @@ def copy_stock_vllm(site_packages: Path) -> None:
 
 def pip(python: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", *arguments]
-    # One stream of pip's output, so that a failure shows it whole.
+    # One stream of pip's output, so that a failure shows all of it.
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert result.returncode == 0, result.stdout
 
 
 def probe(installation: Installation, folder: Path) -> list[dict]:
-    """Runs PROBE as a script in `folder`, as main_dataset.py is run in the repo root."""
+    """Run PROBE as a script in `folder`, as main_dataset.py runs in the repo root."""
     script = folder / "probe.py"
     script.write_text(PROBE)
     result = subprocess.run(
@@ -99,22 +99,22 @@ def list_stock(site_packages: Path) -> set[str]:
 def installation(request, tmp_path_factory) -> Installation:
     folder = tmp_path_factory.mktemp(request.param)
     root = folder / "repo"
-    # A copy, because building leaves files in the folder that is built.
+    # A copy, because a build leaves files in the folder that it builds.
     ignore = shutil.ignore_patterns("build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(DISTRIBUTION, root / "vllm", ignore=ignore)
 
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv" / "bin" / "python"
     site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
-    # Behind the venv's own folder on sys.path; .pth files in there are not run, so the editable
-    # installation of this very project that the tests run with does not shine through.
+    # This path comes after the venv's own folder on sys.path. Its .pth files do not run. So this
+    # project's own editable installation, which the tests use, is not visible.
     shared = sysconfig.get_paths()["purelib"]
     (site_packages / "shared.pth").write_text(f"{shared}\n")
     copy_stock_vllm(site_packages)
     before = list_stock(site_packages)
 
     editable = request.param == "editable"
-    # setuptools is the shared one, and whatever is not there must fail rather than be fetched.
+    # setuptools is the shared one. Whatever is missing must fail and not be fetched.
     options = ["--no-build-isolation", "--no-deps", "--no-index"]
     pip(python, "install", *options, *(["--editable"] if editable else []), str(root / "vllm"))
     yield Installation(root, python, site_packages, editable)
@@ -138,7 +138,7 @@ def test_packages_join_the_stock_one(installation, place, tmp_path):
 
 
 def test_every_module_is_installed(installation):
-    """A package that `packages.find` misses would still be found by an editable installation."""
+    """An editable installation would still find a package that `packages.find` misses."""
     if installation.editable:
         pytest.skip("maps folders, copies nothing")
     sources = installation.root / "vllm"
@@ -150,6 +150,6 @@ def test_every_module_is_installed(installation):
 
 
 def test_nothing_hides_the_stock_package():
-    """An `__init__.py` in these folders would make `import vllm` from the repo root ours."""
+    """With an `__init__.py` in these folders, `import vllm` from the repo root would be ours."""
     assert not (DISTRIBUTION / "__init__.py").exists()
     assert not (DISTRIBUTION / "vllm" / "__init__.py").exists()

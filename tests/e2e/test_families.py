@@ -1,9 +1,9 @@
-"""Members of different families: none changes what another computes.
+"""Members of different families: no member changes what another computes.
 
-vLLM keeps one configuration per engine and takes parts of it from the engine's own model: sliding
-windows, head counts, whether there are experts.  Here every family stands first once, with all the
-others beside it, and the mean of the logits must be the mean of what transformers computes for each
-alone.  Pairs that differ in one setting run by turns as well, in both orders.
+vLLM keeps one configuration per engine. It takes parts of it from the engine's own model: sliding
+windows, head counts, whether there are experts. Here every family is first once, with all the
+others beside it. The mean of the logits must be the mean of what transformers computes for each
+family alone. Pairs that differ in one setting also run by turns, in both orders.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from engines import counted_replays, engine, generate, greedy
 from families import FAMILIES, logits_of, save_family
 from tiny_models import VOCAB_SIZE, assert_same_tokens, greedy_loop, load_reference
 
-# The second is longer than all windows, and so is the third with what follows it.
+# The second prompt is longer than all windows. The third is too, with the tokens that follow it.
 PROMPTS = [[5, 6, 7], [(7 * i + 3) % VOCAB_SIZE for i in range(40)], [9] * 15]
 FORCED, NUM_TOKENS = 5, 4
 # The best logits of members differ by more than 1.
 TOLERANCE = 5e-3
-# Settings that vLLM keeps once per engine, one family for each.
+# Settings that vLLM keeps once per engine; one family for each.
 KINDS = ["llama", "llama_wide", "mistral_16", "gemma2", "gpt_oss", "mixtral", "bloom"]
-# In a pair a chunk meets blocks that fit it; with all others blocks get larger.
+# In a pair, a chunk meets blocks that fit it; with all the others, blocks get larger.
 ALL = [name for name in FAMILIES if name != "llama4"]
 PAIRS = [
     ("llama", "mistral_16"),
@@ -48,13 +48,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def tables(models: dict[str, str]) -> Tables:
-    """By family and prompt, the logits of the prompt and what follows it."""
+    """By family and prompt: the logits of the prompt and of the tokens that follow it."""
     texts = [prompt + [FORCED] * NUM_TOKENS for prompt in PROMPTS]
     return {name: logits_of(path, texts) for name, path in models.items()}
 
 
 def run(models: dict[str, str], names: Sequence[str], *args: Any, **arguments: Any) -> list[Any]:
-    """The outputs of an engine whose members are `names`, all tokens forced."""
+    """The outputs of an engine whose members are `names`, with all tokens forced."""
     ensemble = dict(
         extra_model=[models[name] for name in names[1:]],
         ensemble_fn="mean",
@@ -78,7 +78,7 @@ def assert_mean_of(tables: Tables, names: Sequence[str], outputs: list[Any]) -> 
         )
         last = len(prompt) - 1
         expected = sum(tables[name][at][last : last + NUM_TOKENS] for name in names) / len(names)
-        # One member off by the tolerance moves the mean by a share of it.
+        # One member that is off by the tolerance moves the mean by a share of it.
         torch.testing.assert_close(rows, expected, rtol=0, atol=TOLERANCE / len(names))
 
 
@@ -104,7 +104,7 @@ def test_pairs_compute_the_same_plain_and_by_turns(pair, swapped, models, tables
 @pytest.mark.parametrize("pair", [*PAIRS[:4], ("gpt2", "mistral_16")], ids="+".join)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_pairs_emit_the_same_in_cuda_graphs(pair, swapped, compiled, models, tables, monkeypatch):
-    """Requests that ask for nothing run in the graphs of turns; `tables` come before any engine."""
+    """Requests without options run in the graphs of turns. `tables` must precede any engine."""
     names = list(reversed(pair)) if swapped else list(pair)
     references = [load_reference(models[name]) for name in names]
     expected = [greedy_loop(references, sum, prompt, 12) for prompt in PROMPTS]
@@ -125,7 +125,7 @@ def test_pairs_emit_the_same_in_cuda_graphs(pair, swapped, compiled, models, tab
 
 @pytest.mark.parametrize("draft", ["mistral_16", "mixtral", "llama_wide", "phi"])
 def test_a_proposer_outside_keeps_its_own_settings(draft, models):
-    """An ensemble in which one member decides alone accepts all that the same model proposes."""
+    """One member decides alone; the ensemble accepts everything that the same model proposes."""
     ensemble = dict(
         extra_model=[models[draft]],
         ensemble_fn="weighted",
@@ -137,5 +137,5 @@ def test_a_proposer_outside_keeps_its_own_settings(draft, models):
         generate(llm, PROMPTS, greedy(24))
         metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
     drafted = metrics["vllm:spec_decode_num_draft_tokens"]
-    # What is proposed past a request's last token is not accepted.
+    # Proposals past a request's last token are not accepted.
     assert metrics["vllm:spec_decode_num_accepted_tokens"] > 0.9 * drafted > 0

@@ -53,7 +53,7 @@ def test_an_ensemble_of_inflated_members_gives_the_sources_tokens(models):
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         expected = greedy_loop(references, contrast, prompt, NUM_TOKENS)
         assert_same_tokens(list(output.token_ids), expected, references, contrast, prompt)
-    # The members do not agree by themselves, so a member left out would show.
+    # The members do not agree by themselves, so a missing member would show.
     assert (
         next_logits(references[0], PROMPTS[0]).argmax()
         != next_logits(references[1], PROMPTS[0]).argmax()

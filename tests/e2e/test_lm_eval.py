@@ -1,6 +1,6 @@
-"""lm-eval's requests answered by engines with tiny models, against a transformers loop.
+"""lm-eval's requests, answered by engines with tiny models, against a transformers loop.
 
-And the command as a user calls it, offline, with tasks and data of its own.
+Other tests run the command as a user calls it, offline, with its own tasks and data.
 """
 
 import gc
@@ -58,7 +58,7 @@ def references(root) -> list[torch.nn.Module]:
     return [load_reference(str(root / name)) for name in ("first", "second")]
 
 
-# Methods, with what each makes of the members' logits [..., vocab_size]: log-probabilities.
+# Methods, and the log-probabilities that each makes from the members' logits [..., vocab_size].
 def contrastive(logits: list[torch.Tensor]) -> torch.Tensor:
     return (logits[0] - ALPHA * logits[1]).log_softmax(-1)
 
@@ -125,7 +125,7 @@ def model(method) -> SpeculativeEnsembleLM:
 
 @torch.inference_mode()
 def logprobs(references, combine, tokens: list[int]) -> torch.Tensor:
-    """Of each token but the first, `[num_tokens - 1, vocab_size]`."""
+    """Log-probabilities of every token but the first, `[num_tokens - 1, vocab_size]`."""
     return combine([model(torch.tensor([tokens])).logits[0, :-1] for model in references])
 
 
@@ -145,7 +145,7 @@ PAIRS = [
     ("", "no context"),
     ("Ünïcode: ", "žluťoučký kůň"),
     ("long " * 12, "and more"),
-    # As long as can be, and too long: the beginning is left out.
+    # As long as allowed, and too long: the beginning is left out.
     ("x" * (CONTEXT - 6), " last"),
     ("0123456789" * 30, " last"),
 ]
@@ -162,7 +162,7 @@ def test_scores_are_the_ensembles(method, combine, references, params):
     for (context, continuation), (score, _) in zip(PAIRS, answers, strict=True):
         tokens = [] if context else [EOS]
         tokens = [*tokens, *model.tok_encode(context + continuation)][-(CONTEXT - 1) :]
-        # A token is a byte; a space behind the context counts for the continuation.
+        # A token is a byte. A space after the context belongs to the continuation.
         length = len(continuation.encode()) + context.endswith(" ")
         expected = expected_score(references, combine, tokens[:-length], tokens[-length:])
         assert score == pytest.approx(expected, abs=TOLERANCE), context
@@ -184,7 +184,7 @@ def test_greedy_is_what_the_ensemble_would_generate(model, combine, references):
 def test_rolling_scores_are_the_ensembles(model, combine, references, length):
     text = ("All happy families are alike. " * 20)[:length]
     tokens = model.tok_encode(text)
-    # Each window is as long as can be, and overlaps with the one before.
+    # Each window is as long as allowed, and overlaps with the one before.
     width = CONTEXT - 2
     expected = expected_score(references, combine, [EOS], tokens[:width])
     for start in range(width, length, width):
@@ -192,7 +192,7 @@ def test_rolling_scores_are_the_ensembles(model, combine, references, length):
         context = tokens[max(0, start - 1 if end - start == width else end - width - 1) : start]
         expected += expected_score(references, combine, context, tokens[start:end])
     (total,) = ask(model, "loglikelihood_rolling", (text,))
-    # The error of a sum grows with it.
+    # The error of a sum grows with the sum.
     assert total == pytest.approx(expected, abs=TOLERANCE, rel=1e-6)
 
 
@@ -202,7 +202,7 @@ def test_texts_are_the_ensembles_up_to_the_first_stop(model, combine, references
     for prompt in prompts:
         tokens = greedy_loop(references, combine, model.tok_encode(prompt), 30)
         end = tokens.index(EOS) if EOS in tokens else len(tokens)
-        # Where the last bytes are no whole character, vLLM leaves them out.
+        # vLLM leaves out last bytes that are not a whole character.
         expected.append(model.tokenizer.decode(tokens[:end]).rstrip(NO_CHARACTER))
         num_tokens += min(end + 1, len(tokens))
     whole = [(prompt, {"until": [], "max_gen_toks": 30}) for prompt in prompts]
@@ -240,7 +240,7 @@ def test_only_generated_texts_count_as_proposals(method, model):
     assert ("num_calls" in model.counts) == takes_turns
     if takes_turns:
         cycles = model.counts["num_calls"][0]
-        # 24 tokens, at most five a cycle; the scores' would be seven more calls.
+        # 24 tokens, at most five a cycle. The scores would add seven more calls.
         assert math.ceil(24 / 5) <= cycles <= 24
 
 

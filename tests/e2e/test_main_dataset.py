@@ -1,7 +1,7 @@
 """The command line with tiny models: what a run writes and shows, and what it refuses.
 
-Real processes all. Those that go through `Command.fork` start as copies of a process that has
-imported vLLM already, which takes longer than all they do.
+All runs are real processes. Those of `Command.fork` are copies of a process that has already
+imported vLLM, because the import takes longer than everything else they do.
 """
 
 import functools
@@ -28,7 +28,7 @@ import main_dataset
 from repository import ROOT
 
 VOCAB_SIZE = 257
-# Room for the longest of the first five prompts, in bytes, and few tokens more.
+# Room for the longest of the first five prompts, in bytes, and for few more tokens.
 CONTEXT = 520
 NAMES = ("VLLM_", "TORCH_", "TRANSFORMERS_", "OMP_", "HYDRA_")
 
@@ -42,7 +42,7 @@ SHORT = f"dataset.size=2 method.generate.max_tokens=12 {CACHE}"
 
 
 def save_config(path: Path, config: PretrainedConfig, architecture: str | None = None) -> None:
-    """A model without weights: enough to be refused."""
+    """A model without weights, which is enough to be refused."""
     config.architectures = [architecture or "LlamaForCausalLM"]
     config.save_pretrained(path)
     save_byte_tokenizer(str(path))
@@ -99,7 +99,7 @@ class Command:
         self.environment = {**clean, "MODEL_PATH": str(root), "HF_HUB_OFFLINE": "1"}
 
     def run(self, *arguments: str, entry: str = "main_dataset.py", **environment: str) -> Result:
-        """As a user calls it."""
+        """Run as a user does."""
         start = time.perf_counter()
         process = subprocess.run(
             [sys.executable, ROOT / entry, *arguments],
@@ -122,7 +122,7 @@ class Command:
         return process
 
     def fork(self, *arguments: str) -> Result:
-        """The same in a process that begins with vLLM imported."""
+        """Run in a process that starts with vLLM imported."""
         start = time.perf_counter()
         process = self.start(*arguments)
         process.join(timeout=120)
@@ -153,7 +153,7 @@ def call_main(arguments: list[str], environment: dict[str, str], cwd: Path) -> N
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(cwd / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     os.chdir(cwd)
-    # A suite that a shell put in the background ignores SIGINT, and hands that down.
+    # A suite that a shell put in the background ignores SIGINT, and its children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
@@ -163,7 +163,7 @@ def call_main(arguments: list[str], environment: dict[str, str], cwd: Path) -> N
 
 @functools.cache
 def start_forkserver() -> None:
-    """Not before a test needs a copy of it: importing takes long."""
+    """Start it only when a test needs a copy, because importing takes long."""
     from multiprocessing import forkserver
 
     from harness.engine import configure_process
@@ -186,7 +186,7 @@ def read_samples(run: Path) -> list[dict]:
 
 
 def check_files(run: Path, method: str, num_samples: int) -> dict:
-    """What every run must have written; returns its summary."""
+    """Check the files that every run must write; returns the run's summary."""
     files = [".progress.json", "config.yaml", "main_dataset.log", "samples.jsonl", "summary.json"]
     assert sorted(os.listdir(run)) == files
     samples = read_samples(run)
@@ -214,7 +214,7 @@ def check_files(run: Path, method: str, num_samples: int) -> dict:
 
 
 def check_screen(result: Result, summary: dict, run: Path) -> None:
-    """A line that says where the results are, a progress bar, a table: nothing else."""
+    """Check that only the folder of the results, a progress bar and a table are shown."""
     assert result.status == 0, result.stderr
     assert result.stdout.splitlines()[0] == f"results go to {run}"
     rows = dict(re.split(r"  +", line) for line in result.stdout.splitlines()[1:])
@@ -269,7 +269,7 @@ def test_command_line_of_the_readme(command, root):
 
 @pytest.mark.slow
 def test_without_arguments_two_default_models_run_cd(command, root):
-    # A relative MODEL_PATH counts from the repository, wherever the command is called.
+    # A relative MODEL_PATH starts at the repository, wherever the command is called.
     result = command.run(MODEL_PATH=os.path.relpath(root, ROOT))
     assert result.status == 0, result.stderr
     (run,) = command.run_directories()
@@ -288,7 +288,7 @@ def test_comparison_ends_with_a_table_of_both_runs(command):
         check_files(command.cwd / "both" / method, method, num_samples=2)
         for method in ("cd", "cd_chef")
     )
-    assert plain["score"] == turns["score"] == 0.0  # executed, since it is confined here
+    assert plain["score"] == turns["score"] == 0.0  # executed, because it is confined here
     table = result.stdout.split("smollm2-135m + smollm2-amateur: humaneval (2 samples)")[1]
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in table.splitlines() if "  " in line)
     assert rows["same completions"] == "2 of 2"
@@ -314,7 +314,7 @@ def runs(root, tmp_path_factory) -> dict[str, Path]:
         "method.gamma=2",
         "cd_chef": f"{CD} method=cd_chef method.alpha=0.4 method.gamma=3",
         "cd_chef of its own depth": f"{CD} method=cd_chef method.alpha=0.4 method.gamma=auto",
-        # The distribution of `cd`, so that it tells whether the text is right.
+        # The distribution of `cd`, so that the text shows whether it is right.
         "ensemble_sd": f"{ENSEMBLE} method=ensemble_sd method.llm.ensemble_fn=contrastive "
         "method.llm.ensemble_target=raw-logits method.alpha=0.4 method.gamma=2",
         "cd of alpha 0": f"{CD} method.alpha=0 batch_size=1 evaluate.execute_code=true",
@@ -392,13 +392,13 @@ def test_what_became_of_proposals_is_recorded(runs, root):
 
     chef = summaries["cd_chef"]
     assert chef["members"] == summaries["cd"]["members"]
-    # Of two members that cost the same the last one is taken for the cheaper.
+    # If two members cost the same, the last one counts as the cheaper.
     assert (chef["gamma"], chef["turn_order"]) == ([1, 3], [0, 1])
     assert all(0 <= acceptance <= 1 for acceptance in chef["acceptance"])
     assert [len(positions) for positions in chef["acceptance_by_position"]] == [1, 3]
     assert chef["calls"][1] == 3 * chef["calls"][0]
     cycles = chef["calls"][0]
-    # What is decided past the end of a request counts as well.
+    # Tokens decided past the end of a request count as well.
     assert 1 <= chef["num_tokens"] / cycles <= chef["tokens_per_cycle"] + 1e-9 <= 5
 
     auto = summaries["cd_chef of its own depth"]
@@ -465,7 +465,7 @@ def test_stopped_and_continued_run_equals_an_unbroken_one(command, number):
         last = (command.cwd / "stderr").read_text().splitlines()[-1]
         assert last.startswith("interrupted; the run directory keeps the finished samples")
     else:
-        with (run / "samples.jsonl").open("a") as file:  # as if it had died as it wrote
+        with (run / "samples.jsonl").open("a") as file:  # as if the run had died while writing
             file.write('{"index": 7, "comple')
 
     continued = command.fork(*f"{arguments} save_path=run".split())
@@ -558,7 +558,7 @@ def test_sweep_runs_every_job_and_lists_those_that_fail(command):
     (done,) = [folder for folder in folders if (folder / "summary.json").exists()]
     assert len(tokens(done)) == 1
 
-    # Once more: what is complete is not run again.
+    # Once more: complete jobs are not run again.
     before = (done / "samples.jsonl").stat().st_mtime_ns
     result = command.run(*arguments)
     assert "1 jobs complete, 1 failed, in sweep" in result.stdout
@@ -586,7 +586,7 @@ AT_ONCE = {
 
 QUICK = list(AT_ONCE.items())[:3]
 
-# Refused by vLLM's or the ensemble's own checks, before weights are loaded.
+# Refused by checks of vLLM or the ensemble, before weights are loaded.
 BY_THE_ENGINE = {
     f"{ENSEMBLE} method.llm.ensemble_fn=nope": r"method\.llm\.ensemble_fn: unknown function 'nope'"
     r"; choose one of weighted",

@@ -1,6 +1,6 @@
 """Stock speculation with the ensemble as its target: a proposer that has no say in the output.
 
-Greedy tokens equal those without a proposer; sampled ones keep the ensemble's distribution.
+Greedy tokens equal those without a proposer; sampled tokens keep the ensemble's distribution.
 """
 
 from collections import Counter
@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "first": first,
         "second": save_model(root / "qwen2", qwen2_config(vocab_size=VOCAB_SIZE), seed=1),
-        # Agrees with the first member often, not always.
+        # Agrees with the first member often, but not always.
         "draft": save_noisy_copy(root / "draft", first, seed=2, noise=0.01),
     }
 
@@ -104,7 +104,7 @@ def test_output_is_the_ensembles(method, target, models, references):
             target_distribution(target, references, prefix),
         )
         assert p_value > P_VALUE, f"position {position}"
-        # Go on with the most frequent token, given which the next one is tested.
+        # Go on with the most frequent token; the next token is tested given this one.
         ((best, _),) = Counter(tokens[position] for tokens in sequences).most_common(1)
         sequences = [tokens for tokens in sequences if tokens[position] == best]
         prefix.append(best)

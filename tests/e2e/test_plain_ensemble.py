@@ -1,7 +1,8 @@
 """The plain ensemble in the engine against a loop over transformers models.
 
-Greedy tokens must be equal in float32; sampled ones must pass a chi-square test.  Covers every
-target and function, 2 to 4 members of several architectures, chunked prefill, prefix caching.
+Greedy tokens must be equal in float32. Sampled ones must pass a chi-square test. The tests cover
+every target and function, 2 to 4 members of several architectures, chunked prefill and prefix
+caching.
 """
 
 import math
@@ -25,7 +26,7 @@ from tiny_models import (
 )
 
 NUM_TOKENS = 12
-# Different lengths; the first two share a prefix, the last is prefilled in several chunks.
+# Different lengths. The first two share a prefix; the last is prefilled in several chunks.
 PROMPTS = [
     [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22],
     [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 60],
@@ -72,7 +73,7 @@ def weighted_probs(*weights: float) -> Callable:
 
 
 def own_function(scores: torch.Tensor, power: float) -> torch.Tensor:
-    """What a user's `package.module:function` may look like."""
+    """An example of a user's `package.module:function`."""
     return scores.pow(power).mean(dim=0)
 
 
@@ -155,7 +156,7 @@ def test_greedy_tokens_with_compilation_and_cuda_graphs(case, models, references
     check_greedy(case, models, references, enforce_eager=False)
 
 
-# What vLLM's sampling parameters do to one member's logits, as a reference of the tests' own.
+# What vLLM's sampling parameters do to one member's logits: a reference of the tests' own.
 def process(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> torch.Tensor:
     logits = logits / temperature
     if min_p:
@@ -164,7 +165,7 @@ def process(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
-        # Kept: the tokens before the sum of the better ones reaches top_p.
+        # Kept: tokens before which the sum of the better ones is below top_p.
         kept = order[ordered.cumsum(-1) - ordered < top_p]
         mask = torch.full_like(logits, -math.inf)
         mask[kept] = 0
@@ -207,7 +208,7 @@ SAMPLING_CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SAMPLING_CASES)
 def test_sampling_follows_the_ensemble_distribution(target, models, references):
-    """First tokens and, given the likeliest first token, second ones; all parameters in a batch."""
+    """First tokens, and second tokens after the likeliest first; one batch has all parameters."""
     function, distribution = SAMPLING_CASES[target]
     names = ["llama", "qwen2", "gpt2"] if target == "probs" else ["llama", "qwen2"]
     extra = [models[name] for name in names[1:]]
@@ -237,7 +238,7 @@ def test_sampling_follows_the_ensemble_distribution(target, models, references):
 
 
 def test_chi_square_finds_a_wrong_distribution(models, references):
-    """The test itself fails where the members are confused or a parameter is dropped."""
+    """The test itself must fail if the members are confused or a parameter is dropped."""
     members = [references["llama"], references["qwen2"]]
     ensemble = dict(extra_model=[models["qwen2"]], ensemble_fn="weighted", weights=[0.6, 0.4])
     with engine(models["llama"], ensemble) as llm:

@@ -1,8 +1,8 @@
 """vLLM's sampling parameters on ensembles: each at its place relative to the combination.
 
-`raw-logits` applies them to the combined logits, `logits` and `probs` to every member's.  Greedy
-decoding shows which, since a parameter of either place picks other tokens.  Members that take turns
-must come out the same.
+`raw-logits` applies them to the combined logits; `logits` and `probs` apply them to every member's.
+Greedy decoding shows which one happened, because a parameter in either place picks other tokens.
+Members that take turns must give the same.
 """
 
 import math
@@ -122,7 +122,7 @@ def test_penalties_and_bias_in_one_batch(target, llm, references):
             dict(frequency_penalty=0.9),
             dict(presence_penalty=1.5),
             dict(logit_bias={5: 4.0, 6: -100.0, 7: 3.0}),
-            # Its third token would end it, but for min_tokens.
+            # The third token would end it, but for min_tokens.
             dict(min_tokens=6, stop_token_ids=(tokens[2],)),
             dict(repetition_penalty=1.3, frequency_penalty=0.4, logit_bias={3: 2.0}),
         )
@@ -148,7 +148,7 @@ def test_logprobs_and_prompt_logprobs_are_the_ensembles(target, llm, references)
 
 @pytest.mark.gpu
 def test_logprobs_with_compilation_and_cuda_graphs(policy, models, references):
-    """Graphs are larger than a batch, and so is what comes out of them."""
+    """Graphs are larger than a batch, and their outputs are too."""
     ensemble = dict(extra_model=models[1:], ensemble_fn="weighted", weights=WEIGHTS)
     with engine(models[0], ensemble, enforce_eager=False, **POLICIES[policy]) as llm:
         check_logprobs("probs", llm, references)
@@ -206,7 +206,7 @@ def text_models(policy: str, tmp_path_factory: pytest.TempPathFactory) -> list[s
 
 @pytest.mark.parametrize("target", quick(["raw-logits", "probs"], "probs"))
 def test_text_parameters(target, policy, text_models):
-    """What needs a tokenizer: stop strings, bad words and structured outputs."""
+    """Parameters that need a tokenizer: stop strings, bad words and structured outputs."""
     ensemble = dict(extra_model=text_models[1:], ensemble_fn="mean", ensemble_target=target)
     arguments = dict(skip_tokenizer_init=False, max_num_seqs=4, **POLICIES[policy])
     with engine(text_models[0], ensemble, **arguments) as llm:

@@ -1,7 +1,7 @@
 """What scripts/ promises: nothing is done twice, nothing is left half-done, faults are named.
 
-setup.sh runs here with a stand-in for Python that only notes what it is asked to install, so these
-tests need no network and leave the real .venv alone.
+setup.sh runs here with a stand-in for Python, which only notes what it is asked to install. So
+these tests need no network and leave the real .venv alone.
 """
 
 import json
@@ -49,7 +49,7 @@ FAKE_NVIDIA_SMI = """#!/usr/bin/env bash
 
 
 class Clone:
-    """A copy of what setup.sh reads, in which it can be run."""
+    """A copy of the files that setup.sh reads, where it can run."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -88,7 +88,7 @@ class Clone:
         )
 
     def installed(self) -> str:
-        """What was installed, or run, since the last call."""
+        """What was installed or run since the last call."""
         log = self.root / "log"
         text = log.read_text() if log.exists() else ""
         log.unlink(missing_ok=True)
@@ -149,7 +149,7 @@ def test_setup_is_not_done_where_the_check_fails(clone):
 
 
 def test_setup_keeps_the_kind_until_told_otherwise(clone):
-    """A CPU environment that was asked for on a GPU machine must survive run_tests.sh."""
+    """A CPU environment that was requested on a GPU machine must survive run_tests.sh."""
     clone.setup("cpu")
     result = clone.setup(HAS_GPU="1")
     assert "up to date" in result.stdout
@@ -205,7 +205,7 @@ def test_check_names_the_fault(tmp_path, distributions, fault):
         folder = tmp_path / f"{name}-0.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
-    # The namespace that is left of vllm where the stock package is missing.
+    # If the stock package is missing, the namespace vllm still exists.
     (tmp_path / "vllm" / "chef").mkdir(parents=True)
     result = subprocess.run(
         # -S: without the site-packages of the tests' own environment.
@@ -220,7 +220,7 @@ def test_check_names_the_fault(tmp_path, distributions, fault):
 
 @pytest.fixture(scope="module")
 def models() -> Path:
-    """The folder of the default models, made if need be."""
+    """The folder of the default models; it is made if it is missing."""
     subprocess.run([sys.executable, ROOT / "scripts" / "prepare_models.py"], check=True)
     return prepare_models.model_root()
 

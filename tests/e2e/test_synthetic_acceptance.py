@@ -1,7 +1,7 @@
-"""A set acceptance is what the counts say, and gives the tokens per cycle that theory expects.
+"""The counts show a set acceptance, and the tokens per cycle are what theory expects.
 
-The benchmarks' own engine, worker extension and loop, with tiny dummy models; every proposer that
-they know.  One engine per case, all rates in it.
+The tests use the benchmarks' own engine, worker extension and loop, with tiny dummy models, for
+every proposer that the benchmarks know. One engine per case measures all rates.
 """
 
 import math
@@ -27,7 +27,7 @@ CASES = {
     "outside": f"{TINY}+{TINY}/{TINY}@3",
     "stock": f"{TINY}/{TINY}@3",
 }
-# Standard deviations, of bounds that are wide themselves: a sound engine does not fail.
+# Standard deviations of bounds that are wide themselves: a sound engine does not fail.
 SIGMAS = 4
 
 
@@ -76,12 +76,12 @@ def check(row: dict, run: Run, entry: dict) -> None:
     rate, found = row["acceptance_set"], [a for a in row["acceptance"] if a is not None]
     assert row["requests_per_step"] == BATCH_SIZE
     for acceptance in found:
-        # At least one proposal is judged per cycle, and no member's share is far from the others'.
+        # At least one proposal is judged per cycle, and all members have similar shares.
         spread = math.sqrt(rate * (1 - rate) / (row["num_cycles"] / len(run.members)))
         assert acceptance == pytest.approx(rate, abs=SIGMAS * spread + 1e-9), row
     tokens = expected_tokens(run, turns_of(entry), [rate] * len(run.models))
-    # Half of its range bounds the spread of a cycle's tokens, which are 1 to window + 1.
+    # A cycle emits 1 to window + 1 tokens; half of this range bounds the spread.
     spread = run.window / 2 / math.sqrt(row["num_cycles"]) if 0 < rate < 1 else 0.0
     print(rate, row["acceptance"], row["tokens_per_cycle"], tokens, row["num_cycles"])
-    # A little beside: the first cycles of the clock know that the window was empty.
+    # A small extra: the first timed cycles still show that the window was empty.
     assert row["tokens_per_cycle"] == pytest.approx(tokens, abs=SIGMAS * spread + 0.02), row

@@ -1,7 +1,7 @@
-"""Members of one tokenizer and different numbers of rows, plain and by turns.
+"""Members of one tokenizer with different numbers of rows, plain and by turns.
 
-Rows without a token are removed from every member, and what a member lacks has no probability
-under it: so does the loop over transformers models that the engine is compared with.
+Rows without a token are removed from every member. A token that a member lacks has no probability
+under it. The loop over transformers models, which the engine is compared with, does the same.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def has(name: str) -> int:
 def member_logits(
     references: dict[str, torch.nn.Module], name: str, text: list[int], vocab_size: int
 ) -> torch.Tensor:  # [vocab_size]
-    # A token that the member lacks is read as its end token, the first.
+    # A member that lacks a token reads it as its end token, the first.
     read = [token if token < has(name) else 0 for token in text]
     logits = torch.full((vocab_size,), NEG_INF)
     logits[: has(name)] = next_logits(references[name], read)[: has(name)]

@@ -1,8 +1,8 @@
-"""Compiles kernels for a GPU that need not be there.
+"""Compiles kernels for a GPU that the machine need not have.
 
-A test records the launches of a module's kernels (`recorded`) as it runs them in the interpreter,
-then compiles each for the types it was launched with (`compile_launches`).  That takes a process
-without Triton's interpreter, which runs this file: `compile_for_cuda.py LAUNCHES`.
+A test runs a module's kernels in the interpreter and records the launches (`recorded`). It then
+compiles each kernel for the types that it was launched with (`compile_launches`). Compiling needs a
+process without Triton's interpreter, which runs this file: `compile_for_cuda.py LAUNCHES`.
 """
 
 import importlib
@@ -23,7 +23,7 @@ CAPABILITIES = (80, 90)
 
 
 class Recorder:
-    """Launches a kernel, and notes what the kernel's parameters were."""
+    """Launches a kernel, and records the kernel's parameters."""
 
     def __init__(self, module: str, name: str, kernel: Any, launches: list[dict[str, Any]]) -> None:
         self.module, self.name, self.kernel, self.launches = module, name, kernel, launches
@@ -53,8 +53,11 @@ def triton_type(value: Any) -> Any:  # as JSON has it, with lists for tuples
 
 
 def recorded(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The launches of the module's kernels from now on, each kind once: `{"module", "kernel",
-    "types", "constants", "num_warps"}`, types as Triton writes them."""
+    """Record the launches of the module's kernels from now on, each kind once.
+
+    A launch is `{"module", "kernel", "types", "constants", "num_warps"}`, with types as Triton
+    writes them.
+    """
     launches: list[dict[str, Any]] = []
     for name in kernels_of(module):
         recorder = Recorder(module.__name__, name, getattr(module, name), launches)
@@ -67,7 +70,7 @@ def kernels_of(module: ModuleType) -> set[str]:
 
 
 def compile_launches(launches: list[dict[str, Any]], module: ModuleType, folder: Path) -> None:
-    """Compile them for `CAPABILITIES`; each of the module's kernels must be among them."""
+    """Compile the launches for `CAPABILITIES`; each of the module's kernels must be among them."""
     assert {launch["kernel"] for launch in launches} == kernels_of(module)
     file = folder / "launches.json"
     file.write_text(json.dumps(launches))

@@ -1,4 +1,4 @@
-"""The ensemble's arithmetic over the vocabulary: Triton kernels against their namesake in torch."""
+"""The ensemble's arithmetic over the vocabulary: Triton kernels against their torch namesake."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ if not HAS_TRITON:
     pytest.skip("no Triton", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# bfloat16 on a GPU only: the interpreter cuts it off where a GPU rounds.
+# bfloat16 on a GPU only: the interpreter truncates it where a GPU rounds.
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]
 NUM_ROWS = 5
 FUNCTIONS = {
@@ -30,7 +30,7 @@ FUNCTIONS = {
 
 @pytest.fixture(autouse=True)
 def silent_arithmetic():
-    """As on a GPU: log(0) and 0 * -inf are values.  NumPy, which the interpreter uses, warns."""
+    """As on a GPU, log(0) and 0 * -inf are values; NumPy, which the interpreter uses, warns."""
     with np.errstate(divide="ignore", invalid="ignore"):
         yield
 
@@ -38,11 +38,11 @@ def silent_arithmetic():
 def logits(num_members: int, vocab_size: int, removed: bool, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(vocab_size + num_members)
     made = 4 * torch.randn(num_members, NUM_ROWS, vocab_size, generator=generator)
-    made[:, 3] = made[0, 3]  # of which a contrast of strength 1 leaves nothing
+    made[:, 3] = made[0, 3]  # a contrast of strength 1 leaves nothing of this one
     if removed:
-        # As top-k leaves them; of the second row the members share no token.
+        # As top-k leaves them. In the second row the members share no token.
         is_removed = torch.rand(made.shape, generator=generator) < 0.6
-        is_removed[..., 2] = False  # each leaves something
+        is_removed[..., 2] = False  # each leaves a token
         made[is_removed] = float("-inf")
         made[:, 1] = float("-inf")
         for member in range(num_members):
@@ -63,7 +63,7 @@ def test_kernels_combine_as_torch_does(case, vocab_size, removed, probs, dtype):
     found = fused.combine(function, scores, probs)
     assert found.dtype == torch.float32
     if probs:
-        # Logarithms of differences that are next to nothing say little.
+        # Logarithms of differences that are close to nothing say little.
         found, expected = found.exp(), expected.exp()
     else:
         assert found.isneginf().equal(expected.isneginf())
@@ -71,7 +71,7 @@ def test_kernels_combine_as_torch_does(case, vocab_size, removed, probs, dtype):
 
 
 def test_rows_may_lie_apart():
-    """Members side by side in a row, as vLLM's sampler hands them on."""
+    """Members lie side by side in a row, as vLLM's sampler passes them on."""
     function = make_function("weighted", 2, {})
     scores = logits(2, 50, False, torch.float32)
     side_by_side = scores.transpose(0, 1).flatten(1).unflatten(-1, (2, -1)).transpose(0, 1)

@@ -1,7 +1,7 @@
 """What a cycle does with its columns: the Triton kernels against their namesakes in torch.
 
-Both go through the same random cycles, step by step, in every order that turns have; after each
-function all that it may have changed must be the same.
+Both go through the same random cycles, step by step, in every order that turns have. After each
+function, everything that it may have changed must be the same.
 """
 
 import copy
@@ -61,7 +61,7 @@ class World:
         return self.numbers(0, 100, (MAX_NUM_REQS + 1, len(self.turns))) % (max_gammas + 1)
 
     def compare(self) -> dict[str, torch.Tensor]:
-        """All that is read later: not the last column, nor the slot of no request."""
+        """Everything that is read later, without the last column and the slot of no request."""
         state, cycle = self.state, self.all_cycle
         found = {field.name: getattr(cycle, field.name) for field in fields(Cycle)}
         found["tokens"] = cycle.tokens[:, :-1]
@@ -81,10 +81,10 @@ class World:
         top_k = self.numbers(1, VOCAB_SIZE + 1, (MAX_NUM_REQS,)).int()
         states = SlotStates(prefill_len, temperature, seeds, top_k, top_p, min_p)
         self.ops.load(self.all_cycle, slots.int(), states)
-        # As a CUDA graph has it: some rows may be of no request.
+        # As in a CUDA graph: some rows may belong to no request.
         num_reqs = min(MAX_NUM_REQS, num_reqs + int(self.numbers(0, 3, ())))
         self.cycle = self.begun = self.all_cycle.rows(num_reqs)
-        # Some read their prompts; of those, and of some others, not all tokens have rows.
+        # Some requests read their prompts. Of these and of some others, not all tokens have rows.
         num_drafts = self.numbers(0, self.turns.window + 1, (num_reqs,))
         query_lens = num_drafts + self.numbers(0, 3, (num_reqs,)).clamp(min=1)
         starts = [torch.cat([n.new_zeros(1), n.cumsum(0)]) for n in (query_lens, num_drafts + 1)]
@@ -108,7 +108,7 @@ class World:
         # What vLLM's verification returns: at most all candidates, then one more token.
         num_candidates = (candidates.proposed >= 0).sum(1)
         num_sampled = 1 + self.numbers(0, 100, num_candidates.shape) % (num_candidates + 1)
-        # What has been accepted before is accepted again.
+        # Tokens that were accepted before are accepted again.
         num_sampled = num_sampled.maximum(self.cycle.num_accepted + 1).int()
         sampled = self.numbers(0, VOCAB_SIZE, (self.cycle.num_reqs, num_columns))
         draws = turn == self.turns.last_scorer and self.turns.draws
@@ -123,7 +123,7 @@ class World:
         sources, rows = [], []
         for member, turn in sorted(self.turns.turn_of.items()):
             kept = self.state.kept_scores[turn - 1] if turn else None
-            # Of a vocabulary that was padded, as vLLM has it.
+            # From a vocabulary that was padded, as in vLLM.
             step = torch.randn(num_rows, VOCAB_SIZE + 14, generator=self.random).bfloat16()
             sources.append(step.to(DEVICE)[:, :VOCAB_SIZE] if kept is None else kept)
             rows.append(step_rows if kept is None else kept_rows)
@@ -142,7 +142,7 @@ class World:
         self.ops.append(self.state, self.cycle, turn, self.gammas, tokens, has_decided)
 
     def read(self, turn: int) -> None:
-        # Some requests decode, and their members read no more than is new to them.
+        # Some requests decode, and their members read only what is new to them.
         prompt = self.query_lens + self.turns.num_new(turn)
         decoding = prompt.clamp(max=self.turns.num_unscored(turn))
         query_lens = torch.where(self.is_decoding, decoding, prompt).clamp(max=MAX_MODEL_LEN)
@@ -173,7 +173,7 @@ class World:
 
 
 def steps(turns: Turns) -> list[tuple[str, Callable[[World], None]]]:
-    """A cycle, as the speculator goes through it."""
+    """The steps of a cycle, in the speculator's order."""
     found = [("decide 0", lambda w: w.decide(0))]
     if not turns.draws:
         found.append(("propose 0", lambda w: w.propose(0)))
@@ -204,7 +204,7 @@ def test_kernels_do_what_torch_does(case, seed, monkeypatch):
                 step(world)
             expected, found = (world.compare() for world in worlds)
             for key, tensor in expected.items():
-                # A GPU divides by temperatures to the last place but one.
+                # A GPU's division by temperatures may differ in the last place.
                 rtol = 1e-6 if tensor.is_floating_point() else 0
                 where = f"{key} after '{name}' of cycle {number}"
                 torch.testing.assert_close(

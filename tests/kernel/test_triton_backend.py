@@ -1,7 +1,7 @@
-"""The Triton backend `cpu`: awake on the CPU build of vLLM, asleep beside the CUDA build.
+"""The Triton backend `cpu`: active on the CPU build of vLLM, inactive beside the CUDA build.
 
-Everything that happens when Triton looks for backends is tested in processes of its own: it
-happens once in a process, at the first import.
+Triton looks for backends once in a process, at the first import. So each such test has a process of
+its own.
 """
 
 import importlib.metadata
@@ -62,7 +62,7 @@ def run(code: str, tmp_path, **environ: str):
 @pytest.mark.slow
 @on_cpu_build
 def test_vllm_sees_triton_on_the_cpu(tmp_path):
-    """With nothing but `import vllm`: Triton is there, interprets, and the V2 runner is default."""
+    """After a bare `import vllm`, Triton is there and interprets, and the V2 runner is default."""
     code = """
 import json, os
 import vllm
@@ -91,7 +91,7 @@ def test_asleep_beside_the_cuda_build(tmp_path):
 
 
 def test_importing_it_is_light(tmp_path):
-    """Triton imports it on every machine: it may not pull in vLLM or torch."""
+    """Triton imports it on every machine: it must not import vLLM or torch."""
     code = """
 import json, sys
 import triton_cpu_interpreter
@@ -140,7 +140,7 @@ def test_a_triton_with_more_abstract_methods(monkeypatch, half, base):
 
 @on_cpu_build
 def test_compiling_says_what_is_wrong(tmp_path):
-    """Who turns the interpreter off must learn that this is the reason for the failure."""
+    """A user who turns the interpreter off must learn that this caused the failure."""
     code = """
 import json
 import torch, triton, triton.language as tl

@@ -80,7 +80,7 @@ def test_members_without_a_say_and_plain_counterparts():
         ("a", "b"),
     )
     assert run.plain_key == Run.parse("a+b").plain_key == Run.parse("a+b/c@5").plain_key
-    # alpha changes the output, not the cost; the kind of the ensemble may.
+    # alpha changes the output but not the cost; the kind of the ensemble may change the cost.
     assert Run.parse("cd0:a+b@sd5").plain_key == Run.parse("cd0.1:a+b").plain_key
     assert Run.parse("cd0.1:a+b").plain_key != Run.parse("a+b").plain_key
 
@@ -201,7 +201,7 @@ def test_the_kv_cache_holds_all_requests_to_their_end():
 
 
 class FakeEngine:
-    """Gives every request `lengths` tokens in turn, a step a second; requests join one by one."""
+    """Gives every request `lengths` tokens in turn, one step a second; requests join one by one."""
 
     def __init__(self, lengths: list[int], max_tokens: int) -> None:
         self.lengths, self.max_tokens = lengths, max_tokens
@@ -239,7 +239,8 @@ class FakeEngine:
 def test_the_clock_runs_from_where_all_have_begun():
     engine = FakeEngine([2, 1], max_tokens=1000)
     sample = decode(engine, [[1], [2], [3]], [None] * 3, num_tokens=10, skip=2, clock=engine.clock)
-    # The third joins in the third step and has had two in the fourth; 2, 1, 2, ... follow.
+    # The third request joins in the third step. By the fourth it has two outputs; 2, 1, 2, ...
+    # follow.
     assert (sample.steps, sample.seconds) == (7, 7.0)
     assert sample.counts == {2: 12, 1: 9}
     assert sample.num_tokens == 33 >= 3 * 10
@@ -266,7 +267,7 @@ def test_summary_takes_the_median_time_and_the_mean_tokens():
 
 
 def test_acceptance_of_stock_speculation():
-    # Of two drafts: rejected at once; accepted and rejected; both accepted.
+    # Of two drafts: rejected at once; one accepted and one rejected; both accepted.
     found = draft_counts([Sample(1.0, 3, Counter({1: 4, 2: 2, 3: 1}))], Run.parse("a+b/c@2"))
     assert found["acceptance"] == [None, None, pytest.approx(4 / (4 + 4 + 2))]
     assert found["calls_per_cycle"] == [1, 1, 2]
@@ -350,7 +351,8 @@ def test_ratios_are_of_the_same_batch_size():
 
 
 def test_what_is_not_in_graphs_is_overhead():
-    # The window is one token: the first turn has 2 a request, and so has the reading of the other.
+    # The window is one token. The first turn has 2 tokens a request, and the other's reading has 2
+    # as well.
     turn = {"reading": {"1": 9.0, "2": 2.0, "4": 9.0}, "passes": {}, "passes_per_replay": 1}
     graphs = {"primary": {"1": 1.0, "2": 3.0, "4": 5.0}, "turns": [turn]}
     rows = [row("a+b", 6.0), turns_row(3.6), turns_row(9.0, size=4)]
@@ -378,13 +380,13 @@ def test_requests_of_one_kind_are_compared():
     turns = [turns_row(4.0) | {"sampling": kind} for kind in kinds]
     complete({"results": plain + turns, "configurations": [ENTRY | {"graph_ms": graphs}]})
     assert [r["speed_over_plain"] for r in turns] == [1.5, 1.75, 2.0]
-    # The others' turns run in other graphs, or without.
+    # The others' turns run in other graphs, or without graphs.
     assert [r["graph_ms"] and r["graph_ms"]["sum"] for r in turns] == [5.0, None, None]
     assert plot.of_one_kind(turns) == turns[:1]
 
 
 class Desc(SimpleNamespace):
-    """A graph's description, as far as it is looked at."""
+    """The part of a graph's description that the code reads."""
 
     __hash__ = object.__hash__
 
@@ -477,7 +479,7 @@ PLANS = "--runs llama-tiny llama-tiny+llama-tiny --batch-sizes 1"
 
 @pytest.fixture
 def measured(monkeypatch) -> Iterator[list[str]]:
-    """Runs that were measured; the second breaks the first time."""
+    """Runs that were measured; the second one fails the first time."""
 
     def lines(run):
         yield {"engine": {"device": "CPU", "versions": {"vllm": "1"}, "turns": None}}
@@ -580,7 +582,7 @@ def lines_of(args, tmp_path: Path) -> list[dict]:
 
 
 def test_one_engine_measures_after_all_have_started(monkeypatch, capfd, tmp_path):
-    """Also where one breaks as it starts."""
+    """This holds also if an engine fails as it starts."""
     log = tmp_path / "log"
     (tmp_path / "bench_engine.py").write_text(
         "import json, sys, time\n"

@@ -1,4 +1,4 @@
-"""The depth of speculation: what is chosen where costs and acceptance are known."""
+"""The depth of speculation: the choice for known costs and acceptance."""
 
 import random
 from itertools import accumulate, takewhile
@@ -14,13 +14,15 @@ from vllm.chef.depth import DepthChooser
 from vllm.chef.turns import chef_turns
 
 MAX_DEPTH = 5
-# One turn proposes all, as with gammas 1, 5.
+# One turn proposes all tokens, as with gammas 1, 5.
 PLACES = [[(1, at) for at in range(depth)] for depth in range(MAX_DEPTH + 1)]
 
 
 class World:
-    """Cycles whose proposals are accepted with probability `acceptance`; a cycle of depth k takes
-    `base + k * each` seconds."""
+    """Cycles whose proposals are accepted with probability `acceptance`.
+
+    A cycle of depth k takes `base + k * each` seconds.
+    """
 
     def __init__(self, acceptance: float, base: float, each: float, seed: int = 0) -> None:
         self.acceptance, self.base, self.each = acceptance, base, each
@@ -56,8 +58,8 @@ class World:
 @pytest.mark.parametrize(
     ("acceptance", "base", "each"),
     [
-        (0.8, 5.0, 0.2),  # a small proposer: as deep as may be
-        (0.8, 1.0, 0.45),  # one that costs about as much
+        (0.8, 5.0, 0.2),  # a small proposer: as deep as possible
+        (0.8, 1.0, 0.45),  # one with about the same cost
         (0.5, 1.0, 0.3),
         (0.3, 1.0, 0.6),  # speculation loses
         (0.0, 1.0, 0.01),
@@ -71,7 +73,7 @@ def test_best_depth_is_found_and_held(num_reqs, acceptance, base, each):
     assert world.expected(chooser.best(num_reqs)) > 0.96 * best
     held = max(set(depths[1000:]), key=depths[1000:].count)
     assert world.expected(held) > 0.96 * best
-    # With everything that was tried on the way.
+    # The time of everything that was tried on the way counts.
     assert world.tokens / num_reqs / world.seconds > 0.95 * best
 
 
@@ -81,7 +83,7 @@ def test_best_depth_is_found_and_held(num_reqs, acceptance, base, each):
 )
 @pytest.mark.parametrize("extra", [0.15, 0.6])
 def test_turns_may_be_accepted_differently(acceptance, extra, num_reqs):
-    """Gammas 1, 1, 5: at depth 6 the first place is turn 1's, else turn 2's."""
+    """Gammas 1, 1, 5: at depth 6 turn 1 has the first place, else turn 2 has it."""
     turns = chef_turns([1, 1, 5], [9, 9, 1], (True, True, False))
     places = [turns.places(depth) for depth in range(turns.window + 1)]
     assert places[5] == [(2, at) for at in range(5)] and places[6] == [(1, 0), *places[5]]
@@ -150,7 +152,7 @@ def test_tokens_of_a_depth_are_known_from_others():
         chooser.observe(2, 3, decided, 1.0)
     found = [chooser.tokens(depth) for depth in range(4)]
     assert found == pytest.approx([1, 1.75, 2.25, 2.5], abs=0.01)
-    # Many cycles that proposed one token tell nothing of the second.
+    # Many cycles that proposed one token tell nothing about the second.
     for _ in range(500):
         chooser.observe(2, 1, [2, 1], 1.0)
     first = chooser.tokens(1) - 1

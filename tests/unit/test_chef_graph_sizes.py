@@ -1,4 +1,4 @@
-"""Which batches have a CUDA graph in the turns: vLLM's own managers, nothing captured."""
+"""Which batches have a CUDA graph in the turns: vLLM's own managers, without any capture."""
 
 from itertools import product
 from math import ceil
@@ -18,7 +18,7 @@ from vllm.chef.turns import chef_turns, sd_turns
 from vllm.ensemble_decode.runner import MemberRunner
 
 FULL = CUDAGraphMode.FULL
-# As vLLM chooses them, and few.
+# The sizes that vLLM chooses, and few.
 SIZES = {
     "default": [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)],
     "few": [1, 8, 48, 192, 448],
@@ -63,9 +63,10 @@ def turn_graphs(vllm_config, turns, turn, depths) -> TurnGraphs:
 
 
 def is_held_by(sizes: list[int], max_num_seqs: int, num_reqs: int, length: int) -> bool:
-    """Whether one of the sizes, rounded up to whole requests, is enough for so many requests.
+    """Whether one of the sizes, rounded up to whole requests, holds this many requests.
 
-    vLLM makes no graph of more tokens than its largest size, nor of more requests than there are.
+    vLLM makes no graph with more tokens than its largest size, or with more requests than there
+    are.
     """
     rounded = [ceil(size / length) for size in sizes]
     return any(num_reqs <= held <= max_num_seqs and held * length <= max(sizes) for held in rounded)
@@ -92,7 +93,7 @@ def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
             desc = step.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
             expected = is_held_by(SIZES[sizes], max_num_seqs, num_reqs, length)
             assert (desc.cg_mode == FULL) == expected, (num_reqs, length)
-            # But for those at the end, which rounding up takes past the largest size.
+            # Except those at the end, which rounding up moves past the largest size.
             fits = num_reqs * length <= max(SIZES[sizes], default=0) - 16
             assert expected or not fits or sizes == "few", (num_reqs, length)
             replay = graphs.find(num_reqs, length, filters=True)

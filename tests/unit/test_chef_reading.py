@@ -1,8 +1,8 @@
 """What members have read when their scores are used: all of the text, and nothing else.
 
-The cycle that the engine runs, on random texts and random decisions, without models. A member's
-cache has a token by position; its hidden state and its scores at a position are what its cache has
-up to there, so that what is kept of a turn's scores tells which text they follow.
+The tests run the engine's cycle on random texts and random decisions, without models. A member's
+cache has a token at each position. Its hidden state and its scores at a position are the cache up
+to there. So the scores that a turn keeps show which text they follow.
 """
 
 import random
@@ -26,7 +26,7 @@ from vllm.chef.verifier import StepScores
 
 DEVICE = torch.device("cpu")
 NUM_REQS, MAX_MODEL_LEN, VOCAB_SIZE, NUM_STEPS = 6, 50, 1000, 200
-# In the place of a token: not read by the member, and past the end of what it has read.
+# In place of a token: not read by the member, and past the end of what it has read.
 UNREAD, PAST_THE_END = -1, -2
 NO_PARAMS = FilterParams(scales=False, filters=False)
 TURNS = {
@@ -50,7 +50,7 @@ class Request:
         self.start_again(num_turns)
 
     def start_again(self, num_turns: int) -> None:
-        """As a new request does, and one that was preempted."""
+        """Start again, as a new or preempted request does."""
         self.prefill_len, self.num_computed = len(self.text), 0
         self.pending: list[int] = []
         self.caches = [[UNREAD] * MAX_MODEL_LEN for _ in range(num_turns)]
@@ -82,13 +82,13 @@ class World:
         self.num_used = self.num_replaced = 0
 
     def text(self, at: int) -> list[int]:
-        """Of a request, all that is committed or pending."""
+        """All committed and pending tokens of a request."""
         cycle = self.cycle
         pending = cycle.tokens[at, : int(cycle.end[at])].tolist()
         return self.requests[at].text[: int(cycle.first_position[at])] + pending
 
     def schedule(self) -> tuple[list[list[int]], list[int], list[int]]:
-        """Of each request its query, how many of that are drafts, and what a grammar left out."""
+        """For each request: its query, the number of drafts in it, and what a grammar left out."""
         queries, nums_drafts, forbidden = [], [], []
         for request in self.requests:
             at, length = request.num_computed, len(request.text)
@@ -104,7 +104,7 @@ class World:
                 if num_drafts < max_drafts and self.rng.random() < 0.5:
                     forbidden[-1] = request.pending[num_drafts]
             elif at == length - 1 and length + self.turns.window <= MAX_MODEL_LEN:
-                # Placeholders, which vLLM fills its batches up with.
+                # Placeholders, with which vLLM fills up its batches.
                 drafts = [7] * self.rng.choice([0, self.turns.window])
             else:
                 drafts, length = [], self.rng.randint(at + 1, length)
@@ -142,7 +142,7 @@ class World:
         self.commit(queries, outputs, cycle_step.finish(self.stats))
 
     def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> None:
-        """A random decision in the place of the verifier's, whose scores must be there."""
+        """A random decision in place of the verifier's; its scores must be there."""
         turns = self.turns
         num_segments = turns.num_decidable(turn)
         num_columns = turns.max_decided(turn) + 1
@@ -178,7 +178,7 @@ class World:
         outputs: Outputs,
         pending: torch.Tensor,  # [num_reqs, window]
     ) -> None:
-        """As vLLM's scheduler does with what a step gives."""
+        """Update the requests as vLLM's scheduler does with the result of a step."""
         for at, request in enumerate(self.requests):
             if not self.cycle.active[at]:
                 request.num_computed += len(queries[at])
@@ -190,14 +190,14 @@ class World:
             request.prefill_len = min(request.prefill_len, request.num_computed)
             num_pending = int(self.state.lengths[at].sum())
             request.pending = pending[at, :num_pending].tolist()
-            if len(request.text) >= MAX_MODEL_LEN:  # vLLM leaves off what does not fit
+            if len(request.text) >= MAX_MODEL_LEN:  # vLLM drops what does not fit
                 self.requests[at] = Request(self.rng, len(self.turns))
             elif self.rng.random() < 0.02:
                 request.start_again(len(self.turns))
 
 
 class CachePasses:
-    """Passes of members that are caches; each gives what its request's cache has up to a token."""
+    """Passes of members that are caches; each gives its request's cache up to a token."""
 
     step: EngineStep
 
@@ -276,8 +276,10 @@ def test_with_one_token_less_they_would_not_have(case):
 
 
 def test_hidden_states_of_prompts_are_found_beside_requests_that_decode():
-    """The first reads three tokens of its prompt, and one before; the second had a window of five,
-    of which little is left to read."""
+    """The first request reads three tokens of its prompt, and one before them.
+
+    The second had a window of five, and little of it is left to read.
+    """
     query_start_loc = torch.tensor([0, 3, 9])
     of_turn = Reading(torch.tensor([0, 4, 6]), torch.tensor([9, 31]), torch.arange(6)[:, None])
     batch = SimpleNamespace(

@@ -1,8 +1,8 @@
-"""The reference of chef against the exact ensemble: it is the oracle of all other tests of chef.
+"""The reference of chef against the exact ensemble; it is the oracle of all other chef tests.
 
-Members are tables: the distribution of the next token by the last two tokens.  Whole sequences are
-compared, once exactly, by walking every branch of the algorithm's own randomness, and once with
-draws; then its counts, and the speed that `docs/algorithm.md` expects.
+Members are tables: the distribution of the next token by the last two tokens. Whole sequences are
+compared twice: exactly, by walking every branch of the algorithm's own randomness, and with draws.
+Other tests check its counts, and the speed that `docs/algorithm.md` expects.
 """
 
 import math
@@ -49,7 +49,7 @@ def weighted(distributions: list[Sequence[float]]) -> list[float]:
 
 
 def contrastive(distributions: list[Sequence[float]]) -> list[float]:
-    """The first against the mean of the others' logarithms, if there are others."""
+    """The first member against the mean of the others' logarithms, if there are others."""
     num_others = max(1, len(distributions) - 1)
     scores = [
         expert / math.prod(others) ** (0.5 / num_others)
@@ -85,7 +85,10 @@ def exact_probs(
 def chi_square_p_value(
     draws: Sequence[tuple[int, ...]], probs: dict[tuple[int, ...], float]
 ) -> float:
-    """Outcomes expected less than 5 times are pooled; 0.0 where one without probability came."""
+    """The p-value of the draws; outcomes expected less than 5 times are pooled.
+
+    It is 0.0 if an outcome without probability came.
+    """
     counts = Counter(draws)
     if not counts.keys() <= probs.keys():
         return 0.0
@@ -99,10 +102,10 @@ def chi_square_p_value(
 
 
 class EveryBranch:
-    """In the place of `Random`: takes the branches of all draws in turn, `probability` each."""
+    """Stands in for `Random`: takes the branches of all draws in turn, with their `probability`."""
 
     def __init__(self) -> None:
-        self.path: list[list[tuple[int, float]]] = []  # by draw, the branches that are left
+        self.path: list[list[tuple[int, float]]] = []  # by draw, the remaining branches
 
     def walk(self, generate: Callable[[], Output]) -> dict[tuple[int, ...], float]:
         probs = Counter()
@@ -119,7 +122,8 @@ class EveryBranch:
         if self.depth == len(self.path):
             total = sum(weights)
             branches = zip(population, (w / total for w in weights), strict=True)
-            # What is left of a certain acceptance after rounding is no branch.
+            # If an acceptance is certain, rounding may leave a tiny other probability. It is not a
+            # branch.
             self.path.append([(x, p) for x, p in branches if p > 1e-12])
         outcome, probability = self.path[self.depth][-1]
         self.depth += 1
@@ -127,8 +131,8 @@ class EveryBranch:
         return [outcome]
 
 
-# Turns and scorers (None: all) by name.  Members are in the user's order; turns need not be.
-# The branches of the first can be walked; those of the others are too many.
+# Turns and scorers (None: all) by name. Members are in the user's order; turns need not be. The
+# branches of the first ones can be walked; the others have too many.
 POLICIES = {
     "2 members, 1-1": (chef_turns(1, 1), None),
     "2 members, 1-2": (chef_turns(1, 2), None),
@@ -229,7 +233,7 @@ def test_the_test_notices_a_broken_rule(policy, broken):
 
 
 class KnowsTheWindow(Chef):
-    """Drops a pending token for what it is, which no policy may do."""
+    """Drops a pending token because of its value, which no policy may do."""
 
     def _propose(self, i: int, num_tokens: int) -> None:
         super()._propose(i, num_tokens)
@@ -258,7 +262,7 @@ def test_greedy_is_the_plain_loop(policy, combine):
 def test_counts_of_identical_members():
     member, *_ = table_members(1, vocab_size=4)
     out = Chef([member] * 2, weighted, chef_turns(1, 1), Random(0)).generate(PROMPT, 99)
-    # Two tokens a cycle, but for the first cycle's first call, which finds no window.
+    # Two tokens a cycle, except for the first cycle's first call, which finds no window.
     assert out.cycles == 50
     assert out.calls == out.proposed == [50, 50]
     assert out.judged == out.accepted == [50, 49]
@@ -267,7 +271,7 @@ def test_counts_of_identical_members():
 def test_counts_of_identical_members_in_sd():
     member, *_ = table_members(1, vocab_size=4)
     out = Chef([member] * 3, weighted, sd_turns(3, 4), Random(0)).generate(PROMPT, 46)
-    # The first cycle has nothing to judge and draws one token, each other emits 4 + 1.
+    # The first cycle judges nothing and draws one token. Every other cycle emits 4 + 1.
     assert out.cycles == 10
     assert out.calls == [10, 10, 10 * 5]
     assert out.proposed == [0, 0, 40]
@@ -283,7 +287,7 @@ def test_counts(policy):
     assert all(accepted <= judged <= proposed for accepted, judged, proposed in by_member)
     for turn in turns:
         for member in turn.members:
-            if turns[0].gamma == 0:  # one pass more for the drawn token, where one was
+            if turns[0].gamma == 0:  # one more pass for the drawn token, if there was one
                 least, most = max(1, turn.gamma), turn.gamma + 1
             else:
                 least = most = turn.gamma
@@ -300,7 +304,7 @@ def expected_equal(*a: float) -> float:
 
 
 def expected_pair(gamma: int, a: float, b: float) -> float:
-    """A member that proposes `gamma` tokens, accepted with `a`; the other one, with `b`."""
+    """A member that proposes `gamma` tokens, accepted with `a`, and another accepted with `b`."""
     short = a**gamma * (1 - b) / (1 - (a ** (gamma - 1) - a**gamma) * (1 - b))
     return sum(
         weight * (1 - a ** (length + 1)) / (1 - a)
@@ -328,7 +332,7 @@ SPEEDS = {
 
 
 def simulate(name: str, num_tokens: int, seed: int = 0) -> Output:
-    """Members that put probability a on the one token that the ensemble wants."""
+    """Members that give probability a to the one token that the ensemble wants."""
     rates, turns, scorers, _ = SPEEDS[name]
     members = [lambda tokens, a=a: (a, 1 - a) for a in rates]
     chef = Chef(members, lambda _: (1.0, 0.0), turns, Random(seed), scorers)

@@ -1,4 +1,4 @@
-"""Windows of requests as device data: what one request's rejection does, and does not do."""
+"""Windows of requests as device data: what one request's rejection changes, and what it keeps."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def load(cycle: Cycle, slots: list[int], prefill_len: torch.Tensor) -> Cycle:
 
 
 def begin_cycle(state, slots, num_computed, num_drafts, input_ids, prefill_len) -> Cycle:
-    """Requests that decode: the last committed token, and as many drafts."""
+    """Requests that decode: the last committed token, and `num_drafts` drafts."""
     lens = torch.tensor(num_drafts) + 1
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)]).int()
     cycle = load(make_cycle(state, NUM_SLOTS), slots, prefill_len)
@@ -73,7 +73,7 @@ def test_a_cycle_begins_with_the_windows_that_were_scheduled():
 def test_a_request_that_reads_its_prompt_has_no_window():
     state = make_state()
     state.lengths[:], state.scored[:] = 1, 1000
-    # Placeholders fill the second one's single token up to the size of a decoding request.
+    # Placeholders fill the second request's single token up to the size of a decoding request.
     prefill_len = torch.tensor([5, 0, 0, 8, 0, 0])
     cycle = begin_cycle(state, [0, 3], [50, 7], [3, 3], list(range(8)), prefill_len)
     assert cycle.end.tolist() == [2, 0]
@@ -88,7 +88,7 @@ def test_one_requests_rejection_leaves_the_others_as_they_were():
         append(state, c, 0, [13, 23, 33])
         append(state, c, 1, [14, 24, 34])
     scores, scored = state.scores.clone(), state.scored.clone()
-    # All of the first's and third's are accepted, one of the second's two.
+    # All drafts of the first and third request are accepted, and one of the second's two.
     sampled = torch.tensor([[10, 11, 12, 5], [20, 8, 5, 5], [30, 31, 5, 5]])
     ops.settle(state, cycle, sampled, torch.tensor([4, 2, 3]), 2, draws=False)
 
@@ -96,7 +96,7 @@ def test_one_requests_rejection_leaves_the_others_as_they_were():
     assert (int(cycle.end[1]), int(cycle.num_decided[1])) == (2, 2)
     assert cycle.new_lengths[1].tolist() == [0, 0, 0]
     assert cycle.settled.tolist() == cycle.just_settled.tolist() == [False, True, False]
-    # Its own column's scores stay: they depend on what stands before it.
+    # The scores of its own column stay: they depend on the tokens before it.
     assert state.scored[1].tolist() == [73] * 3
     others = torch.tensor([0, 2])
     for name in ("end", "lengths", "new_lengths", "settled"):
@@ -125,8 +125,8 @@ def test_a_cycle_ends_with_what_is_pending():
     assert num_decided.tolist() == [4, 2, 1]
     assert num_rejected.tolist() == [0, 2, 2]
     assert tokens[0].tolist() == [10, 11, 12, 13]
-    # Members 0, 1 (the third turn, two tokens) and 2. All of the first request's were accepted;
-    # the second's window began with member 1's, the third's with member 2's.
+    # Members 0, 1 (the third turn, two tokens) and 2. All of the first request's proposals were
+    # accepted. The second's window began with member 1's proposals, the third's with member 2's.
     assert stats.to_dict() == {
         "num_cycles": 3,
         "num_tokens": 7,
@@ -146,7 +146,7 @@ def test_a_turn_proposes_as_many_tokens_as_it_has():
     assert cycle.new_lengths[:, 2].tolist() == [2, 2, 2]
     append(state, cycle, 1, [4] * 3, gammas=(1, 0, 2))
     assert cycle.new_lengths[:, 1].tolist() == [0, 0, 0]
-    # The second settles a token, which the turn that did so has not read yet.
+    # The second request settles a token, which the turn that did so has not read yet.
     ops.settle(state, cycle, cycle.tokens[:, :4], torch.tensor([4, 1, 4]), 2, draws=False)
     ops.append(state, cycle, 1, torch.tensor([1, 1, 2]), torch.tensor([5] * 3), True)
     assert cycle.new_lengths[:, 1].tolist() == [1, 0, 1]
@@ -184,7 +184,7 @@ def test_rows_that_fill_a_graphs_batch_up_are_of_no_request():
     state.lengths[torch.tensor([4, 1, 2])] = torch.tensor([[0, 1, 2], [0, 0, 2], [0, 1, 2]])
     state.lengths[-1] = 3
     state.scored[:] = 1000
-    # Uniform, as a graph has it; of the last two there is nothing but what was there before.
+    # Uniform, as in a graph. The last two requests hold only what was there before.
     starts = torch.arange(num_padded + 1) * 4
     seq_lens = torch.tensor([54, 74, 37, 60, 0])
     inputs = [9, 10, 11, 12, 19, 20, 21, 0, 29, 30, 31]
@@ -199,14 +199,14 @@ def test_rows_that_fill_a_graphs_batch_up_are_of_no_request():
         assert getattr(done, name).equal(getattr(expected, name)), name
     assert done.tokens[:2, :-1].equal(expected.tokens[:2, :-1])
     assert padded.new_lengths[3:].sum() == 0
-    # What is written for slot -1 lands where no request has anything.
+    # Writes for slot -1 land where no request has anything.
     state.scored[padded.slots, 1] = 77
     assert state.scored[:, 1].ne(77).sum() == NUM_SLOTS - 3
     assert len(state.scored) == len(state.lengths) == state.scores.shape[1] == NUM_SLOTS + 1
 
 
 def test_members_are_judged_by_the_scores_that_they_proposed_from():
-    """Where a model's logits are wider than those that are kept, none is rounded."""
+    """If a model's logits are wider than those that are kept, none is rounded."""
     state = ProposalState(TURNS, NUM_SLOTS, 100, VOCAB_SIZE, torch.bfloat16, torch.device("cpu"))
     state.scores.fill_(3)
     first = torch.full((2, VOCAB_SIZE), 1 + 2.0**-20)
@@ -228,7 +228,7 @@ def test_members_are_judged_by_the_scores_that_they_proposed_from():
     assert proposal.dtype == torch.float32
     assert proposal[0, 0].equal(first[0])  # of segment 0
     assert (proposal[0, 1] == 3).all()
-    # Where nobody asks for more than a temperature, ready for the filters.
+    # If nobody asks for more than a temperature, the logits are ready for the filters.
     cycle = make_cycle(state, 1)
     cycle.temperature.fill_(0.7)
     for samples_members, expected in ((True, torch.tensor(3.0) / 0.7), (False, 3.0)):

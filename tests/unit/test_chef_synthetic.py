@@ -1,4 +1,4 @@
-"""The one rate at which turns accept tokens where a benchmark sets the acceptance."""
+"""The one rate at which turns accept tokens if a benchmark sets the acceptance."""
 
 from types import SimpleNamespace
 

@@ -18,7 +18,7 @@ def test_the_costliest_that_proposes_one_token_opens():
     assert members(chef_turns([1, 5], [10, 1], ALL[:2])) == [0, 1]
     assert members(chef_turns([5, 1], [1, 10], ALL[:2])) == [1, 0]
     assert members(chef_turns([1, 1], [3, 3], ALL[:2])) == [0, 1]
-    # Those with most proposals last, so that what they propose is seen by all others at once.
+    # The members with most proposals come last, so that all others see their proposals at once.
     assert members(chef_turns([4, 1, 2], [1, 9, 5], ALL)) == [1, 2, 0]
     assert members(chef_turns([1, 1, 1], [1, 2, 3], ALL)) == [2, 0, 1]
 
@@ -47,7 +47,8 @@ def test_one_number_is_the_cheapest_members():
 def test_three_members():
     turns = chef_turns([1, 2, 3], [9, 5, 1], ALL)
     assert (turns.window, turns.draws, turns.last_scorer) == (5, False, 2)
-    # Each call decides the segment of the turn after it; the last, the opener's proposal.
+    # Each call decides the segment of the turn after it; the last call decides the opener's
+    # proposal.
     assert [turns.num_decidable(t) for t in range(3)] == [1, 2, 3]
     assert [turns.max_decided(t) for t in range(3)] == [2, 5, 6]
     assert [turns.num_new(t) for t in (1, 2)] == [1, 3]
@@ -59,7 +60,8 @@ def test_a_proposer_outside_the_ensemble_is_never_waited_for():
     turns = chef_turns([1, 1, 4], [9, 5, 1], (True, True, False))
     assert members(turns) == [0, 1, 2]
     assert turns.last_scorer == 1
-    # After the second call all that the third member proposed is decided, and the first's token.
+    # After the second call, everything that the third member proposed is decided, and the first's
+    # token.
     assert [turns.num_decidable(t) for t in range(3)] == [1, 3, 0]
     assert turns.max_decided(1) == 6
 
@@ -70,7 +72,7 @@ def test_sd():
     assert (turns.window, turns.draws, turns.last_scorer) == (4, True, 1)
     assert [turns.max_decided(t) for t in range(2)] == [4, 4]
     assert turns.num_new(1) == 1
-    # One pass more: the token that was drawn goes through before anything is proposed.
+    # One pass more: the drawn token goes through before anything is proposed.
     assert turns.num_passes(turns[1].gamma) == 4
 
 

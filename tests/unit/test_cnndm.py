@@ -81,8 +81,8 @@ def test_scoring_logs_nothing(folder, caplog):
 
 def test_a_score_that_can_be_counted_by_hand(folder):
     task = CnnDailyMail(path=folder)
-    # of the six words of "Storms closed {two} airports on Monday" and the three here, all three
-    # are common (with stems), in one pair and in this order: 2 * 1 * 3/6 / (1 + 3/6)
+    # The reference "Storms closed {two} airports on Monday" has six words. It contains all three
+    # words here (with stems), in this order, with one pair side by side: 2 * 1 * 3/6 / (1 + 3/6).
     scores = task.score(task.examples()[2], "Storm closes Monday")
     assert scores == pytest.approx({"rouge1": 2 / 3, "rouge2": 2 / 7, "rougeL": 2 / 3})
 

@@ -17,7 +17,7 @@ from reports.runs import flatten
 
 @pytest.fixture(autouse=True)
 def missing_protections(monkeypatch) -> list[str]:
-    """What programs are not kept from, as far as the comparison knows."""
+    """Protections that are missing, as the comparison sees them."""
     missing: list[str] = []
     monkeypatch.setattr(comparison, "find_missing_protections", lambda: missing)
     return missing

@@ -1,6 +1,6 @@
-"""The README is short, and its links lead somewhere; the site of docs/ has a check of its own.
+"""The README is short, and its links work; the site of docs/ has a check of its own.
 
-`scripts/docs.sh` builds the site strictly. It does not know the README, which is not part of it.
+`scripts/docs.sh` builds the site strictly. The README is not part of the site.
 """
 
 import re
@@ -48,7 +48,7 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_are_there(page: Path) -> None:
-    """`benchmarks/results/...` and the like, which the site cannot link to."""
+    """`benchmarks/results/...` and similar files, which the site cannot link to."""
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"`((?:benchmarks|scripts|tests|configs|docs)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), f"{page.name} names {name}, which is not there"

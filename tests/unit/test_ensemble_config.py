@@ -74,7 +74,7 @@ def test_unknown_keys_are_refused():
 
 
 def test_a_model_and_its_second_self_are_compiled_apart(tmp_path):
-    """vLLM keeps what it compiles by the configuration's hash, the names of layers included."""
+    """vLLM stores compiled code by the configuration's hash, which includes the names of layers."""
     path = save_model(tmp_path / "llama", llama_config(), seed=0)
     arguments = EngineArgs(
         model=path,
@@ -91,7 +91,7 @@ def test_a_model_and_its_second_self_are_compiled_apart(tmp_path):
 
 
 def test_traces_are_not_replayed_under_speculation(tmp_path):
-    """vLLM refuses that by request, which `allow_all_sampling_params` would let through."""
+    """vLLM refuses that for each request; `allow_all_sampling_params` would let it through."""
     path = save_model(tmp_path / "llama", llama_config(), seed=0)
     arguments = dict(
         skip_tokenizer_init=True, additional_config={"ensemble": {"extra_model": [path]}}

@@ -29,7 +29,7 @@ def distribution(name: str, logits: torch.Tensor, probs: bool, **args) -> torch.
             True,
             lambda x: (3 * x[0].softmax(-1) + x[1].softmax(-1)) / 4,
         ),
-        # Weights of logits are taken as they are: their sum is an inverse temperature.
+        # Weights of logits are not normalised: their sum is an inverse temperature.
         ("weighted", {"weights": [3, 1]}, False, lambda x: (3 * x[0] + x[1]).softmax(-1)),
         ("mean", {}, False, lambda x: ((x[0] + x[1]) / 2).softmax(-1)),
         ("product", {}, False, lambda x: (x[0] + x[1]).softmax(-1)),
@@ -67,7 +67,7 @@ def test_only_plausible_tokens_keep_probability(probs):
 @pytest.mark.parametrize("name", ENSEMBLE_FUNCTIONS)
 @pytest.mark.parametrize("probs", [False, True])
 def test_removed_tokens_leave_a_distribution(name, probs):
-    """Members may have had tokens removed, even all that the others kept."""
+    """Members may have lost tokens, even all that the others kept."""
     logits = LOGITS.clone()
     logits[0, 0, 2:] = NEG_INF
     logits[1, 0, :2] = NEG_INF
@@ -113,7 +113,7 @@ def test_own_function_that_gives_nan_falls_back_to_the_first_member():
 
 
 def test_product_of_experts_survives_low_temperatures():
-    """Where the members' probabilities vanish in float32, their product does not."""
+    """If the members' probabilities vanish in float32, their product does not."""
     logits = torch.tensor([[[12.0, 0.5, 0.0]], [[0.0, 0.5, 12.0]]]) / 0.1
     expected = torch.tensor([[0.5, 0.0, 0.5]])
     for probs in (False, True):

@@ -39,7 +39,7 @@ def run(program, timeout_s=20.0, **options):
         "",
         "assert sum(range(10)) == 45",
         "import math, re, hashlib, collections, random, typing, dataclasses, json, datetime",
-        "print('x' * 10_000_000)",  # more than a pipe holds, to nowhere
+        "print('x' * 10_000_000)",  # more than a pipe holds; it goes nowhere
         "import sys; print('x' * 10_000_000, file=sys.stderr)",
         "import sys; sys.stdout.close(); sys.stderr.close()",
         "import asyncio; asyncio.run(asyncio.sleep(0))",
@@ -93,7 +93,7 @@ def test_failures_say_why(program, reason):
         "while True: pass",
         "import time\nwhile True:\n try: time.sleep(60)\n except BaseException: pass",
         "import signal\nfor s in 2, 14, 15, 24: signal.signal(s, signal.SIG_IGN)\nsignal.pause()",
-        "2 ** 10 ** 10",  # one instruction of the interpreter that does not return
+        "2 ** 10 ** 10",  # one interpreter instruction that does not return
         "class E(Exception):\n def __str__(self):\n  while True: pass\nraise E",
     ],
 )
@@ -191,7 +191,7 @@ def test_the_token_is_not_found_by_searching_frames_and_objects():
 
 
 def denied(attempts, set_up=""):
-    """A program that passes only if every one of the attempts is refused by the kernel."""
+    """A program that passes only if the kernel refuses every one of the attempts."""
     lines = ["import os, errno", *set_up.splitlines()]
     for attempt in attempts:
         lines += [
@@ -223,7 +223,7 @@ def test_no_processes_threads_or_other_programs():
 
 @linux_only
 def test_no_signals_or_changes_to_other_processes():
-    # Signal 0 only asks whether a signal could be sent: harmless, should the filter fail.
+    # Signal 0 only asks whether a signal could be sent: it is harmless if the filter fails.
     program = denied(
         [
             "os.kill(os.getppid(), 0)",
@@ -289,7 +289,7 @@ def test_no_changes_to_files(tmp_path):
     assert os.listdir(tmp_path) == ["kept"]
     assert kept.read_text() == "precious"
     after = kept.stat()
-    assert after[:7] == before[:7]  # all but the times, of which reading changes the first
+    assert after[:7] == before[:7]  # all but the times: reading changes the first
     assert (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
 
 
@@ -309,7 +309,7 @@ def test_the_filter_cannot_be_passed_by_with_32_bit_or_x32_numbers():
 def test_the_program_sees_nothing_of_our_environment_or_folder(monkeypatch):
     monkeypatch.setenv("MY_SECRET", "hunter2")
     allowed = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LD_LIBRARY_PATH"}
-    # The interpreter itself sets LC_CTYPE, and macOS __CF_USER_TEXT_ENCODING.
+    # The interpreter itself sets LC_CTYPE; macOS sets __CF_USER_TEXT_ENCODING.
     allowed |= {"LC_CTYPE", "__CF_USER_TEXT_ENCODING"}
     assert run(f"""
         import os, sys
@@ -332,7 +332,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 
 
 def test_the_whole_group_is_killed():
-    # Where there is no filter a program can start others. The pipe ends when the last one is gone.
+    # Without a filter, a program can start others. The pipe ends when the last one is gone.
     reading, writing = os.pipe()
     with open(reading, "rb") as end:
         child = subprocess.Popen(
@@ -384,7 +384,7 @@ def test_programs_die_with_a_run_that_is_killed():
         child = children_of(parent.pid)[0]
         command = Path(f"/proc/{child}/cmdline")
         wait_until(lambda: b"execution.py" in command.read_bytes())
-        time.sleep(0.5)  # for its start: the promise holds from when it is confined
+        time.sleep(0.5)  # time to start: the promise holds once it is confined
     finally:
         parent.kill()
         parent.wait()

@@ -1,4 +1,4 @@
-"""GSM8K: what counts as a solution's result, the prompts, and scores of the data set's own rows."""
+"""GSM8K: what counts as a result, the prompts, and scores of the data set's own rows."""
 
 import json
 import time
@@ -10,7 +10,7 @@ import pytest
 from tasks import load_task, select
 from tasks.gsm8k import Gsm8k, extract_number
 
-# Rows of the test split, as they are.
+# Rows of the test split, unchanged.
 ROWS = [
     {
         "question": "A robe takes 2 bolts of blue fiber and half that much white fiber.  How many "
@@ -33,7 +33,7 @@ ROWS = [
         "$<<9*2=18>>18 every day at the farmer’s market.\n#### 18",
     },
 ]
-# In their form: results with a separator, a sign, a fraction; braces, which are no template's.
+# Rows in the same form: results with a separator, a sign, a fraction; braces of no template.
 MADE = [
     {"question": "What do 85 tins at $25 cost?", "answer": "85*25=<<85*25=2125>>2,125\n#### 2,125"},
     {"question": "It was {3} degrees and fell by 8?", "answer": "3-8=<<3-8=-5>>-5\n#### -5"},
@@ -82,7 +82,7 @@ CASES = [  # (text, its result)
     (r"\boxed{18\text{ m}^2}", "18"),
     (r"\boxed{\$18}", "18"),
     (r"\boxed{5\%}", "5"),
-    # the announcement wins over what else stands there, the last one over earlier ones
+    # the announcement wins over other numbers, and the last one over earlier ones
     ("The answer is 18 eggs per 7 days.", "18"),
     ("The answer is 18. She sells them for $2 each, 7 days a week.", "18"),
     ("The answer is 5. No, I forgot 3 of them. The answer is 8.", "8"),
@@ -95,7 +95,7 @@ CASES = [  # (text, its result)
     ("#### Step 1\n2 + 3 = 5\n#### Step 2\n5 * 2 = 10", "10"),
     ("#### 2. Total\nShe pays $30", "30"),
     ("What is the answer? She has 4 + 5 = 9 cats", "9"),
-    # of a calculation what it comes to
+    # the outcome of a calculation
     (r"The answer is $9 \times 2 = 18$.", "18"),
     (r"\boxed{9 \times 2 = 18}", "18"),
     (r"9 \cdot 2 = 18", "18"),
@@ -124,7 +124,7 @@ CASES = [  # (text, its result)
     ("The answer is 5 (2 + 4 = 6 less 1)", "5"),
     ("The answer is 18 - note that 2 * 5 = 10.", "18"),
     ("The answer is that Janet makes $18.", "18"),
-    # grounds are no announcement, and a repetition may be cut off
+    # reasons are not an announcement; a repetition may be cut off
     ("The answer is not 20 but 18.", "18"),
     ("The answer is 18.\n\nThis answer is correct because she has 16 eggs.", "18"),
     ("The answer is 18.\nNote: The answer is based on 16 eggs.", "18"),
@@ -177,7 +177,7 @@ CASES = [  # (text, its result)
     ("1/2 of 10 is 5", "5"),
     ("He eats 3/4 of the 8 pies, so 6 pies", "6"),
     ("5/0", None),
-    # what is not the result
+    # numbers that are not the result
     ("He earns 50 dollars working 24/7", "50"),
     ("24/7", "24/7"),
     ("She has 40 people at 5:00", "40"),
@@ -296,7 +296,7 @@ def test_fewshot_shows_the_first_training_rows_as_we_ask_for_them(folder):
             f"{i}+{i}?\nSolution: {i}+{i}={2 * i}\nThe answer is {2 * i}.\n\n" for i in range(3)
         ]
         assert example.reference == alone.reference
-    # what a worked solution ends with is what the score reads
+    # the score reads the end of a worked solution
     assert task.postprocess(zero_shot[0], " 1+1=2\nThe answer is 2.\n\nProblem: 3") == (
         " 1+1=2\nThe answer is 2.\n"
     )

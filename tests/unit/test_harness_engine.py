@@ -27,7 +27,7 @@ TURN_STATS = {
 
 
 class Clock:
-    """Stands for `time` in the engine's module: one second passes with every step."""
+    """Stands in for `time` in the engine's module: one second passes with every step."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -37,7 +37,7 @@ class Clock:
 
 
 class FakeLLMEngine:
-    """A request with prompt `[n]` takes n steps and its tokens are 1 to n."""
+    """A request with prompt `[n]` takes n steps, and its tokens are 1 to n."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -106,7 +106,7 @@ def requests(*steps: int) -> list[Request]:
     [
         # one at a time: in order, and none waits for another
         (1, [0, 1, 2, 3], [5, 1, 2, 1]),
-        # 0 and 1 start; as 1 ends 2 moves up, then 3
+        # 0 and 1 start; when 1 ends, 2 moves up, then 3
         (2, [1, 2, 3, 0], [1, 2, 1, 5]),
         (3, [1, 2, 3, 0], [1, 2, 1, 5]),
         (4, [1, 3, 2, 0], [1, 1, 2, 5]),
@@ -150,7 +150,7 @@ def test_warm_up_is_short_and_leaves_no_prefix(fake):
     (params,) = fake.params.values()
     assert (params.max_tokens, params.min_tokens) == (8, 0)
     assert fake.calls == ["reset_prefix_cache"]
-    list(engine.generate(requests(1), None))  # with an id of its own
+    list(engine.generate(requests(1), None))  # with its own id
 
 
 def test_device_is_waited_for_in_the_workers(fake):
@@ -228,7 +228,7 @@ def test_proposals_of_a_draft_model_are_counted_by_vllm_after_the_warm_up(fake):
     engine = Engine(fake, {})
     engine.warm_up(requests(1)[0])
     fake.metrics = RequestSpecDecodeMetrics.new(3)
-    # All accepted; one accepted, the second not; two offered and both accepted.
+    # All accepted; one accepted and the second rejected; two offered and both accepted.
     for num_drafted, num_accepted in ((3, 3), (3, 1), (2, 2)):
         fake.metrics.observe(num_drafted, num_accepted, detailed=True)
     list(engine.generate(requests(1), None))
@@ -324,7 +324,7 @@ def test_chat_goes_through_the_template():
 
 
 class Letters(Words):
-    """Every example is answered by one of three letters."""
+    """One of three letters answers every example."""
 
     def choices(self, example):
         return (" A", " B", " C")

@@ -22,7 +22,7 @@ GROUP = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Models without weights; the vocabulary of `wide` is another."""
+    """Models without weights; the vocabulary of `wide` is different."""
     root = tmp_path_factory.mktemp("models")
     for name, layers, vocab_size in (
         ("large", 3, VOCAB_SIZE),
@@ -88,7 +88,7 @@ def test_budget_leaves_room_for_what_members_propose_in_the_step():
         return config(name, **kwargs).scheduler_config
 
     plain = scheduler("ensemble", **THREE).max_num_batched_tokens
-    # Before the last of three members two tokens are proposed, one more than vLLM allows for.
+    # Two tokens are proposed before the last of three members. That is one more than vLLM expects.
     three = scheduler("ensemble_chef", **THREE)
     assert (three.max_num_batched_tokens, three.max_num_scheduled_tokens) == (plain, plain - 4)
     two = scheduler("cd_chef", amateur_model="small", gamma=5)
@@ -161,5 +161,5 @@ def test_stock_speculation_refuses_a_draft_model_that_it_cannot_call(monkeypatch
     message = r"^method\.draft_model: .*'NeedsMore', which has no default for intermediate_tensors;"
     with pytest.raises(ConfigError, match=message):
         config("sd", draft_model="small", gamma=2)
-    # Beside an ensemble a draft model is called as any model.
+    # Beside an ensemble, a draft model is called like any model.
     config("cd", amateur_model="other", draft_model="small", gamma=2)

@@ -19,8 +19,10 @@ CONFIGS = ROOT / "configs"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Model folders without weights; `small` is the cheapest, and reads 64 tokens where the
-    others read 128."""
+    """Model folders without weights.
+
+    `small` is the cheapest; it reads 64 tokens, the others read 128.
+    """
     root = tmp_path_factory.mktemp("models")
     for name in ("large", "other", "third"):
         llama_config().save_pretrained(root / name)
@@ -31,7 +33,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def model_path(root, monkeypatch):
     monkeypatch.setenv("MODEL_PATH", str(root))
-    # What a platform adds has a test of its own.
+    # Another test covers what a platform adds.
     monkeypatch.setattr(methods, "_platform_defaults", dict)
 
 
@@ -247,7 +249,7 @@ def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch
         "method.generate.top_p=0.9",
         "+method.generate.prompt_logprobs=2",
     )
-    # What the user gives has priority over the platform's defaults; null is not passed on.
+    # The user's values override the platform's defaults; null is not passed on.
     expected = {"dtype": "bfloat16", "x": 1, "block_size": 16}
     assert {k: v for k, v in result.engine_args.items() if k != "model"} == expected
     assert result.sampling_params == {"temperature": 0, "top_p": 0.9, "prompt_logprobs": 2}

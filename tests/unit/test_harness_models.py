@@ -1,4 +1,4 @@
-"""What a model name means, in which order, and what is said when it means nothing."""
+"""What a model name means, in which order, and what is said if it means nothing."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 def cache_model(tmp_path: Path, name: str) -> None:
-    """What the hub's client leaves of a downloaded model."""
+    """Create what the hub's client leaves of a downloaded model."""
     repo = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
     make_folder(repo / "snapshots" / "abc")
     (repo / "refs").mkdir()

@@ -137,7 +137,7 @@ def test_of_two_runs_that_start_together_one_is_refused(tmp_path):
     first.append_sample(SAMPLE)
     first.close()
     with pytest.raises(ConfigError, match="another process writes"):
-        second.open()  # what it knew is no longer so
+        second.open()  # what it knew is out of date
     assert first.read_samples() == [SAMPLE]
 
 
@@ -203,7 +203,7 @@ def test_scores_replace_the_samples_at_once_or_not_at_all(directory, monkeypatch
     seen = []
 
     def replace(source, target):
-        # At this moment the new file is whole, and the old one as it was.
+        # At this moment the new file is whole, and the old one is unchanged.
         seen.append((json.loads(source.read_text()), json.loads(target.read_text())))
         raise OSError("power cut")
 

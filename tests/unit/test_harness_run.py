@@ -1,4 +1,4 @@
-"""The order of a run with an engine that only pretends: files, times, scores, and early deaths."""
+"""The order of a run with a fake engine: files, times, scores, and early deaths."""
 
 import json
 import logging
@@ -372,7 +372,7 @@ class Several(Letters):
 
 @dataclass(frozen=True, kw_only=True)
 class Choices(Letters):
-    """Letters to be chosen from."""
+    """Letters as choices."""
 
     name = "choices"
 

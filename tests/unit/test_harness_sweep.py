@@ -25,7 +25,7 @@ SUMMARY = {"metric": "pass@1", "score": 0.25, "tokens_per_second": 12.0}
 
 
 def use_gpus(monkeypatch, listed: str | None, visible: str | None) -> None:
-    """What `nvidia-smi -L` prints, None where there is none, and CUDA_VISIBLE_DEVICES."""
+    """Set the output of `nvidia-smi -L` (None: no such program) and CUDA_VISIBLE_DEVICES."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -75,7 +75,7 @@ def test_name_of_a_folder_has_no_separators():
 def test_folder_of_a_sweep_is_its_save_path(arguments, more):
     made = main_dataset.with_sweep_folder(arguments)
     assert [argument for argument in made if argument not in more] == arguments
-    # Hydra takes no value behind a flag.
+    # Hydra takes no value after a flag.
     assert (
         not more
         or made.index(more[0]) == made.index(more[0].replace("hydra.sweep.dir", "save_path")) + 1
@@ -194,7 +194,7 @@ def test_every_job_has_gpus_of_its_own(monkeypatch):
 def test_locks_are_named_by_what_a_gpu_is_and_not_by_its_number(monkeypatch):
     use_gpus(monkeypatch, LISTED, visible="3")
     with sweep._devices(1):
-        # Another job of the cluster, which sees one GPU only: the last, or another.
+        # Another job of the cluster, which sees only one GPU: the last, or another.
         use_gpus(monkeypatch, "GPU 0: NVIDIA H200 (UUID: GPU-3a)\n", visible="0")
         assert sweep._lock(sweep._visible_devices(), 1) == {}
         use_gpus(monkeypatch, "GPU 0: NVIDIA H200 (UUID: GPU-0a)\n", visible="0")
@@ -216,7 +216,7 @@ def test_job_waits_for_a_gpu_and_holds_none_meanwhile(monkeypatch):
         waiting.start()
         assert not got.wait(0.1)
         deadline = time.monotonic() + 5
-        while not (free := sweep._lock({"1": "GPU-1a"}, 1)):  # which the waiting one must not keep
+        while not (free := sweep._lock({"1": "GPU-1a"}, 1)):  # the waiting job must not keep it
             assert time.monotonic() < deadline
         free["1"].close()
     waiting.join(timeout=5)

@@ -17,7 +17,7 @@ CHAT = HumanEval(chat=True)
 SCORED = HumanEval(execute_code=True)
 EXAMPLES = PLAIN.examples()
 PROBLEMS = list(read_problems().values())
-# What a model reads: the problems without the line break at their end.
+# The text that a model reads: the problems without the line break at their end.
 PROMPTS = [problem["prompt"].removesuffix("\n") for problem in PROBLEMS]
 
 
@@ -169,7 +169,7 @@ def score_all(task, completions):
 
 @pytest.mark.slow
 def test_every_canonical_solution_passes_after_postprocessing():
-    # Generous time: a busy machine must not fail a right solution in this test.
+    # Generous time: a busy machine must not fail a correct solution in this test.
     task = HumanEval(execute_code=True, timeout_s=20.0)
     rest = "\n\n\ndef unrelated(:\n"  # a syntax error unless it is cut off
     completions = [

@@ -35,7 +35,7 @@ TARGETS = {
 
 
 def save_source(path, **kwargs) -> str:
-    """A random model whose norms' and biases' values are random too."""
+    """A random model; its norms and biases are random too."""
     source = save_model(path, llama_config(**kwargs), seed=0)
     model = load_reference(source)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_logits_are_the_source_s(source, tmp_path, target):
 
 
 def test_eps_is_scaled_with_the_width(tmp_path):
-    """With an eps that matters, a target that kept it would differ."""
+    """If eps matters, a target that kept the old eps would differ."""
     source = save_source(tmp_path / "source", rms_norm_eps=0.5)
     shape = replace(shape_of(source), hidden_size=256)
     inflate.inflate(source, tmp_path / "inflated", shape)

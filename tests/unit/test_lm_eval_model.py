@@ -1,4 +1,4 @@
-"""lm-eval's requests with an engine that looks its log-probabilities up in a table."""
+"""lm-eval's requests with an engine that looks up its log-probabilities in a table."""
 
 from types import SimpleNamespace
 
@@ -15,14 +15,14 @@ from harness.lm_eval_model import NAME, SCORING, SpeculativeEnsembleLM
 
 BOS, EOS, VOCAB_SIZE = 256, 257, 258
 MAX_LEN = 12
-# log p(next | last): a text has one score however it is cut into windows.
+# log p(next | last): a text has one score, however it is cut into windows.
 TABLE = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
 TABLE = dict(enumerate(TABLE.log_softmax(-1).tolist()))
 LIKELIEST = [max(range(VOCAB_SIZE), key=row.__getitem__) for row in TABLE.values()]
 
 
 class ByteTokenizer:
-    """Bytes, behind a BOS token if it has one."""
+    """Bytes, after a BOS token if it has one."""
 
     name_or_path = "some/tokenizer"
     bos_token, bos_token_id, eos_token_id = "<s>", BOS, EOS
@@ -44,7 +44,7 @@ class ByteTokenizer:
 
 
 class TableEngine:
-    """Finishes requests in reverse order; what it says is the seed of the request."""
+    """Finishes requests in reverse order; its completion is the seed of the request."""
 
     def __init__(self, says: str = "") -> None:
         self.says = says
@@ -113,7 +113,7 @@ def test_scores_are_those_of_the_continuations_in_the_order_asked(model, engine)
     expected = [score(*b"bcd"), score(*b"a b"), score(*b"z!")]
     answers = model.loglikelihood(instances("loglikelihood", *pairs))
     assert [answer for answer, _ in answers] == pytest.approx(expected)
-    # All at once, behind a BOS token that the tokenizer puts there.
+    # All at once, after a BOS token that the tokenizer adds.
     assert engine.calls == [("generate", 3, None)]
     assert [r.prompt_token_ids for r in engine.requests] == [
         [BOS, *b"abcd"],
@@ -192,7 +192,7 @@ def test_long_contexts_lose_their_beginnings_with_one_warning(model, engine, cap
     answers = model.loglikelihood(instances("loglikelihood", *pairs))
     expected = [score(*b"9ab"), score(*b"tab"), score(*b"9cd")]
     assert [a for a, _ in answers] == pytest.approx(expected)
-    # A token is generated behind the prompt, so one less than the members read.
+    # A token is generated after the prompt, so one less than the members read.
     assert [len(r.prompt_token_ids) for r in engine.requests] == [11, 8, 11]
     (record,) = caplog.records
     assert record.getMessage().startswith("2 of 3 prompts are longer than the 12 tokens that")
@@ -287,7 +287,7 @@ GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 0.6}
         (GREEDY, {"temperature": 0.6}, SAMPLED),
         (GREEDY, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}, SAMPLED | {"top_p": 0.9}),
         ({"max_tokens": 3, "stop": ["x"]}, {"until": ["y"], "max_gen_toks": 9}, {"stop": ["y"]}),
-        # Where it leaves something open the run does, and then lm-eval.
+        # The run decides what the task leaves open, and then lm-eval.
         (SAMPLED, {}, SAMPLED),
         (SAMPLED, {"do_sample": True}, SAMPLED),
         (GREEDY, {"do_sample": True}, {"temperature": 1}),
@@ -303,7 +303,7 @@ def test_parameters_of_generated_texts(engine, run, gen_kwargs, expected):
     assert {key: params[key] for key in expected} == expected
     known = {"temperature", "max_tokens", "stop", "skip_special_tokens"}
     assert params.keys() <= known | {"spaces_between_special_tokens", "top_p", "seed"}
-    # lm-eval caches answers by them.
+    # lm-eval uses them as a key to cache answers.
     assert gen_kwargs == given
 
 

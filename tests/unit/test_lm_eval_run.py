@@ -1,4 +1,4 @@
-"""A run of lm-eval tasks with a session that only pretends: what is refused, asked and written."""
+"""A run of lm-eval tasks with a fake session: what is refused, asked and written."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ class FakeSession:
     max_model_len: int = MAX_LEN
 
     def start(self):
-        # Scores must not depend on them.
+        # Scores must not depend on these.
         assert self.spec.sampling_params == {}
         self.engine.calls.append("start")
         return self
@@ -63,7 +63,7 @@ class FakeSession:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With tasks and the data that they name."""
+    """A folder with tasks and the data that they name."""
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     data = tmp_path / "data.jsonl"
@@ -95,7 +95,7 @@ def engine(monkeypatch) -> TableEngine:
     }
     for name, value in replaced.items():
         monkeypatch.setattr(harness.lm_eval_run, name, value)
-    # Of lm-eval's own tasks there are ten thousand, which takes seconds to find.
+    # lm-eval has ten thousand tasks of its own, and finding them takes seconds.
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -275,7 +275,7 @@ def test_folder_that_another_run_takes_meanwhile_is_refused(engine, folder, monk
     assert engine.calls == []
 
 
-# A group of ours may have parts of theirs.
+# A group of ours may have parts that are lm-eval's.
 @pytest.mark.parametrize(("tasks", "scans"), [("choice", [False]), ("both", [False, True])])
 def test_lm_evals_own_tasks_are_looked_through_only_if_needed(
     engine, folder, monkeypatch, tasks, scans

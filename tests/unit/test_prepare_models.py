@@ -20,7 +20,7 @@ NAMES = [prepare.FULL, prepare.SHALLOW, prepare.PYTHON, prepare.AMATEUR]
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """MODEL_PATH with a tiny base, and a folder of weights that is empty."""
+    """MODEL_PATH with a tiny base, and an empty folder of weights."""
     monkeypatch.setattr(prepare, "load_dotenv", lambda path: None)
     monkeypatch.setattr(prepare, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(sys, "argv", ["prepare_models.py"])
@@ -53,7 +53,7 @@ def store_adapter(seed: int = 0):
 
 
 def store_layers(root, drop: str = ""):
-    """Layers 2 and 0 of the base in bytes of scale 1/64, where the base has other values."""
+    """Layers 2 and 0 of the base, in bytes of scale 1/64; the base has other values."""
     folder = prepare.WEIGHTS / prepare.AMATEUR
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -188,7 +188,7 @@ class Terminal(io.StringIO):
 
 
 def test_seconds_are_counted_on_a_terminal(monkeypatch):
-    """In one line, cut to the terminal's width."""
+    """The seconds stay in one line, cut to the terminal's width."""
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setattr(prepare, "TICK_S", 0.01)
     terminal = Terminal()

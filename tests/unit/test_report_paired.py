@@ -1,4 +1,4 @@
-"""Paired comparisons: which samples are paired, what differs, margins from a faked engine."""
+"""Paired comparisons: which samples are paired, what differs, margins from a fake engine."""
 
 import contextlib
 

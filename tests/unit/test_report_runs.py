@@ -1,4 +1,4 @@
-"""Reading run directories, whole or not; which plain ensemble a run is compared with."""
+"""Reading run directories, whole or damaged; which plain ensemble a run is compared with."""
 
 import json
 from dataclasses import replace
@@ -227,7 +227,7 @@ def test_every_key_of_who_proposes_is_free_in_the_real_configurations(
     baseline = composed(tmp_path / "plain", f"method={plain}")
     draft = ["method.draft_model=org/draft"] if method in ("cd", "ensemble") else []
     run = composed(tmp_path / "run", f"method={method}", f"method.gamma={gamma}", *draft)
-    # Null, a key is not looked at: all that the plain ensemble does not have get a value.
+    # A null key is ignored, so all keys that the plain ensemble lacks get a value.
     own = run.config["method"].keys() - baseline.config["method"].keys()
     given = {key: run.config["method"][key] or "given" for key in own}
     run = replace(run, config={**run.config, "method": {**run.config["method"], **given}})

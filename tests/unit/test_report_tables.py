@@ -17,7 +17,7 @@ from reports.runs import find_runs
 
 @pytest.fixture
 def study(tmp_path):
-    """Two data sets with a plain ensemble and turns; one run that is not over, one that failed."""
+    """Two data sets with a plain ensemble and turns; one unfinished run, and one that failed."""
     for dataset in ("gsm8k", "mmlu"):
         config = {"dataset__name": dataset}
         make_run(tmp_path / dataset / "cd", make_config("cd", **config), [1, 0, 0, 0])
@@ -79,7 +79,7 @@ def test_graded_scores_are_no_counts_even_if_all_are_zero(tmp_path):
     runs = find_runs(tmp_path)
     assert [r["score_interval"] for r in make_records(runs)] == [None, None]
     assert compare(*runs).test.kind == "permutation, exact"
-    # An unfinished run has only its samples to say so.
+    # An unfinished run has only its samples to show it.
     (tmp_path / "a/summary.json").unlink()
     sample = {"index": 0, "task_id": "t/0", "token_ids": [1], "score": 0.0}
     sample["scores"] = {"rougeL": 0.0}

@@ -1,4 +1,4 @@
-"""Two runs in one table: what it says, and of which runs it says nothing."""
+"""Two runs in one table: what the table says, and for which runs it says nothing."""
 
 import pytest
 from run_directories import TURNS, make_config, make_run

@@ -1,4 +1,4 @@
-"""The registry, the choice of examples and the means. Knows no data set."""
+"""The registry, the choice of examples and the means. This module knows no data set."""
 
 import json
 import random
@@ -199,7 +199,7 @@ def test_task_name_is_the_name_of_the_group_of_options():
         task_name("humanevil")
 
 
-# One row that is right for every task's columns.
+# One row that fits every task's columns.
 ROW = {
     "question": "2 + 2?",
     "subject": "anatomy",

@@ -1,6 +1,6 @@
-"""docs/upstream.md is true: what it lists of vLLM is there as we use it, and it lists all we use.
+"""docs/upstream.md is true: vLLM has what it lists, as we use it, and it lists everything we use.
 
-The page's tables are the list of cases, so that a seam is added, moved or dropped in one place. No
+The page's tables are the list of cases, so a seam is added, moved or dropped in one place. No
 engine is started.
 """
 
@@ -25,13 +25,13 @@ HOW = ("subclassed", "overridden", "called", "wrapped", "read", "set", "replaced
 
 CALLS = ("called", "wrapped", "overridden")
 
-# Our packages, some of which live in the stock one's namespace.
+# Our packages; some of them live in the stock package's namespace.
 PACKAGES = [path.parent for path in (ROOT / "vllm").glob("**/__init__.py")]
 OURS = re.compile(
     "|".join(rf"{'.'.join(p.relative_to(ROOT / 'vllm').parts)}(\.|$)" for p in PACKAGES)
 )
 STOCK = re.compile(r"(vllm|triton)(\.|$)")
-# Two names for one thing, ours and a kernel's.
+# Two names for one thing: ours and a kernel's.
 SAME = {"temp": "temperature", "seed": "seeds", "batch_idx_to_req_idx": "idx_mapping"}
 SAME["expanded_idx_mapping"] = "idx_mapping"
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -50,10 +50,10 @@ class Seam(NamedTuple):
     Args:
         owner: the dotted path of vLLM's module, class or object.
         name: what we use of it.
-        arguments: that we pass or take; None: the page names none.
-        keywords: of these, by keyword.
+        arguments: those that we pass or take; None: the page names none.
+        keywords: the arguments that we pass by keyword.
         how: one of HOW.
-        files: where, as the page has them.
+        files: the files that the page names.
     """
 
     owner: str
@@ -181,7 +181,7 @@ def resolve(path: str) -> Any:
 
 
 def has(owner: Any, name: str) -> bool:
-    """Whether `owner` has the attribute; of a class also its instances."""
+    """Whether `owner` has the attribute; for a class, also its instances."""
     if hasattr(owner, name):
         return True
     return inspect.isclass(owner) and any(name in instance_names(c) for c in owner.__mro__)
@@ -189,7 +189,7 @@ def has(owner: Any, name: str) -> bool:
 
 @cache
 def instance_names(cls: type) -> frozenset[str]:
-    """What instances have: annotated in the class's body, or assigned to `self` in its methods."""
+    """What instances have: annotated in the class's body, or assigned to `self` in methods."""
     names = set(vars(cls).get("__annotations__", {}))
     if dataclasses.is_dataclass(cls):
         names |= {field.name for field in dataclasses.fields(cls)}
@@ -222,7 +222,7 @@ def takes_self(owner: Any, name: str) -> bool:
 
 
 def check_call(seam: Seam, function: Callable[..., Any], skip: bool) -> None:
-    """Our arguments have the names and places that the row gives, and no further one is needed."""
+    """Our arguments have the row's names and places, and no further argument is needed."""
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())[skip:]
     by_place = seam.arguments[: len(seam.arguments) - len(seam.keywords)]
@@ -240,7 +240,7 @@ def check_call(seam: Seam, function: Callable[..., Any], skip: bool) -> None:
 
 
 def check_overrides(seam: Seam, owner: type) -> None:
-    """Every override of ours takes what vLLM may pass to its own, but for what ours passes on."""
+    """Every override of ours takes what vLLM may pass; arguments that ours passes on are exempt."""
     ours = [cls for cls, name, _ in overrides() if name == seam.name and issubclass(cls, owner)]
     assert ours, f"none of our classes overrides {seam.path}; mend the row"
     stock = inspect.signature(getattr(owner, seam.name)).parameters
@@ -271,7 +271,7 @@ def on_cpu() -> bool:
 
 
 def check_replaced(seam: Seam, kernel: Any) -> None:
-    """Kernels are called by place: ours has the same names, but for endings that say pointer."""
+    """Kernels are called by place: ours have the same names, except for pointer endings."""
     replacements = cpu_kernels()
     assert seam.path in replacements, f"we do not replace {seam.path}; mend the row"
     taken = inspect.signature(replacements[seam.path]).parameters
@@ -308,7 +308,7 @@ def test_every_override_is_listed() -> None:
 
 
 def test_every_inherited_attribute_is_listed() -> None:
-    """What our classes use of themselves, and vLLM's have made."""
+    """What our classes use of themselves and vLLM's classes have made."""
     named = {seam.name for seam in SEAMS}
     for cls in our_classes():
         known = set().union(*(own_names(base) for base in cls.__mro__ if is_ours(base)))
@@ -329,7 +329,7 @@ def test_every_private_attribute_is_listed() -> None:
     for path, tree in trees.items():
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         private = {name for name in used if re.match(r"_[a-z]", name)}
-        # Of named tuples, which is how Python names them.
+        # Methods of named tuples; Python gives them these names.
         missing = private - known - {"_fields", "_replace", "_asdict"}
         assert not missing, f"docs/upstream.md does not list, of {path.name}: {missing}"
 
@@ -370,7 +370,7 @@ def our_modules() -> list[ModuleType]:
 
 @cache
 def our_classes() -> list[type]:
-    """Those of our classes that derive from one of vLLM's, or will be mixed into one."""
+    """Our classes that derive from one of vLLM's, or that will be mixed into one."""
     classes = [
         cls
         for module in our_modules()
@@ -382,7 +382,7 @@ def our_classes() -> list[type]:
 
 @cache
 def overrides() -> list[tuple[type, str, type]]:
-    """Our class, the method, and the class of vLLM's that has it."""
+    """Our class, the method, and the class of vLLM that has it."""
     found = []
     for cls in our_classes():
         own = [base for base in cls.__mro__ if is_ours(base)]

@@ -88,7 +88,7 @@ def test_one_id_for_two_tokens_is_refused_and_named(root):
 
 
 def test_a_plain_token_of_one_member_alone_is_refused(root):
-    """Added tokens change no other's meaning; one of the model's own brings other merges."""
+    """Added tokens do not change other tokens; a model's own token brings other merges."""
     check_tokenizers(configs(root, "exact", "tuned"))
     llama_config(260, 1).save_pretrained(root / "merged")
     save_byte_tokenizer(str(root / "merged"), ("th",))

@@ -1,4 +1,4 @@
-"""Runs a launcher of vLLM twice, with the stock kernel under Triton's interpreter and with ours.
+"""Runs a launcher of vLLM twice: with the stock kernel under Triton's interpreter, and with ours.
 
 Every tensor that the kernel was given must then hold the same bits, also where it wrote nothing.
 """
@@ -20,7 +20,7 @@ register_cpu_kernels()
 
 
 class Recorder:
-    """Launches a kernel and keeps copies of the tensors that it was given, as it left them."""
+    """Launches a kernel and keeps copies of its tensors, as they are after the launch."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -36,7 +36,7 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def defined_memory(monkeypatch):
-    """Let `torch.empty` give NaN and the largest integer, so that what is left alone is equal."""
+    """Make `torch.empty` return NaN and the largest integer, so that unwritten memory is equal."""
     if not (current_platform.is_cpu() and HAS_TRITON):
         pytest.skip("the kernels are replaced on the CPU only")
     monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)  # no pinned memory
@@ -49,12 +49,12 @@ def defined_memory(monkeypatch):
 def compare(monkeypatch):
     """Run `launch` with the stock kernels of these names and with ours; return both results.
 
-    Names are below `vllm.v1.worker.gpu`.
+    The names are below `vllm.v1.worker.gpu`.
     """
 
     def compare(names: str | list[str], launch: Callable[[], Any], tolerance: float = 0.0):
         names = [f"vllm.v1.worker.gpu.{n}" for n in ([names] if isinstance(names, str) else names)]
-        # On a GPU inf - inf is NaN without a word; NumPy, which the interpreter uses, warns.
+        # On a GPU inf - inf is NaN without a warning; NumPy, which the interpreter uses, warns.
         with np.errstate(invalid="ignore"):
             expected, stock_result = record({n: dispatcher._registry[n][0] for n in names}, launch)
         got, our_result = record({n: installed(n) for n in names}, launch)
@@ -76,9 +76,9 @@ def compare(monkeypatch):
 
 @pytest.fixture
 def compare_returned(compare):
-    """The same, of a `launch` that makes its state anew; returns the tensors that ours returned.
+    """Like `compare`, for a `launch` that makes new state; returns the tensors that ours returned.
 
-    The tensors that `launch` returns must be equal as well: those that a kernel knows by pointer.
+    The tensors that `launch` returns must be equal as well. Kernels know these only by pointer.
     """
 
     def compare_returned(

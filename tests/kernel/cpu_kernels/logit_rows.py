@@ -1,4 +1,4 @@
-"""Random rows of logits for the tests of CPU kernels, and the requests that they are of."""
+"""Random rows of logits for the tests of CPU kernels, and the requests that the rows belong to."""
 
 import torch
 from quick import quick

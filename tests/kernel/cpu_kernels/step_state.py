@@ -23,9 +23,13 @@ def cumulate(lengths: torch.Tensor) -> torch.Tensor:  # int32 [num + 1]
 
 
 def make_state(seed: int, num_speculative_steps: int = 3) -> SimpleNamespace:
-    """Eight requests, in any order: two in the middle of their prompt (one without a token this
-    step), one at its end, two whose window reaches back into the prompt (one wholly), and three
-    that decode: with all their drafts, with one behind the very prompt, and without any."""
+    """Eight requests, in any order.
+
+    - Two are in the middle of their prompt; one of them has no token in this step.
+    - One is at the end of its prompt.
+    - Two have a window that reaches back into the prompt; one of these lies wholly in it.
+    - Three decode: with all their drafts, with one draft right after the prompt, and without any.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def integers(high: int, *shape: int, dtype=torch.int32, low: int = 0) -> torch.Tensor:

@@ -14,8 +14,8 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
 from vllm.cpu_kernels import acceptance
 
 NUM_STEPS = 4
-NUM_BLOCKS = 13  # of which the kernels add up 16
-# Standard verification, rates that are given, and verification by block.
+NUM_BLOCKS = 13  # the kernels add up 16 of them
+# Standard verification, given rates, and verification by block.
 MODES = ["standard", "synthetic", "block"]
 
 
@@ -42,8 +42,11 @@ def test_uniforms():
 def make_verification(
     seed: int, dtype: torch.dtype, with_draft_logits: bool, mode: str
 ) -> SimpleNamespace:
-    """Nine requests with 4, 3, 0, 4, 2, 4, 1, 4 and 4 drafts, some of them placeholders, three of
-    them greedy; the statistics by block are random, as though of a large vocabulary."""
+    """Nine requests with 4, 3, 0, 4, 2, 4, 1, 4 and 4 drafts.
+
+    Some drafts are placeholders, and three requests are greedy. The statistics by block are random,
+    as for a large vocabulary.
+    """
     state = make_state(seed, NUM_STEPS)
     generator = torch.Generator().manual_seed(100 + seed)
     num_drafts = torch.tensor([4, 3, 0, 4, 2, 4, 1, 4, 4])
@@ -59,7 +62,7 @@ def make_verification(
     draft_sampled = state.integers(VOCAB_SIZE, num_logits)
     draft_sampled[torch.rand(num_logits, generator=generator) < 0.1] = -1
     target_local_argmax = state.integers(VOCAB_SIZE, num_logits, NUM_BLOCKS, dtype=torch.int64)
-    # What drafts and the target agree on is likely to be accepted.
+    # Tokens on which drafts and the target agree are likely to be accepted.
     agreed = torch.rand(num_logits, generator=generator) < 0.7
     agreed = (agreed & (draft_sampled >= 0))[1:]
     target_local_argmax[:-1][agreed] = draft_sampled[1:][agreed, None].long()

@@ -1,4 +1,4 @@
-"""Drafts on their way through a step, and n-grams that propose them, against vLLM's kernels."""
+"""Drafts on their way through a step, and n-grams that propose drafts, against vLLM's kernels."""
 
 from types import SimpleNamespace
 
@@ -50,7 +50,7 @@ def test_gather_draft_sampled(compare_returned, seed):
 def test_prepare_inputs_of_a_draft_model(compare_returned, seed, max_model_len):
     def launch():
         state = make_state(seed)
-        # Never without a token: a request that has none is not in the batch.
+        # Every request has a token: a request without one is not in the batch.
         query_lens = state.query_lens.clamp(min=1)
         query_start_loc = cumulate(query_lens)
         buffers = SimpleNamespace(
@@ -107,7 +107,7 @@ def test_flatten_sampled(compare_returned, seed):
 
 
 def make_ngram_state(seed: int, max_model_len: int) -> SimpleNamespace:
-    """Tokens of an alphabet of three, so that suffixes occur again, at every length of text."""
+    """Tokens of an alphabet of three, so that suffixes repeat, at every length of text."""
     state = make_state(seed)
     state.all_token_ids = state.integers(3, MAX_NUM_REQS, max_model_len)
     state.total_len = state.integers(max_model_len + 1, MAX_NUM_REQS, low=1)
@@ -170,7 +170,7 @@ def test_ngrams(compare_returned, int1_masks, seed, sizes, max_model_len):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ngram_drafts(compare_returned, int1_masks, seed):
-    """From any scores: the scan gives none to a request that has sampled nothing."""
+    """From any scores: the scan gives no drafts to a request that has sampled nothing."""
 
     def launch():
         state, num_blocks = make_ngram_state(seed, 47), 3
@@ -198,7 +198,7 @@ def test_ngram_drafts(compare_returned, int1_masks, seed):
 
 
 def draft_by_ngram(tokens: list[int], sizes: tuple[int, int, int]) -> list[int]:
-    """What followed on the last earlier place of the longest suffix; [] without one."""
+    """The tokens after the last earlier place of the longest suffix; [] without one."""
     min_n, max_n, num_drafts = sizes
     for n in range(min(max_n, len(tokens) - 1), min_n - 1, -1):
         for start in range(len(tokens) - n - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""Penalties, biases, grammar masks and counts of NaN, against vLLM's kernels or what they mean."""
+"""Penalties, biases, grammar masks and counts of NaN, against vLLM's kernels or their meaning."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.structured_outputs import _apply_grammar_bitmask_kernel
 
 
 def make_token_counts(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt bits and output counts, by the interpreted or our kernel, as is installed."""
+    """Prompt bits and output counts, by the interpreted kernel or ours, whichever is installed."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, vocab_size, (MAX_NUM_REQS, 1100), generator=generator).int()
     prompt_bits = torch.full((MAX_NUM_REQS, -(-vocab_size // 32)), -1, dtype=torch.int32)
@@ -37,8 +37,8 @@ def test_bincount(compare, vocab_size):
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 def test_penalties(compare, vocab_size):
     prompt_bits, counts = make_token_counts(vocab_size)
-    # Two requests with drafts (three and two rows), then single rows, among them one that asks
-    # for nothing; tokens repeat, so that drafts count twice.
+    # Two requests with drafts (three and two rows), then single rows. One of these asks for
+    # nothing. Tokens repeat, so that drafts count twice.
     mapping = torch.tensor([3, 3, 3, 0, 0, 1, 4, 2], dtype=torch.int32)
     local_pos = torch.tensor([0, 1, 2, 0, 1, 0, 0, 0], dtype=torch.int32)
     token_ids = torch.tensor([4, 2, 2, 1, 3, 0, 1, 4], dtype=torch.int32)
@@ -97,7 +97,7 @@ def test_logit_bias(compare, vocab_size, check_all_masked):
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 def test_grammar_bitmask(vocab_size):
-    """The interpreter cannot run this one: its masks must be boolean, and here one is not."""
+    """The interpreter cannot run this kernel: one of its masks is not boolean, as it must be."""
     generator = torch.Generator().manual_seed(4)
     allowed = torch.rand(5, vocab_size, generator=generator) < 0.5
     allowed[0] = True
@@ -105,8 +105,8 @@ def test_grammar_bitmask(vocab_size):
     bits = torch.nn.functional.pad(allowed.long(), (0, shifts.numel() - vocab_size)) << shifts
     bitmask = bits.reshape(5, -1, 32).sum(dim=-1).to(torch.int32)
     cu_num_logits = torch.tensor([0, 3, 4, 7], dtype=torch.int32)
-    # With a stride of 4: request 2 at three positions, 0 at position 1, and 1 at a position that
-    # was trimmed away.
+    # With a stride of 4: request 2 at three positions, request 0 at position 1, and request 1 at a
+    # position that was trimmed away.
     indices = torch.tensor([9, 8, 10, 1, 6], dtype=torch.int32)
     logits = make_logits(7, vocab_size)
     expected = logits.clone()
@@ -127,7 +127,7 @@ def test_grammar_bitmask(vocab_size):
 
 
 def test_num_nans():
-    """The interpreter has no `isnan`; the count speaks for itself."""
+    """The interpreter has no `isnan`, so the expected counts are written out."""
     logits = make_logits(3, 1025)
     logits[0, ::100] = torch.nan
     logits[2, 4] = torch.nan

@@ -5,8 +5,8 @@ import torch
 from logit_rows import VOCAB_SIZES, make_logits
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 
-# Sums of up to 3000 float32 terms in another order, of which the log is taken: 3000 eps is the
-# bound for one order, its square root what is seen.
+# Sums of up to 3000 float32 terms in another order, followed by a logarithm. 3000 eps bounds the
+# error for one order; its square root is what is seen.
 SUM_TOLERANCE = 4e-6
 
 
@@ -14,7 +14,7 @@ SUM_TOLERANCE = 4e-6
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_logprobs", [0, 4])
 def test_logprobs(compare, vocab_size, dtype, num_logprobs):
-    num_tokens = 70  # more than are worked on at once
+    num_tokens = 70  # more than the kernel works on at once
     logits = make_logits(num_tokens, vocab_size, dtype)
     generator = torch.Generator().manual_seed(5)
     sampled = torch.randint(0, vocab_size, (num_tokens,), generator=generator)

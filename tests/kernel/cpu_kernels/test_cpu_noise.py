@@ -8,7 +8,7 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
 @pytest.mark.parametrize("vocab_size", quick([5, 1025], 5))
 def test_draws_over_seeds_and_positions(compare, vocab_size):
-    """All noise and no logits: the draw is then the noise, and 150 of them must be the same."""
+    """With noise and without logits, the draw is the noise; 150 draws must be the same."""
     generator = torch.Generator().manual_seed(1)
     num_tokens = 150
     seeds = torch.randint(-(2**63), 2**63 - 1, (num_tokens,), generator=generator)

@@ -18,7 +18,7 @@ def test_registering_again_changes_nothing(caplog):
 
 
 def test_every_kernel_has_our_parameters():
-    """Launches are positional: a parameter more or less in another vLLM must not pass unseen."""
+    """Launches are positional: the test must notice one parameter more or less in another vLLM."""
     for name, ours in kernels_by_name().items():
         stock = dispatcher._registry[name][0].arg_names
         parameters = [p.lstrip("_") for p in inspect.signature(ours).parameters]

@@ -22,7 +22,7 @@ NUM_STEPS = 3
 
 @pytest.fixture
 def log1p(monkeypatch):
-    """The interpreter lacks libdevice, from which the resampling kernel takes one function."""
+    """The interpreter lacks libdevice, and the resampling kernel uses one function of it."""
     from triton.language import core as tl
     from triton.runtime.interpreter import TensorHandle
 
@@ -36,8 +36,11 @@ def log1p(monkeypatch):
 def reject(
     vocab_size, dtype=torch.float32, seed=0, with_draft_logits=True, num_possible=None, **options
 ):
-    """Six requests with 3, 2, 0, 3, 3 and 1 drafts: sampled and greedy ones, close to the target
-    and far from it, and one whose last draft is a placeholder."""
+    """Six requests with 3, 2, 0, 3, 3 and 1 drafts.
+
+    They are sampled and greedy, close to the target and far from it. The last draft of one request
+    is a placeholder.
+    """
     generator = torch.Generator().manual_seed(seed)
     num_drafts = torch.tensor([3, 2, 0, 3, 3, 1])
     cu_num_logits = torch.cat([torch.zeros(1), (num_drafts + 1).cumsum(0)]).int()
@@ -109,14 +112,14 @@ def test_rejection_sampling(compare, log1p, use_block_verification, with_draft_l
 
 
 def test_rejection_with_a_block_of_impossible_tokens(compare, log1p):
-    """As a padded vocabulary has at its end; the statistics come in blocks of 8192 tokens."""
+    """A padded vocabulary ends with such a block; statistics cover blocks of 8192 tokens."""
     options = {"num_possible": 8000, "use_block_verification": True}
     _, (sampled, num_sampled) = compare(REJECTION_KERNELS, lambda: reject(8300, **options))
     assert (sampled[torch.arange(NUM_STEPS + 1) < num_sampled[:, None]] < 8000).all()
 
 
 def test_watermarked_resampling(compare):
-    """Left to the stock kernel, which must get every argument in its place."""
+    """The stock kernel handles this, and it must get every argument in its place."""
     options = {
         "contexts": torch.arange(18 * 4, dtype=torch.int32).reshape(18, 4) % 50,
         "watermarking": torch.tensor([True, True, False, False, True, True]),

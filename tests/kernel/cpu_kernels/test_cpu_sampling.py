@@ -1,7 +1,7 @@
 """Temperature, min-p, top-k, top-p and the draw, against vLLM's kernels and plain torch.
 
-Where the interpreter cannot run a kernel, or is wrong, the comparison is with plain torch: it cuts
-bfloat16 off where a GPU rounds, and compares bfloat16 as integers.
+The comparison is with plain torch if the interpreter cannot run a kernel, or runs it wrongly. The
+interpreter truncates bfloat16 where a GPU rounds, and it compares bfloat16 as integers.
 """
 
 import pytest
@@ -65,7 +65,7 @@ def test_greedy_takes_the_first_of_equals():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("per_token_col", [False, True])
 def test_draw_with_a_logits_cache(compare, dtype, per_token_col):
-    """The interpreter cannot fill the cache: the draws are compared without one."""
+    """The interpreter cannot fill the cache, so the draws are compared without one."""
     vocab_size, num_tokens, num_cols = 1000, 8, 9
     cols = torch.arange(num_tokens) if per_token_col else torch.tensor(2)
     cache = torch.full((MAX_NUM_REQS, num_cols, vocab_size + 8), 7.0, dtype=dtype)
@@ -85,7 +85,7 @@ def test_draw_with_a_logits_cache(compare, dtype, per_token_col):
 
 
 def test_draw_with_another_source_for_the_cache():
-    """What goes into the cache need not be what the draw is from."""
+    """The cache may hold other values than those of the draw."""
     source = make_logits(8, 64, seed=3)
     cache = torch.zeros(MAX_NUM_REQS, 1, 64)
     drawn = draw(
@@ -105,7 +105,7 @@ def test_temperature(compare, vocab_size):
 
 
 def test_temperature_of_bfloat16():
-    """Computed in float32 and rounded once; the interpreter cuts the bits off instead."""
+    """Computed in float32 and rounded once; the interpreter truncates the bits instead."""
     logits = make_logits(1, 1000, torch.bfloat16)
     expected = (logits.float() / 0.7).bfloat16()
     apply_temperature(logits, torch.tensor([2]), TEMPERATURES)
@@ -152,7 +152,7 @@ def test_top_k_top_p(vocab_size, with_k, with_p):
     kept = kept_by(logits, k, p)
     reference = apply_top_k_top_p_pytorch(logits.clone(), k, p) > -torch.inf
     for row in torch.nonzero((kept != reference).any(dim=1)).flatten():
-        # The reference adds float32 from the smallest up; it may differ by the token at the border.
+        # The reference adds float32 from the smallest up. It may differ by the token at the border.
         assert abs(int(kept[row].sum()) - int(reference[row].sum())) == 1
         in_top_k = logits[row].topk(int(k[row]) if with_k else vocab_size).values.double()
         mass = in_top_k.softmax(-1).cumsum(-1)
@@ -164,7 +164,7 @@ def test_top_k_top_p(vocab_size, with_k, with_p):
     [
         ([1.0, 2.0, 2.0, 2.0, 0.0], 2, 1.0, [1, 2]),  # k of equals: the first ones
         ([1.0, 2.0, 2.0, 2.0, 0.0], 4, 1.0, [0, 1, 2, 3]),
-        ([0.0, 0.0, 0.0, 0.0], 4, 0.5, [0, 1]),  # p of equals: no more than it takes
+        ([0.0, 0.0, 0.0, 0.0], 4, 0.5, [0, 1]),  # p of equals: no more than needed
         ([0.0, 0.0, 0.0, 0.0], 4, 0.51, [0, 1, 2]),
         ([3.0, 0.0, 0.0, 0.0], 4, 0.9, [0, 1]),  # 0.870, then 0.043 each
         ([3.0, 3.0, 0.0, 3.0], 2, 0.5, [0]),  # p counts in what k has left

@@ -118,7 +118,7 @@ def make_block_tables(state: SimpleNamespace, block_sizes: list[int], **options)
 @pytest.mark.parametrize("block_sizes", BLOCK_SIZES)
 @pytest.mark.parametrize("num_padding", [0, 2])
 def test_gather_block_tables(compare_returned, seed, block_sizes, num_padding):
-    """The rows of the requests and of the padding; further ones are nobody's in this step."""
+    """The rows of the requests and of the padding; no request has the other rows in this step."""
 
     def launch():
         state = make_state(seed)
@@ -167,7 +167,7 @@ def test_slot_mappings(compare_returned, int1_masks, seed, options):
 
 
 def stage_writes(tensors: list[StagedWriteTensor], state: SimpleNamespace) -> None:
-    """Ten writes over one another, some of nothing but one element."""
+    """Ten writes that overlap; some write only one element."""
     for number in range(10):
         tensor = tensors[number % len(tensors)]
         row, start = state.integers(MAX_NUM_REQS, 1).item(), state.integers(4, 1).item()

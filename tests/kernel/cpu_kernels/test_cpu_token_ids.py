@@ -1,4 +1,4 @@
-"""Token ids that log-probabilities are asked of, and bad words, against vLLM's kernels."""
+"""Token ids whose log-probabilities are requested, and bad words, against vLLM's kernels."""
 
 from types import SimpleNamespace
 
