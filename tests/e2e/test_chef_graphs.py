@@ -187,7 +187,7 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
             # As with a large vocabulary: a decision covers few requests at a time.
             chunks = counted_chunks(monkeypatch, num_logits=num_members * (window + 2) * 2)
         use_graphs(runner.speculator, monkeypatch)
-        # Nobody needs a larger buffer, so the graphs know where it stays.
+        # Nobody needs a larger buffer, so it stays at the address that the graphs know.
         buffers = [b for key, b in _TRITON_BUFFER_CACHE.items() if key[2] == VOCAB_SIZE]
         assert [len(buffer) for buffer in buffers] == [num_compute_units()]
         Manager.num_replays.clear()
@@ -199,8 +199,8 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
             assert Manager.with_filters == with_filters
     assert case != "three" or max(chunks) > 2
     assert tokens == [out.token_ids for out in expected]
-    # The proposals are the same as well. So the accepted tokens are the same, and so are the draws
-    # above temperature 0. Depths of `auto` are random.
+    # The proposals are the same as well. So the same tokens are accepted and, above temperature 0,
+    # drawn. Depths of `auto` are random.
     assert "auto" in case or (stats, sampled) == (eager_stats, eager_sampled)
     num_steps = stats["num_cycles"] / len(PROMPTS)
     assert replays[True] > (num_members - 1) * num_steps, "most steps only decode"
