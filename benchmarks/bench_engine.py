@@ -329,7 +329,7 @@ def ensemble_arguments(
     options: dict[str, Any],
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """The arguments with an ensemble's; `options` are further ones of its speculation."""
+    """The arguments together with an ensemble's; `options` are more options of its speculation."""
     from vllm.chef import ensemble_args
     from vllm.chef.config import AUTO
 
@@ -361,7 +361,7 @@ def speculation_options(plan: Plan, run: Run, args: Namespace) -> dict[str, Any]
 
     options = {}
     if run.proposer:
-        # Where tokens are sampled, as the harness has it.
+        # As in the harness, if tokens are sampled.
         options["draft_sample_method"] = "probabilistic" if any(args.temperature) else "greedy"
     if plan.acceptances and run.policy:
         rates = unconditional_rates(plan.acceptances[0], run.window)

@@ -1,5 +1,4 @@
-"""vLLM's configuration for a method. Every refusal that is possible comes before weights are
-loaded.
+"""vLLM's configuration for a method, with every possible check before weights are loaded.
 
 This module knows the checks of vLLM and of the ensemble. It also knows which of our keys an error
 is about.
@@ -125,9 +124,7 @@ def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
 
 
 def _check_stock_draft(config: "VllmConfig", key: str) -> None:
-    """Find what vLLM's own speculation cannot do. Beside an ensemble, drafts are loaded
-    differently.
-    """
+    """Find what vLLM's own speculation cannot do; an ensemble loads drafts differently."""
     from vllm import ModelRegistry
 
     draft = config.speculative_config.draft_model_config
@@ -147,12 +144,12 @@ def _check_stock_draft(config: "VllmConfig", key: str) -> None:
 
 
 def _keys(spec: MethodSpec) -> Keys:
-    # The draft model that vLLM sees where members take turns is one of them.
+    # If members take turns, the draft model that vLLM sees is one of them.
     return keys_of(spec.name, "draft_model" in spec.parameters or spec.turns is not None)
 
 
 def _with_key(error: Exception, spec: MethodSpec) -> str:
-    """An error of vLLM in one line that begins with one of our keys; vLLM does not know them."""
+    """An error of vLLM in one line that begins with one of our keys; vLLM does not know these."""
     text = one_line(error)
     if isinstance(error, ConfigError):
         return text

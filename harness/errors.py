@@ -19,5 +19,5 @@ def one_line(error: Exception) -> str:
 
 
 def shortened(text: str) -> str:
-    """`text` as one line of bearable length."""
+    """`text` as one line of limited length."""
     return textwrap.shorten(text, MAX_LENGTH, placeholder=" ...")

@@ -1,7 +1,7 @@
-"""The engine's fields in the words of who configured a method.
+"""The engine's fields, translated into the keys that the user of a method wrote.
 
-Engine packages name a field as a user of `vllm serve` writes it (`vllm.ensemble_decode.errors`).
-Here it gets the key under which it stands in `configs/`.
+The engine packages name a field as a user of `vllm serve` writes it
+(`vllm.ensemble_decode.errors`). This module finds the field's key in `configs/`.
 """
 
 import re
@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.ensemble_decode import ConfigFieldError
 
-# Keys under method.llm that are the ensemble's and not vLLM's.
+# Keys under method.llm that belong to the ensemble and not to vLLM.
 ENSEMBLE_KEYS = ("ensemble_fn", "ensemble_target", "ensemble_args")
 _METHOD_KEYS = ("alpha", "weights", "gamma", "max_gamma", "turn_order")
-# `--flag`, `ensemble.field` or `chef.field`, with what is inside of it behind a dot; not in a path.
+# `--flag`, `ensemble.field` or `chef.field`, with inner names after a dot. Names in a path do not
+# count.
 _FIELD = re.compile(r"(?<![\w./-])(?:--[a-z][\w-]*|(?:ensemble|chef)\.\w+)(?:\.\w+)*")
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of a method that are not the same for all.
+    """The keys that differ between methods.
 
     Args:
-        others: of the members after the first.
-        draft_model: of a model that proposes and has no say.
+        others: the key of the members after the first.
+        draft_model: the key of a model that proposes and has no say.
     """
 
     others: str
@@ -33,13 +34,13 @@ class Keys:
     def line(self, error: "ConfigFieldError") -> str:
         """The error in one line that begins with a key.
 
-        Fields that the message mentions become keys as well.
+        Fields in the message become keys as well.
         """
         message = _FIELD.sub(lambda match: self.of_field(match[0]), error.message)
         return f"{self.of_field(error.field)}: {message}"
 
     def of_field(self, field: str) -> str:
-        """The key of a field; a field without one is left as it is."""
+        """The key of a field; a field without a key is returned unchanged."""
         whole = {
             "--model": "method.model",
             "--model/ensemble.extra_model": f"method.model/{self.others}",

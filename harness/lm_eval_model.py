@@ -133,10 +133,9 @@ class SpeculativeEnsembleLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """The summed log-probability of each continuation, and whether all its tokens are the
-        likeliest.
+        """The summed log-probability of each continuation, and whether it is the likeliest.
 
-        A token counts as the likeliest if no other token exceeds it.
+        It is the likeliest if no other token exceeds any of its tokens.
         """
         # An empty continuation needs no engine: its probability is one.
         answers = [(0.0, True)] * len(requests)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Keys under method.llm that decide about other arguments of an ensemble.
+# Keys under method.llm that decide other arguments of an ensemble.
 READ_KEYS = ("max_model_len", "trust_remote_code")
 # Keys under method.llm that every run sets itself: there is one engine, and its prompts are text.
 RUN_KEYS = (
@@ -127,7 +127,7 @@ def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
 
         from vllm.chef.config import AUTO, ChefConfig
 
-        # Of a gamma that is not auto, configs/ has a max_gamma all the same.
+        # configs/ has a max_gamma even if gamma is not auto.
         max_gamma = method.get("max_gamma") if method["gamma"] == AUTO else None
         with _errors_of_keys(method):
             chef = ChefConfig(method["gamma"], policy, method.get("turn_order"), max_gamma)
@@ -215,7 +215,7 @@ def _recorded(method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _context(method: Mapping[str, Any], model: str, draft_model: str) -> dict[str, int]:
-    """As an engine argument the longest context that both models have, unless the user set one."""
+    """The longest context that both models have, as an engine argument, unless the user set one."""
     if method["llm"].get("max_model_len") is not None:
         return {}
     from vllm.chef.arguments import common_context, model_config
@@ -240,7 +240,7 @@ def _warn_of_context(longest: int, draft_model: str) -> None:
 
 @contextlib.contextmanager
 def _errors_of_keys(method: Mapping[str, Any]) -> Iterator[None]:
-    """Bad input within is told in the keys of `method`."""
+    """Turn errors of bad input into a ConfigError that names the keys of `method`."""
     from vllm.ensemble_decode import ConfigFieldError
 
     try:
@@ -251,7 +251,12 @@ def _errors_of_keys(method: Mapping[str, Any]) -> Iterator[None]:
 
 
 def keys_of(name: str, has_draft_key: bool) -> Keys:
-    """Of method `name`, where a proposer is, or could be, `method.draft_model` or vLLM's own."""
+    """The keys of method `name`.
+
+    Args:
+        has_draft_key: whether `method.draft_model` names the proposer; else it is the model of
+            vLLM's own `speculative_config`.
+    """
     is_cd = "amateur_model" in METHODS[name].keys
     return Keys(
         others="amateur_model" if is_cd else "extra_model",

@@ -33,8 +33,9 @@ def load_tokenizer(model_config: "ModelConfig") -> Any:
 def make_requests(
     task: Task, examples: Sequence[Example], tokenizer: Any, max_model_len: int, seed: int
 ) -> list[Request]:
-    """One request per example. Each has its own seed, so a sample does not depend on other
-    requests.
+    """One request per example.
+
+    Each request has its own seed, so a sample does not depend on what else runs or ran.
 
     Raises:
         ConfigError:

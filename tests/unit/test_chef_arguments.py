@@ -15,8 +15,10 @@ from vllm.ensemble_decode.members import check_ensemble
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Model folders without weights; `small` is the cheapest, and reads 64 tokens where the
-    others read 128."""
+    """Model folders without weights.
+
+    `small` is the cheapest; it reads 64 tokens, the others read 128.
+    """
     root = tmp_path_factory.mktemp("models")
     for name in ("large", "other"):
         llama_config().save_pretrained(root / name)
@@ -94,7 +96,7 @@ def test_the_target_is_by_default_the_functions(made, function, target):
             "small",
         ),
         (["other", "small"], dict(gamma=4, policy="sd"), dict(gamma=4), 4, "small"),
-        # vLLM takes a draft model of as many rows as the first model has.
+        # vLLM accepts only a draft model with as many rows as the first model.
         (["wide"], dict(gamma=2), dict(gamma=[1, 2], turn_order=[0, 1]), 2, "large"),
     ],
 )

@@ -1,4 +1,4 @@
-"""One mistake, two doors: the engine names its field, the harness the key that its user typed."""
+"""One mistake in two places: the engine names its field, the harness names the user's key."""
 
 import pickle
 from pathlib import Path
@@ -24,8 +24,10 @@ CONTRASTIVE = {"ensemble_fn": "contrastive", "ensemble_target": "raw-logits"}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Models without weights; `brief` reads fewer tokens than the others, `foreign` has another
-    tokenizer."""
+    """Models without weights.
+
+    `brief` reads fewer tokens than the others; `foreign` has another tokenizer.
+    """
     root = tmp_path_factory.mktemp("models")
     for name in ("large", "other", "small", "foreign"):
         llama_config(VOCAB_SIZE, layers=1 if name == "small" else 2).save_pretrained(root / name)
@@ -241,7 +243,7 @@ def test_keys_of_fields(field, key):
     key = key.replace("--speculative-config", "method.llm.speculative_config")
     keys = Keys(others="amateur_model", draft_model="method.draft_model")
     assert keys.of_field(field) == key
-    # Names in a path are no fields.
+    # Names in a path are not fields.
     error = ConfigFieldError(field, "see /models/--max-num-seqs and org/chef.gamma, or chef.gamma")
     told = "see /models/--max-num-seqs and org/chef.gamma, or method.gamma"
     assert keys.line(error) == f"{key}: {told}"

@@ -173,7 +173,7 @@ def test_turns(root, name, others, gamma, gammas, order, window, carrier):
     assert result.engine_args["worker_cls"] == CHEF_WORKER
     policy = name.split("_")[1]
     chef = result.engine_args["additional_config"]["chef"]
-    # As resolved, so that nobody has to find out again.
+    # The resolved values, so that nobody has to compute them again.
     order_of_calls = {} if policy == "sd" else {"turn_order": order}
     assert chef == {"policy": policy, "gamma": gammas, **order_of_calls}
     plain = spec(name.split("_")[0], f"{member}={others}")

@@ -104,7 +104,10 @@ SEAMS = read_seams(PAGE.read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module", autouse=True)
 def cpu_worker_first() -> None:
-    """It replaces parts of torch, which the other modules must find; on a GPU it must not."""
+    """Import the CPU worker first: it replaces parts of torch that the other modules must find.
+
+    On a GPU it must not be imported.
+    """
     if on_cpu():
         importlib.import_module("vllm.v1.worker.cpu_worker")
 
@@ -114,7 +117,7 @@ def cpu_worker_first() -> None:
 
 @pytest.mark.parametrize("seam", SEAMS, ids=str)
 def test_seam(seam: Seam) -> None:
-    """A failure names what of vLLM has moved, and what was expected of it."""
+    """A failure names what vLLM has moved, and what was expected of it."""
     assert seam.how in HOW, f"{seam.path}: unknown word '{seam.how}'; use one of {HOW}"
     check_used(seam)
     if is_of_cpu(seam) and not on_cpu():
@@ -155,7 +158,7 @@ def test_what_has_moved_is_named(used: str, complaint: str) -> None:
 
 
 def check_used(seam: Seam) -> None:
-    """The files that the page names use what it lists."""
+    """Check that the files that the page names use what it lists."""
     name = seam.name.lstrip("_") if seam.how == "replaced" else seam.name
     for file in seam.files:
         path = next((base / file for base in BASES if (base / file).is_file()), None)
