@@ -94,10 +94,8 @@ def test_greedy_tokens_are_those_of_the_loop(pair, function, models, references)
     prompts = [p for p in PROMPTS if max(p) < vocab_size]
     expected = [greedy_tokens(references, pair, combine, p, vocab_size) for p in prompts]
     first, ensemble = arguments(models, pair, settings)
-    speculative = {"method": "draft_model", "model": first, "num_speculative_tokens": 2}
     for chef in (None, dict(gamma=[1, 2], turn_order=[0, 1])):
-        more = {} if chef is None else {"speculative_config": speculative}
-        with engine(first, ensemble, chef, skip_tokenizer_init=False, **more) as llm:
+        with engine(first, ensemble, chef, 2, skip_tokenizer_init=False) as llm:
             outputs = generate(llm, prompts, greedy(LENGTH))
         assert [list(output.token_ids) for output in outputs] == expected
 
@@ -124,11 +122,8 @@ def test_an_added_token_can_be_emitted_and_draws_keep_the_distribution(models, r
     logits = [member_logits(references, name, text, PADDED - 1) for name in pair]
     expected = sum(0.5 * (x / temperature).softmax(-1) for x in logits)
     params = [sampled(1, seed=seed, temperature=temperature) for seed in range(num_draws)]
-    speculative = {"method": "draft_model", "model": first, "num_speculative_tokens": 2}
     chef = dict(gamma=[1, 2], turn_order=[0, 1])
-    with engine(
-        first, ensemble, chef, skip_tokenizer_init=False, speculative_config=speculative
-    ) as llm:
+    with engine(first, ensemble, chef, 2, skip_tokenizer_init=False) as llm:
         draws = [out.token_ids[0] for out in generate(llm, [text] * num_draws, params)]
     assert PAD in draws
     assert chi_square_p_value(draws, expected) > P_VALUE
