@@ -52,7 +52,9 @@ def test_all_other_options_are_refused_as_before():
         with pytest.raises(ValueError, match="turns make no use of it"):
             _check_carrier(SimpleNamespace(speculative_config=carrier(**options)), TURNS, False)
     options = vars(synthetic(unconditional_rates(0.5, 3))) | {"kv_cache_dtype": "fp8"}
-    with pytest.raises(ValueError, match=r"speculative_config\.kv_cache_dtype: turns make no use"):
+    with pytest.raises(
+        ValueError, match=r"^--speculative-config\.kv_cache_dtype: turns make no use"
+    ):
         _check_carrier(SimpleNamespace(speculative_config=SimpleNamespace(**options)), TURNS, False)
 
 
