@@ -168,9 +168,9 @@ TABLE = [
         "ensemble_sd",
         ["other", "small"],
         {"gamma": 2, "policy": "sd", "weights": [1, 1, 0]},
-        "ensemble.weights: every member of *_sd has a say; leave a member of weight 0 out, or "
-        "propose with it through --speculative-config.model",
-        "method.weights: every member of *_sd has a say; leave a member of weight 0 out, or "
+        "ensemble.weights: with policy sd every member has a say; leave a member of weight 0 out, "
+        "or propose with it through --speculative-config.model",
+        "method.weights: with policy sd every member has a say; leave a member of weight 0 out, or "
         "propose with it through method.draft_model",
     ),
     (

@@ -9,7 +9,7 @@ __all__ = ["ensemble_args", "register"]
 
 
 def __getattr__(name: str) -> Any:
-    # Not imported with the plugin: vLLM loads that while it imports what the function needs.
+    # Imported late: vLLM loads this plugin while it imports the modules that the function needs.
     if name == "ensemble_args":
         from vllm.chef.arguments import ensemble_args
 

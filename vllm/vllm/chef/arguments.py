@@ -1,7 +1,7 @@
 """From an ensemble to vLLM's engine arguments: the Python API.
 
-The harness, the benchmarks and the tests make their engines from it as well.  Reads the models'
-configs, which tell their costs and contexts.  Loads no weight and starts no engine.
+The harness, the benchmarks and the tests use it too. It reads the models' configs for their costs
+and contexts. It loads no weights and starts no engine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,11 +93,12 @@ def ensemble_args(
         `max_num_batched_tokens`: as given, or else those that vLLM has for `LLM`.
 
     Raises:
-        ConfigFieldError: one line that names the argument and the remedy.
+        ConfigFieldError: one line that names the field and the remedy, as the engine names it:
+            `ensemble.alpha` for `alpha`, `chef.gamma` for `gamma`.
     """
     policy = policy or (PLAIN if gamma is None or draft_model is not None else POLICIES[0])
     asked = {"gamma": gamma, "max_gamma": max_gamma, "turn_order": turn_order}
-    # Wrong turns are told before any file of a model is looked for.
+    # Turns are checked before any file of a model is opened.
     chef = draft = None
     if policy != PLAIN:
         chef = _chef(policy, draft_model, **asked)
@@ -130,9 +131,9 @@ def resolve_ensemble(
     draft: Mapping[str, Any] | None,
     engine_args: Mapping[str, Any],
 ) -> ResolvedEnsemble:
-    """Turns, and the engine arguments but for the budget of a step.
+    """The turns and the engine arguments, without the limits of a step.
 
-    The budget hangs on other limits, which may be set later.
+    Those limits depend on values that may be set later.
 
     Args:
         chef: the turns as asked for; None: a plain ensemble.
@@ -171,7 +172,7 @@ def resolve_ensemble(
 
 
 def model_config(path: str, field: str, engine_args: Mapping[str, Any]) -> ModelConfig:
-    """vLLM's configuration of a model, of which no weight is loaded.
+    """vLLM's configuration of a model. No weights are loaded.
 
     Raises:
         ConfigFieldError: of `field`, where there is no such model, or none that vLLM knows.
@@ -252,7 +253,7 @@ def _chef(
 
 def _carrier(paths: Sequence[str], configs: Sequence[ModelConfig], turns: Turns) -> dict[str, Any]:
     """How vLLM carries the tokens that are pending from step to step."""
-    # vLLM takes a draft model of the target's number of rows only; it loads neither.
+    # vLLM requires the draft model to have as many rows as the target. It loads neither here.
     carrier = turns[-1].members[0]
     if configs[carrier].get_vocab_size() != configs[0].get_vocab_size():
         carrier = 0
@@ -287,9 +288,9 @@ def _speculative_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any])
 
 
 def _budget(arguments: Mapping[str, Any], turns: Turns) -> dict[str, int]:
-    """The limits of a step that turns need, as engine arguments; none where vLLM's own suffice.
+    """The limits of a step that turns need, as engine arguments. Empty if vLLM's limits suffice.
 
-    vLLM's defaults depend on what starts the engine, so that a limit needs the others beside it.
+    vLLM's defaults depend on what starts the engine, so all three limits are set together.
     """
     if turns.num_new(len(turns) - 1) == 1:
         return {}

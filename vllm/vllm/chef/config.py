@@ -142,7 +142,7 @@ class ChefConfig(PlainData):
             if not all(scores):
                 raise ConfigFieldError(
                     "ensemble.weights",
-                    "every member of *_sd has a say; leave a member of weight 0 "
+                    "with policy sd every member has a say; leave a member of weight 0 "
                     "out, or propose with it through --speculative-config.model",
                 )
             return sd_turns(num_members, self.gamma_limit)

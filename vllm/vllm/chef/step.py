@@ -92,8 +92,8 @@ class CycleStep:
 def uniform_step_len(batch: InputBatch) -> int | None:
     """Tokens of each request in the engine step, if all requests have the same number.
 
-    None if the numbers differ, or if a request has prompt tokens: then not all its tokens but the
-    first are drafts.
+    None if the numbers differ, or if a request has prompt tokens. Some of its tokens after the
+    first are then not drafts.
     """
     query_start_loc = batch.query_start_loc_np[: batch.num_reqs + 1]
     length = int(query_start_loc[1])

@@ -8,8 +8,9 @@ class ConfigFieldError(ValueError):
     as text, and both keep that line.
 
     Args:
-        field: `ensemble.alpha` or `chef.gamma` in `additional_config`; an engine argument as a
-            flag, `--max-model-len`, with what is inside of it behind a dot.
+        field: `ensemble.alpha` or `chef.gamma` for values in `additional_config`; a flag such as
+            `--max-model-len` for engine arguments, with inner names after a dot, such as
+            `--speculative-config.model`; `draft_model` for that argument of `ensemble_args`.
         message: the reason and the remedy. Other fields in it are written in the same way.
     """
 
