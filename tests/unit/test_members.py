@@ -68,6 +68,18 @@ def test_a_member_changes_nothing_of_the_engine(root):
         assert getattr(of_second, name) is not getattr(config, name)
 
 
+def test_sliding_windows_are_off_for_all_members_only_if_the_user_asks(root):
+    """vLLM turns them off for a checkpoint whose window is 0, as Qwen2-MoE's is by default."""
+    windowed = save(root, "mistral_16")
+    config = engine_config(save(root, "qwen2_moe"), windowed)
+    assert config.model_config.disable_sliding_window
+    _, members = check_ensemble(config)
+    assert members[1].get_sliding_window() == 16
+    off = engine_config(save(root, "llama"), windowed, disable_sliding_window=True, max_model_len=8)
+    _, members = check_ensemble(off)
+    assert members[1].disable_sliding_window
+
+
 def test_experts_are_looked_for_in_every_member(root):
     dense, experts = save(root, "llama"), save(root, "mixtral")
     config = engine_config(dense, experts)

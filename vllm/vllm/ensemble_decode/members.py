@@ -99,14 +99,36 @@ def _member_model_config(vllm_config: VllmConfig, path: str) -> ModelConfig:
         quantization=None if from_checkpoint else first.quantization,
         model=path,
         tokenizer=path,
-        tokenizer_mode=first.tokenizer_mode,
         trust_remote_code=first.trust_remote_code,
         dtype=first.dtype,
         seed=first.seed,
         enforce_eager=first.enforce_eager,
         skip_tokenizer_init=first.skip_tokenizer_init,
-        disable_sliding_window=first.disable_sliding_window,
+        **_asked_for(first),
     )
+
+
+def _asked_for(first: ModelConfig) -> dict[str, Any]:
+    """Two of the user's settings. vLLM may have changed them to fit the first member's checkpoint.
+
+    A checkpoint with a sliding window of 0 turns sliding windows off, and some architectures have a
+    tokenizer mode of their own. Neither is meant for the other members.
+    """
+    defaults = {"tokenizer_mode": "auto", "disable_sliding_window": False}
+    found = {name: getattr(first, name) for name in defaults}
+    if found == defaults:
+        return found
+    by_itself = ModelConfig(
+        model=first.model,
+        tokenizer=first.tokenizer,
+        trust_remote_code=first.trust_remote_code,
+        dtype=first.dtype,
+        skip_tokenizer_init=first.skip_tokenizer_init,
+    )
+    return {
+        name: defaults[name] if getattr(by_itself, name) == value else value
+        for name, value in found.items()
+    }
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:
