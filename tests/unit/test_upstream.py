@@ -12,13 +12,13 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from repository import ROOT
+
 PAGE = ROOT / "docs/upstream.md"
 HEADER = ["vLLM's", "used here", "how", "in"]
 HOW = ("subclassed", "overridden", "called", "wrapped", "read", "set", "replaced", "relied on")
