@@ -337,7 +337,7 @@ def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch
         (
             "ensemble_sd",
             ["method.extra_model=[other,third]", "method.weights=[1,1,0]"],
-            r"^method\.weights: every member of \*_sd has a say; leave",
+            r"^method\.weights: with policy sd every member has a say; leave",
         ),
     ],
 )
