@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vllm.chef.sampling import Processing
+
 NUM_REPLAYS = 20
 
 
@@ -67,7 +69,9 @@ class BenchWorker:
 
         The result is `{"primary": {num_tokens: ms}, "turns": [...]}`. "primary" is the engine's own
         model. "turns" has an entry for each turn after the first: `{"reading": {num_tokens: ms},
-        "passes": {num_reqs: ms}, "passes_per_replay": n}`. None if there are no CUDA graphs.
+        "passes": {num_reqs: ms}, "passes_per_replay": n}`. The time of a reading includes the
+        decisions that follow it. The second turn's includes the first turn's decision, too. None if
+        there are no CUDA graphs.
 
         Call this after a batch of this size. A replay attends to as many tokens as the batch's last
         step did, and it writes to the same places.
@@ -78,26 +82,35 @@ class BenchWorker:
         found = {"primary": times(manager, batch_size), "turns": []}
         if getattr(self.model_runner, "turns", None) is not None:
             speculator = self.model_runner.speculator
-            # Only the second turn's graph begins a cycle. The graph of a later turn, replayed by
+            # Only the first turn's graph begins a cycle. The graph of a later turn, replayed by
             # itself, would propose again and again. In the end it would read past its own tokens.
-            turn_gammas, graphs = speculator.gammas.on_device, speculator.graphs.turns
+            turn_gammas, managers = speculator.gammas.on_device, speculator.graphs.managers
             gammas = turn_gammas.clone()
             turn_gammas.zero_()
-            found["turns"] = [turn_times(of_turn, batch_size) for of_turn in graphs]
+            further = range(1, len(speculator.turns))
+            found["turns"] = [turn_times(managers, turn, batch_size) for turn in further]
             turn_gammas.copy_(gammas)
         return found
 
 
-def turn_times(graphs: Any, batch_size: int) -> dict[str, Any]:
-    """Milliseconds of replays of `TurnGraphs`, for requests without filters.
+def turn_times(managers: dict[tuple[Any, ...], Any], turn: int, batch_size: int) -> dict[str, Any]:
+    """Milliseconds of replays of a turn's graphs, for requests that ask for a temperature only.
 
     The times are those of the graphs with the most tokens in the engine step. If graphs hold
     several passes, they are those with the most passes.
     """
-    number = max(graphs.loops, default=0)
+    numbers = [key[2] for key in managers if key[:2] == ("propose_more", turn)]
+    number = max(numbers, default=0)
+    step_len = max(key[2] for key in managers if key[:2] == ("read", turn))
+    decisions = sum(
+        min(times(managers["decide", of_turn, Processing.TEMPERATURE], batch_size).values())
+        for of_turn in ([0, 1] if turn == 1 else [turn])
+    )
+    reading = times(managers["read", turn, step_len], batch_size)
+    passes = ("propose_more", turn, number)
     return {
-        "reading": times(graphs.reading[max(graphs.lengths), False], batch_size),
-        "passes": times(graphs.loops[number], batch_size) if number else {},
+        "reading": {num_tokens: ms + decisions for num_tokens, ms in reading.items()},
+        "passes": times(managers[passes], batch_size) if number else {},
         "passes_per_replay": number,
     }
 

@@ -126,19 +126,16 @@ def generate(
     return [out.outputs[0] for out in llm.generate(token_prompts, params, use_tqdm=False)]
 
 
-def counted_replays(monkeypatch: Any) -> Counter[bool]:
-    """Count, from now on, the steps whose turns ran in CUDA graphs (True) or without (False)."""
-    replay, run, counts = CycleStep.replay, CycleStep.run, Counter()
+def counted_replays(monkeypatch: Any) -> Counter[str]:
+    """Count, from now on, the steps, and those whose decisions and readings CUDA graphs held."""
+    run, counts = CycleStep.run, Counter()
 
-    def counted_replay(*args: Any) -> Any:
-        counts[True] += 1
-        return replay(*args)
+    def counted_run(step: CycleStep) -> Any:
+        counts["steps"] += 1
+        counts["decisions"] += step.step_graphs.decisions is not None
+        counts["readings"] += step.step_graphs.readings is not None
+        return run(step)
 
-    def counted_run(*args: Any) -> Any:
-        counts[False] += 1
-        return run(*args)
-
-    monkeypatch.setattr(CycleStep, "replay", counted_replay)
     monkeypatch.setattr(CycleStep, "run", counted_run)
     return counts
 

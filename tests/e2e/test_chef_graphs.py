@@ -27,27 +27,62 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 import vllm.chef.graphs
-from vllm.chef.sampling import asks_for_filters_only
+from vllm.chef.sampling import Processing, needed_processing
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.verifier import Verifier
 from vllm.ensemble_decode.functions import make_function
 
 PROMPTS = [[1, 2, 3], list(range(20)), [7], [5, 6] * 8, [9, 8, 7]]
 NUM_TOKENS = 24
-# The parameters of each prompt. No graph has what the last batch asks for.
+# The parameters of each prompt.
 FILTERS = [dict(top_p=0.8), dict(top_k=3), dict(), dict(min_p=0.1), dict(top_k=9, top_p=0.9)]
-SAMPLED, FILTERED, PENALISED = (
-    [
-        SamplingParams(temperature=t, seed=s, max_tokens=n, ignore_eos=True, **more[s])
-        for s, t in enumerate([1, 0.7, 0, 1.5, 0.9])
+PROCESSORS = [
+    dict(repetition_penalty=1.4, top_k=5),
+    dict(allowed_token_ids=list(range(7, 40)), presence_penalty=0.5),
+    dict(frequency_penalty=1.0, logit_bias={3: 1.0, 9: -5.0}),
+    dict(min_tokens=20, stop_token_ids=list(range(30))),
+    dict(bad_words=[[9], [5, 6], [4, 4, 4]], repetition_penalty=0.9),
+]
+REPORTS = [
+    dict(logprobs=3),
+    dict(logprobs=0, repetition_penalty=1.2),
+    dict(),
+    dict(logprob_token_ids=[1, 2, 63]),
+    dict(logprobs=20, top_p=0.9),
+]
+
+
+def requests(asked: list[dict[str, Any]]) -> list[SamplingParams]:
+    made = []
+    for seed, (temperature, more) in enumerate(zip([1, 0.7, 0, 1.5, 0.9], asked, strict=True)):
+        bad_words = more.get("bad_words", [])
+        more = {key: value for key, value in more.items() if key != "bad_words"}
+        settings = dict(temperature=temperature, seed=seed, max_tokens=NUM_TOKENS)
+        made.append(SamplingParams(**settings, ignore_eos="stop_token_ids" not in more, **more))
+        # vLLM makes these from words, with a tokenizer.
+        made[-1]._bad_words_token_ids = bad_words
+    return made
+
+
+def logprobs_of(output: Any) -> list[Any] | None:
+    """By token: rank, and log-probability up to what rounding changes."""
+    if output.logprobs is None:
+        return None
+    return [
+        {
+            token: (found.rank, pytest.approx(found.logprob, abs=1e-4))
+            for token, found in row.items()
+        }
+        for row in output.logprobs
     ]
-    for n, more in (
-        (NUM_TOKENS, [{}] * 5),
-        (NUM_TOKENS, FILTERS),
-        (8, [dict(repetition_penalty=1.2)] * 5),
-    )
-)
-BATCHES = (SAMPLED, FILTERED, PENALISED)
+
+
+BATCHES = {
+    Processing.TEMPERATURE: requests([{}] * 5),
+    Processing.FILTERS: requests(FILTERS),
+    Processing.ALL: requests(PROCESSORS),
+}
+REPORTED = requests(REPORTS)
 CASES = {
     "two": (2, dict(gamma=[1, 4]), 4),
     "three": (3, dict(gamma=[1, 2, 3]), 5),
@@ -64,10 +99,9 @@ class Manager:
     The number of padding requests depends on how many tokens each request has.
     """
 
-    num_replays: Counter[bool] = Counter()
-    """True: a turn's member reads. False: it goes on, one token after the other"""
-    with_filters: set[bool] = set()
-    """Whether the replayed graphs had filters"""
+    num_replays: Counter[tuple[Any, ...]] = Counter()
+    """By key of the graph"""
+    key: tuple[Any, ...]
     _candidates: dict[Any, Any] = {}
 
     def __init__(self, speculator: ChefSpeculator, length: int) -> None:
@@ -96,11 +130,7 @@ class Manager:
         return self.descriptor(num_reqs, length)
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> None:
-        *_, filters = self.function.__kwdefaults__["function"].args
-        reads = isinstance(filters, bool)  # else the number of passes
-        Manager.num_replays[reads] += 1
-        if reads:
-            Manager.with_filters.add(filters)
+        Manager.num_replays[self.key] += 1
         speculator, num_tokens = self.speculator, desc.num_tokens
         mappings = speculator.block_tables.slot_mappings[:, :num_tokens]
         self.function(
@@ -137,9 +167,11 @@ def use_graphs(speculator: ChefSpeculator, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(vllm.chef.graphs, "SpeculatorCudaGraphManager", make_manager)
     speculator.rebuild_metadata = rebuild_metadata
-    speculator._can_capture = lambda: True
+    speculator._can_capture_passes = lambda: True
     speculator._update_draft_decode_metadata = lambda _, num_reqs: rebuild_metadata(speculator.desc)
     speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
+    for key, manager in speculator.graphs.managers.items():
+        manager.key = key
     speculator.capture()
 
 
@@ -178,10 +210,19 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
             llm.collective_rpc("reset_turn_stats")
             outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS))
             stats = llm.collective_rpc("turn_stats")[0]
-            sampled = [o for params in BATCHES for o in generate(llm, PROMPTS, params)]
-            return [o.token_ids for o in outputs], [o.token_ids for o in sampled], stats
+            sampled = generate(llm, PROMPTS, REPORTED)
+            for processing, params in BATCHES.items():
+                before = Manager.num_replays.copy()
+                sampled += generate(llm, PROMPTS, params)
+                used = Manager.num_replays - before
+                # A batch may end with requests that ask for less.
+                kinds = [key[2] for key in used if key[0] == "decide"]
+                assert not before or max(kinds) == processing
+            made = [(o.token_ids, o.finish_reason, logprobs_of(o)) for o in sampled]
+            return [o.token_ids for o in outputs], made, stats
 
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
+        Manager.num_replays.clear()
         _, eager_sampled, eager_stats = run()
         if case == "three":
             # As with a large vocabulary: a decision covers few requests at a time.
@@ -190,22 +231,23 @@ def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
         # Nobody needs a larger buffer, so it stays at the address that the graphs know.
         buffers = [b for key, b in _TRITON_BUFFER_CACHE.items() if key[2] == VOCAB_SIZE]
         assert [len(buffer) for buffer in buffers] == [num_compute_units()]
-        Manager.num_replays.clear()
         tokens, sampled, stats = run()
-        replays = Manager.num_replays.copy()
-        for params, with_filters in ((SAMPLED, {False}), (FILTERED, {True}), (PENALISED, set())):
-            Manager.with_filters.clear()
-            generate(llm, PROMPTS, params)
-            assert Manager.with_filters == with_filters
+        replays = Manager.num_replays
     assert case != "three" or max(chunks) > 2
     assert tokens == [out.token_ids for out in expected]
     # The proposals are the same as well. So the same tokens are accepted and, above temperature 0,
     # drawn. Depths of `auto` are random.
     assert "auto" in case or (stats, sampled) == (eager_stats, eager_sampled)
     num_steps = stats["num_cycles"] / len(PROMPTS)
-    assert replays[True] > (num_members - 1) * num_steps, "most steps only decode"
+
+    def num_replays(part: str) -> int:
+        return sum(count for key, count in replays.items() if key[0] == part)
+
+    num_turns = len(runner.turns)
+    assert num_replays("decide") > num_turns * num_steps, "every step decides in graphs"
+    assert num_replays("read") > (num_turns - 1) * num_steps, "most steps only decode"
     has_passes = case != "equal"
-    assert (replays[False] > num_steps) == has_passes
+    assert (num_replays("propose_more") > num_steps) == has_passes
 
 
 @pytest.mark.slow
@@ -233,31 +275,35 @@ MORE_THAN_FILTERS = [
     dict(logit_bias={3: 1.0}),
     dict(allowed_token_ids=[1, 2]),
     dict(min_tokens=2, stop_token_ids=[5]),
-    dict(logprobs=1),
 ]
 
 
 @pytest.mark.slow
-def test_graphs_are_for_requests_that_ask_for_filters_only(models):
+def test_a_step_passes_through_what_its_requests_ask_for(models):
     settings = dict(extra_model=models[1:2], ensemble_fn="mean", ensemble_target="logits")
     with engine(models[0], settings, dict(gamma=[1, 4]), 4) as llm:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
 
-        def is_for(*requests: SamplingParams) -> bool:
+        def needed(*requests: SamplingParams) -> Processing | None:
             for slot, params in enumerate(requests):
                 runner.sampler.add_request(slot, params)
             slots = np.arange(len(requests))
             batch = SimpleNamespace(num_reqs=len(slots), idx_mapping_np=slots)
-            return asks_for_filters_only(runner.sampler, batch)
+            return needed_processing(runner.sampler, batch)
 
-        plain = [SamplingParams(temperature=t, **more) for t in (0, 1, 0.7) for more in FILTERS]
-        assert is_for(*plain)
+        plain = [SamplingParams(temperature=t, logprobs=n) for t in (0, 1, 0.7) for n in (None, 1)]
+        assert needed(*plain) == Processing.TEMPERATURE
+        for more in FILTERS:
+            expected = Processing.FILTERS if more else Processing.TEMPERATURE
+            assert needed(*plain, SamplingParams(temperature=0.7, **more)) == expected
         for more in MORE_THAN_FILTERS:
-            assert not is_for(*plain[:1], SamplingParams(temperature=0.7, **more)), more
+            assert needed(*plain, SamplingParams(temperature=0, **more)) == Processing.ALL, more
         bad_words = SamplingParams(temperature=0.7)
         bad_words._bad_words_token_ids = [[1, 2]]
-        assert not is_for(bad_words)
-        assert is_for(*plain), "slots are free again"
+        assert needed(bad_words) == Processing.ALL
+        assert needed(*plain) == Processing.TEMPERATURE, "slots are free again"
+        runner.sampler.logits_processors.append(SimpleNamespace(add_request=lambda *_: True))
+        assert needed(*plain) is None, "a processor of the user's own may ask the host"
 
 
 def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeypatch):
@@ -271,27 +317,37 @@ def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeyp
         for of_backend in AttentionCGSupport:
             support.min_cg_support = of_backend
             can = of_backend in (AttentionCGSupport.ALWAYS, AttentionCGSupport.UNIFORM_BATCH)
-            assert speculator._can_capture() == can
+            assert speculator._can_capture_passes() == can
         support.min_cg_support = AttentionCGSupport.ALWAYS
         (group,) = [group for groups in speculator.attn_groups for group in groups]
         # A member reads its own last proposal, and the first turn's.
         for threshold, can in ((None, True), (6, True), (2, True), (1, False)):
             monkeypatch.setattr(group.get_metadata_builder(), "reorder_batch_threshold", threshold)
-            assert speculator._can_capture() == can
+            assert speculator._can_capture_passes() == can
         monkeypatch.setattr(group.get_metadata_builder(), "reorder_batch_threshold", None)
+
+        def parts(mode: CUDAGraphMode) -> set[str]:
+            speculator.init_cudagraph_manager(mode)
+            return {key[0] for key in speculator.graphs.managers}
+
+        monkeypatch.setattr(vllm.chef.graphs, "SpeculatorCudaGraphManager", lambda *args: args)
         # A request has no more to read than its context.
-        with monkeypatch.context() as patch:
-            patch.setattr(vllm.chef.speculator, "TurnGraphs", lambda *args: args[2])
-            for max_model_len, length in ((96, 2), (1, 1)):
+        for max_model_len, length in ((96, 2), (1, 1)):
+            with monkeypatch.context() as patch:
                 patch.setattr(speculator, "max_model_len", max_model_len)
-                speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
-                assert speculator.graphs.turns == [{5: length}]
-        own = make_function("operator:itemgetter", 2, {})
+                found = parts(CUDAGraphMode.FULL_DECODE_ONLY)
+            assert found == {"decide", "read", "propose_more"}
+            assert speculator.graphs.lengths == {(1, 5): length}
         with monkeypatch.context() as patch:
+            patch.setattr(vllm.chef.speculator, "has_compiled_submodule", lambda _: True)
+            assert "member" in parts(CUDAGraphMode.FULL_AND_PIECEWISE)
+            assert parts(CUDAGraphMode.PIECEWISE) == {"member"}
+        assert "member" not in parts(CUDAGraphMode.FULL_AND_PIECEWISE), "nothing is compiled"
+        with monkeypatch.context() as patch:
+            own = make_function("operator:itemgetter", 2, {})
             patch.setattr(speculator.verifier, "function", own)
-            assert not speculator._can_capture()
+            assert parts(CUDAGraphMode.FULL_DECODE_ONLY) == {"read", "propose_more"}
         monkeypatch.setattr(speculator, "supports_decode_metadata_update", False)
-        assert not speculator._can_capture()
+        assert parts(CUDAGraphMode.FULL_DECODE_ONLY) == {"decide"}
         # Nothing is captured if vLLM captures nothing.
-        speculator.init_cudagraph_manager(CUDAGraphMode.PIECEWISE)
-        assert speculator.graphs.turns == []
+        assert parts(CUDAGraphMode.NONE) == set()

@@ -168,7 +168,8 @@ def test_turns_sample_in_half_precision_and_cuda_graphs(
     found = p_values(case, models, references, asked, num_at_once, **arguments)
     assert min(found) > P_VALUE
     num_batches = NUM_DRAWS * len(asked) / num_at_once
-    assert replays[True] >= num_batches, "turns run in CUDA graphs"
+    assert replays["readings"] >= num_batches, "turns run in CUDA graphs"
+    assert replays["decisions"] == replays["steps"]
 
 
 @pytest.fixture(scope="module")

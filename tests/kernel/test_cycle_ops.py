@@ -235,4 +235,29 @@ def test_kernels_compile_for_a_gpu(monkeypatch, tmp_path):
             world.begin(with_forbidden)
             for _, step in steps(TURNS[case]):
                 step(world)
+    for where in (False, True):
+        masked(fused, where)
     compile_launches(launches, fused, tmp_path)
+
+
+def masked(ops: ModuleType, where: bool) -> torch.Tensor:
+    """Scores of a vocabulary that ends inside a word of the mask, and with a stride of its own."""
+    random = torch.Generator().manual_seed(0)
+    scores = torch.randn(9, 80, generator=random).to(DEVICE)
+    bitmask = torch.randint(-(2**31), 2**31, (5, 3), generator=random).int().to(DEVICE)
+    bitmask[1] = -1
+    rows = torch.randint(0, 5, (9,), generator=random).to(DEVICE)
+    chosen = torch.rand(9, generator=random).to(DEVICE) < 0.5
+    ops.mask_scores(scores[:, :75], bitmask, rows, chosen if where else None)
+    for row, tokens in enumerate(scores.tolist()):
+        for token, score in enumerate(tokens):
+            is_allowed = int(bitmask[rows[row], token // 32]) >> (token % 32) & 1
+            is_masked = token < 75 and not is_allowed and (bool(chosen[row]) or not where)
+            assert (score == -float("inf")) == is_masked
+    return scores
+
+
+@pytest.mark.parametrize("where", [False, True])
+def test_tokens_that_a_grammar_forbids_are_masked(where, monkeypatch):
+    monkeypatch.setattr(fused, "VOCAB_BLOCK", 16)
+    assert masked(eager, where).equal(masked(fused, where))

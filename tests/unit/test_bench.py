@@ -30,7 +30,7 @@ from benchmarks.ratios import complete
 from benchmarks.shapes import SHAPES
 from benchmarks.simulate_turns import simulate
 from benchmarks.theory import one_token_each, run_of, tokens_per_cycle, two_members
-from vllm.chef.graphs import CycleGraphs
+from vllm.chef.sampling import Processing
 from vllm.chef.turns import Turn
 
 SETTINGS = dict(
@@ -402,30 +402,47 @@ def test_graphs_are_timed_for_the_batch_that_runs_in_them(monkeypatch):
     assert bench_worker.times(manager, 3) == {8: 4.0, 12: 4.0}
     assert bench_worker.times(manager, 5) == {16: 8.0}
     assert bench_worker.times(manager, 9) == {}
-    reading = {(2, False): None, (3, False): manager, (3, True): None}
-    graphs = SimpleNamespace(lengths={3: 2, 2: 2}, reading=reading, loops={})
-    expected = {"reading": {16: 8.0}, "passes": {}, "passes_per_replay": 0}
-    assert bench_worker.turn_times(graphs, 5) == expected
+    decisions = {
+        ("decide", turn, kind): SimpleNamespace(graphs={desc(8, 1): (turn + 1 + 10 * kind, 1)})
+        for turn in range(3)
+        for kind in Processing
+    }
+    readings = {("read", turn, 3): manager for turn in (1, 2)} | {("read", 1, 2): None}
+    managers = decisions | readings | {("propose_more", 2, 4): manager}
+    expected = {"reading": {16: 8.0 + 1 + 2}, "passes": {}, "passes_per_replay": 0}
+    assert bench_worker.turn_times(managers, 1, 5) == expected
+    expected = {"reading": {16: 8.0 + 3}, "passes": {16: 8.0}, "passes_per_replay": 4}
+    assert bench_worker.turn_times(managers, 2, 5) == expected
 
 
 def test_nothing_is_proposed_while_graphs_are_timed(monkeypatch):
     gammas, seen = torch.tensor([1, 1, 5]), []
     manager = SimpleNamespace(graphs={desc(1, 9): None})
-    turn = SimpleNamespace(lengths={6: 2}, reading={(6, False): manager}, loops={4: manager})
+    managers = {
+        ("decide", 0, Processing.TEMPERATURE): manager,
+        ("decide", 1, Processing.TEMPERATURE): manager,
+        ("decide", 2, Processing.TEMPERATURE): manager,
+        ("read", 1, 6): manager,
+        ("read", 2, 6): manager,
+        ("propose_more", 1, 4): manager,
+        ("propose_more", 2, 4): manager,
+    }
     worker = bench_worker.BenchWorker()
     worker.model_runner = SimpleNamespace(
         cudagraph_manager=manager,
         turns=(),
         speculator=SimpleNamespace(
-            gammas=SimpleNamespace(on_device=gammas), graphs=CycleGraphs([turn] * 2)
+            gammas=SimpleNamespace(on_device=gammas),
+            graphs=SimpleNamespace(managers=managers),
+            turns=range(3),
         ),
     )
     monkeypatch.setattr(bench_worker, "graph_ms", lambda _: seen.append(gammas.tolist()) or 1.0)
     found = worker.bench_graph_times(1)
     assert found["primary"] == {9: 1.0}
-    expected = {"reading": {9: 1.0}, "passes": {9: 1.0}, "passes_per_replay": 4}
-    assert found["turns"] == [expected] * 2
-    assert seen[1:] == [[0, 0, 0]] * 4
+    expected = {"reading": {9: 3.0}, "passes": {9: 1.0}, "passes_per_replay": 4}
+    assert found["turns"] == [expected, expected | {"reading": {9: 2.0}}]
+    assert seen[1:] == [[0, 0, 0]] * 7
     assert gammas.tolist() == [1, 1, 5]
 
 

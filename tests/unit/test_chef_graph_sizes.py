@@ -12,8 +12,9 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 )
 
 from vllm.chef.config import depth_schedule
-from vllm.chef.graphs import TurnGraphs, offer_every_length
+from vllm.chef.graphs import CycleGraphs, offer_every_length
 from vllm.chef.runner import ChefRunner
+from vllm.chef.sampling import Processing
 from vllm.chef.turns import chef_turns, sd_turns
 from vllm.ensemble_decode.runner import MemberRunner
 
@@ -57,9 +58,21 @@ def config(sizes: list[int], max_num_seqs: int, window: int, schedule: list | No
     )
 
 
-def turn_graphs(vllm_config, turns, turn, depths) -> TurnGraphs:
-    lengths = {1 + depth: turns.num_read(turn, 1 + depth) for depth in depths}
-    return TurnGraphs(vllm_config, None, lengths, {3}, None, None)
+def cycle_graphs(vllm_config, turns, depths) -> CycleGraphs:
+    graphs = CycleGraphs(vllm_config, None)
+    graphs.add_decisions(len(turns), 1 + turns.window)
+    for turn in range(1, len(turns)):
+        lengths = {1 + depth: turns.num_read(turn, 1 + depth) for depth in depths}
+        graphs.add_readings(turn, lengths)
+        graphs.add_passes(turn, {0, 3})
+    return graphs
+
+
+def check_replays(replays, managers, num_reqs, lengths) -> None:
+    for replay, manager, length in zip(replays, managers, lengths, strict=True):
+        assert replay.func == manager.run_fullgraph
+        (desc,) = replay.args
+        assert desc.num_reqs >= num_reqs and desc.uniform_token_count == length
 
 
 def is_held_by(sizes: list[int], max_num_seqs: int, num_reqs: int, length: int) -> bool:
@@ -86,30 +99,40 @@ def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
     step = SpeculatorCudaGraphManager(vllm_config, None, mode, step_len)
     offer_every_length(step)
     depths, found = range(turns.window + 1) if auto else [turns.window], 0
-    for turn in range(1, len(turns)):
-        graphs = turn_graphs(vllm_config, turns, turn, depths)
-        for num_reqs, depth in product(range(1, max_num_seqs + 1), depths):
-            length = 1 + depth
-            desc = step.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
-            expected = is_held_by(SIZES[sizes], max_num_seqs, num_reqs, length)
-            assert (desc.cg_mode == FULL) == expected, (num_reqs, length)
-            # Except those at the end, which rounding up moves past the largest size.
-            fits = num_reqs * length <= max(SIZES[sizes], default=0) - 16
-            assert expected or not fits or sizes == "few", (num_reqs, length)
-            replay = graphs.find(num_reqs, length, filters=True)
-            if desc.cg_mode == FULL:
-                found += 1
-                assert desc.uniform_token_count == length and desc.num_reqs >= num_reqs
-                assert replay is not None, (num_reqs, length)
-            if replay is not None:
-                (of_turn,) = replay.args
-                assert replay.func == graphs.reading[length, True].run_fullgraph
-                assert of_turn.num_reqs >= num_reqs
-                assert of_turn.uniform_token_count == turns.num_read(turn, length)
-                assert of_turn.num_reqs * length <= graphs.max_step_tokens()
-        for manager in graphs.reading.values():
-            assert len(manager._capture_descs.get(FULL, [])) <= len(SIZES[sizes])
-        assert graphs.find(1, turns.window + 2, filters=False) is None
+    graphs, num_turns, further = (
+        cycle_graphs(vllm_config, turns, depths),
+        len(turns),
+        range(1, len(turns)),
+    )
+    managers = graphs.managers
+    for num_reqs, depth in product(range(1, max_num_seqs + 1), depths):
+        length = 1 + depth
+        desc = step.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
+        expected = is_held_by(SIZES[sizes], max_num_seqs, num_reqs, length)
+        assert (desc.cg_mode == FULL) == expected, (num_reqs, length)
+        # Except those at the end, which rounding up moves past the largest size.
+        fits = num_reqs * length <= max(SIZES[sizes], default=0) - 16
+        assert expected or not fits or sizes == "few", (num_reqs, length)
+        decisions = graphs.find_decisions(num_turns, num_reqs, Processing.ALL)
+        readings = graphs.find_readings(num_turns, num_reqs, length)
+        if desc.cg_mode == FULL:
+            found += 1
+            assert desc.uniform_token_count == length and desc.num_reqs >= num_reqs
+            assert readings is not None, (num_reqs, length)
+            assert decisions is not None or depth < turns.window, (num_reqs, length)
+        if readings is not None:
+            of_turns = [managers["read", turn, length] for turn in further]
+            lengths = [turns.num_read(turn, length) for turn in further]
+            check_replays(readings, of_turns, num_reqs, lengths)
+        if decisions is not None:
+            of_turns = [managers["decide", turn, Processing.ALL] for turn in range(num_turns)]
+            check_replays(decisions, of_turns, num_reqs, [1] * num_turns)
+            assert num_reqs <= graphs.max_decided()
+    for manager in managers.values():
+        assert len(manager._capture_descs.get(FULL, [])) <= len(SIZES[sizes])
+    assert graphs.find_readings(num_turns, 1, turns.window + 2) is None
+    assert graphs.find_passes(1, 2, 1) is None
+    assert (graphs.find_passes(1, 3, 1) is not None) == bool(SIZES[sizes])
     assert (found > 0) == bool(SIZES[sizes])
     assert vllm_config.compilation_config.cudagraph_capture_sizes is SIZES[sizes]
 
@@ -119,9 +142,9 @@ def test_no_graph_is_larger_than_a_step_may_be():
     vllm_config = config(SIZES["default"], 128, turns.window, None)
     for max_num_tokens, num_reqs in ((8192, 83), (64, 32)):
         vllm_config.scheduler_config.max_num_batched_tokens = max_num_tokens
-        graphs = turn_graphs(vllm_config, turns, 1, [turns.window])
-        assert graphs.find(num_reqs, 6, filters=False)
-        assert graphs.max_step_tokens() == 6 * num_reqs
+        graphs = cycle_graphs(vllm_config, turns, [turns.window])
+        assert graphs.find_readings(2, num_reqs, 6)
+        assert num_reqs <= graphs.max_decided() <= max_num_tokens
 
 
 def test_a_member_reads_what_it_has_not_scored():

@@ -13,11 +13,11 @@ import torch
 
 from vllm.chef.cycle import EngineStep, Reading, TokenReading, TurnRunner
 from vllm.chef.gammas import StepGammas
-from vllm.chef.graphs import CycleGraphs
+from vllm.chef.graphs import CycleGraphs, StepGraphs
 from vllm.chef.ops import eager as ops
 from vllm.chef.passes import reading_query_start_loc
 from vllm.chef.prompt_logprobs import at_step_tokens
-from vllm.chef.sampling import FilterParams
+from vllm.chef.sampling import DeviceParams, Processing
 from vllm.chef.state import Cycle, Outputs, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.step import CycleStep
@@ -28,7 +28,7 @@ DEVICE = torch.device("cpu")
 NUM_REQS, MAX_MODEL_LEN, VOCAB_SIZE, NUM_STEPS = 6, 50, 1000, 200
 # In place of a token: not read by the member, and past the end of what it has read.
 UNREAD, PAST_THE_END = -1, -2
-NO_PARAMS = FilterParams(scales=False, filters=False)
+NO_PARAMS = DeviceParams(False, Processing.TEMPERATURE, None)
 TURNS = {
     "1, 1": chef_turns([1, 1], [9, 9], (True, True)),
     "1, 5": chef_turns([1, 5], [9, 1], (True, True)),
@@ -70,7 +70,7 @@ class World:
         self.gammas = StepGammas(turns, range(turns.window + 1), DEVICE)
         self.requests = [Request(self.rng, len(turns)) for _ in range(NUM_REQS)]
         self.all_token_ids = torch.zeros(NUM_REQS, MAX_MODEL_LEN, dtype=torch.int32)
-        self.passes = CachePasses(self, reads_less)
+        self.reads_less = reads_less
         self.turn_runner = TurnRunner(
             self.state,
             ops,
@@ -131,15 +131,20 @@ class World:
             StepScores([torch.zeros(int(starts[1][-1]), MAX_MODEL_LEN)], NO_PARAMS),
             torch.tensor(forbidden),
         )
-        self.passes.step = step
         shallower = self.rng.random() < 0.3
         window = self.turns.window
         self.gammas.set_depth(self.rng.randint(0, window) if shallower else window)
         cycle_step = CycleStep(
-            None, self.cycle, self.turn_runner, self.passes, self.gammas, CycleGraphs()
+            self.cycle,
+            step,
+            self.turn_runner,
+            CachePasses(self, step),
+            self.gammas,
+            CycleGraphs(None, DEVICE),
+            StepGraphs(),
+            None,
         )
-        outputs, _ = cycle_step.run(step)
-        self.commit(queries, outputs, cycle_step.finish(self.stats))
+        self.commit(queries, cycle_step.run(), cycle_step.finish(self.stats))
 
     def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> None:
         """A random decision in place of the verifier's; its scores must be there."""
@@ -199,10 +204,8 @@ class World:
 class CachePasses:
     """Passes of members that are caches; each gives its request's cache up to a token."""
 
-    step: EngineStep
-
-    def __init__(self, world: World, reads_less: bool) -> None:
-        self.world, self.reads_less = world, reads_less
+    def __init__(self, world: World, step: EngineStep) -> None:
+        self.world, self.step = world, step
 
     def read(self, turn: int, cycle: Cycle) -> Reading:
         turns, step = self.world.turns, self.step
@@ -224,7 +227,7 @@ class CachePasses:
             positions,
             torch.zeros(NUM_REQS),
         )
-        if self.reads_less:
+        if self.world.reads_less:
             is_again[query_start_loc[:-1][query_start_loc.diff() == count].long()] = True
         read = []
         for request, tokens in zip(self.world.requests, ranges(query_start_loc), strict=True):

@@ -1,8 +1,7 @@
 """The order of a cycle of turns, written once.
 
 This module knows turns, columns and proposals. It does not know how members are run, or CUDA
-graphs. `take_turn` and `propose_more` run without graphs, and the same functions are captured in
-graphs.
+graphs. The methods of `TurnRunner` run without graphs, and the same methods are captured in graphs.
 """
 
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from types import ModuleType
 from typing import NamedTuple, Protocol, Self
 
 import torch
-from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm.chef.state import Cycle, Outputs, ProposalState
@@ -74,6 +72,22 @@ class Passes(Protocol):
         """
 
 
+class Parts(Protocol):
+    """The parts of one cycle. Each calls the method of `TurnRunner`, or replays a graph of it."""
+
+    def open(self) -> None:
+        """`TurnRunner.open`"""
+
+    def read(self, turn: int) -> None:
+        """`Passes.read`"""
+
+    def judge(self, turn: int) -> None:
+        """`TurnRunner.judge`, with the latest reading"""
+
+    def propose_more(self, turn: int) -> None:
+        """`TurnRunner.propose_more`"""
+
+
 Logits = Callable[
     [int, torch.Tensor],  # a turn, and its member's hidden states [num_rows, hidden_size]
     torch.Tensor,  # [num_rows, vocab_size], in the dtype of `ProposalState.scores`
@@ -111,68 +125,33 @@ class TurnRunner:
         self.compute_logits = compute_logits
         self.draw = draw
 
-    def run(
-        self,
-        cycle: Cycle,
-        take_turn: Callable[[int], LogprobsTensors | None],
-        propose_more: Callable[[int], None],
-    ) -> tuple[Outputs, LogprobsTensors | None]:
-        """Run a cycle, except for the last turn's passes of one token, which `finish` makes.
-
-        `take_turn` and `propose_more` call the methods of the same names, or replay graphs of them.
-        """
-        logprobs = None
+    def run(self, cycle: Cycle, parts: Parts) -> Outputs:
+        """Run a cycle, except for the last turn's passes of one token, which `finish` makes."""
+        parts.open()
         last = len(self.turns) - 1
         for turn in range(1, last + 1):
-            logprobs = take_turn(turn) or logprobs
+            parts.read(turn)
+            parts.judge(turn)
             if turn < last:
-                propose_more(turn)
-        return self.ops.outputs(cycle, self.turns.window + 1), logprobs
+                parts.propose_more(turn)
+        return self.ops.outputs(cycle, self.turns.window + 1)
 
     def finish(
         self,
         cycle: Cycle,
-        propose_more: Callable[[int], None],
+        parts: Parts,
         stats: TurnStats,
         calls: torch.Tensor,  # [num_turns] passes of each turn in this cycle
     ) -> torch.Tensor:  # [num_reqs, window]
         """Run the rest of a cycle. Returns the pending tokens."""
-        propose_more(len(self.turns) - 1)
+        parts.propose_more(len(self.turns) - 1)
         return self.ops.end_cycle(self.state, cycle, stats, calls)
 
-    def take_turn(
-        self, turn: int, cycle: Cycle, step: EngineStep, passes: Passes
-    ) -> LogprobsTensors | None:
-        """A turn after the first, up to its first proposal.
-
-        vLLM itself has run the first turn's pass. The second turn begins with the rest of the first
-        turn. Each turn therefore needs only one CUDA graph up to here.
-        """
-        logprobs = self._open(cycle, step) if turn == 1 else None
-        reading = passes.read(turn, cycle)
-        logits, last_position = self._keep_scores(turn, cycle, reading)
-        decides = self.turns.is_scorer(turn)
-        if decides:
-            logprobs = self.verifier.decide(turn, step.scores, cycle) or logprobs
-        if not (decides and self.turns.draws):  # a draw settles a token in every request
-            tokens = self.draw(logits, cycle, last_position)
-            self.ops.append(self.state, cycle, turn, self.gammas, tokens, decides)
-        return logprobs
-
-    def propose_more(self, turn: int, num_passes: int, cycle: Cycle, passes: Passes) -> None:
-        """The turn's passes of one token. Each pass proposes one more token."""
-        for number in range(num_passes):
-            position, hidden_states = passes.read_token(turn, cycle, number)
-            logits = self.compute_logits(turn, hidden_states)
-            kept_rows = self.ops.place_score(self.state, cycle, turn, self.gammas)
-            self.state.kept_scores[turn - 1].index_copy_(0, kept_rows, logits)
-            tokens = self.draw(logits, cycle, position)
-            self.ops.append(self.state, cycle, turn, self.gammas, tokens)
-
-    def _open(self, cycle: Cycle, step: EngineStep) -> LogprobsTensors | None:
+    def open(self, cycle: Cycle, step: EngineStep) -> None:
         """The rest of the first turn: decide, then propose the token past the window.
 
-        It proposes only where the first turn has read the whole window.
+        vLLM itself has run the first turn's pass. The turn proposes only where it has read the
+        whole window.
         """
         scores = step.scores
         self.ops.begin_cycle(
@@ -184,15 +163,34 @@ class TurnRunner:
             step.input_ids,
             step.forbidden,
         )
-        logprobs = self.verifier.decide(0, scores, cycle)
+        self.verifier.decide(0, scores, cycle)
         if not self.turns.draws:
             source = self.ops.last_scored(cycle)
             logits = scores.logits[0][source.rows]
-            if scores.mask is not None:
-                logits = logits + scores.mask[source.rows]
+            if scores.bitmask is not None:
+                self.ops.mask_scores(logits, scores.bitmask, source.rows)
             tokens = self.draw(logits, cycle, source.last_position)
             self.ops.append(self.state, cycle, 0, self.gammas, tokens)
-        return logprobs
+
+    def judge(self, turn: int, cycle: Cycle, step: EngineStep, reading: Reading) -> None:
+        """What follows the first pass of a turn: keep its scores, decide, propose one token."""
+        logits, last_position = self._keep_scores(turn, cycle, reading)
+        decides = self.turns.is_scorer(turn)
+        if decides:
+            self.verifier.decide(turn, step.scores, cycle)
+        if not (decides and self.turns.draws):  # a draw settles a token in every request
+            tokens = self.draw(logits, cycle, last_position)
+            self.ops.append(self.state, cycle, turn, self.gammas, tokens, decides)
+
+    def propose_more(self, turn: int, num_passes: int, cycle: Cycle, passes: Passes) -> None:
+        """The turn's passes of one token. Each pass proposes one more token."""
+        for number in range(num_passes):
+            position, hidden_states = passes.read_token(turn, cycle, number)
+            logits = self.compute_logits(turn, hidden_states)
+            kept_rows = self.ops.place_score(self.state, cycle, turn, self.gammas)
+            self.state.kept_scores[turn - 1].index_copy_(0, kept_rows, logits)
+            tokens = self.draw(logits, cycle, position)
+            self.ops.append(self.state, cycle, turn, self.gammas, tokens)
 
     def _keep_scores(
         self, turn: int, cycle: Cycle, reading: Reading

@@ -1,12 +1,38 @@
 """Grammars: all members share their masks, and vLLM cuts windows because of them."""
 
+import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
+
+ALL_TOKENS = -1  # 32 bits
+
+
+def allowed_tokens(
+    batch: InputBatch, grammar: GrammarOutput, device: torch.device
+) -> torch.Tensor:  # [num_rows, ceil(vocab_size / 32)] int32
+    """The tokens that grammars allow at each row of logits, one bit each.
+
+    vLLM sends a row for each token that is scheduled of a request with a grammar, request after
+    request.
+    """
+    offsets, masks = batch.cu_num_logits_np, grammar.grammar_bitmask
+    row_of = {request: row for row, request in enumerate(batch.req_ids)}
+    bitmask = np.full((offsets[batch.num_reqs], masks.shape[1]), ALL_TOKENS, dtype=np.int32)
+    start = 0
+    for request in grammar.structured_output_request_ids:
+        row = row_of[request]
+        rows = slice(offsets[row], offsets[row + 1])
+        num_rows = rows.stop - rows.start
+        bitmask[rows] = masks[start : start + num_rows]
+        start += num_rows
+    return async_tensor_h2d(bitmask, device=device)
 
 
 def forbidden_tokens(
     batch: InputBatch,
-    mask: torch.Tensor,  # [num_rows, vocab_size] 0 or -inf, one row per row of logits
+    bitmask: torch.Tensor,  # [num_rows, ceil(vocab_size / 32)], see `allowed_tokens`
     draft_tokens: torch.Tensor,  # [max_num_reqs, window] tokens that were pending, by slot
     lengths: torch.Tensor,  # [num_slots, num_turns] lengths of their segments
 ) -> torch.Tensor:  # [num_reqs]
@@ -17,5 +43,6 @@ def forbidden_tokens(
     column = num_drafts.clamp(max=draft_tokens.shape[1] - 1)
     token = draft_tokens[slots, column].long()
     is_pending = num_drafts < lengths[slots].sum(1)
-    is_allowed = mask[cu_num_logits[:-1] + num_drafts, token] == 0
+    word = bitmask[cu_num_logits[:-1] + num_drafts, token // 32]
+    is_allowed = (word >> (token % 32) & 1) != 0
     return token.masked_fill(is_allowed | ~is_pending, -1)

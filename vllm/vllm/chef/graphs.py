@@ -1,35 +1,35 @@
-"""CUDA graphs of a turn: one for its first pass, and one for its passes of one token.
+"""CUDA graphs of a cycle's parts.
 
-Each graph holds all operations of its part, including decisions and draws. A step therefore
-launches one or two graphs per turn. The graphs need an attention backend that can refresh its
-metadata inside a graph. With any other backend, turns run without graphs. The module builds on
-vLLM's graph manager for speculators.
+- **Decisions**: `TurnRunner.open`, and `TurnRunner.judge` of each later turn. They depend on the
+  number of requests only, so any step can replay them, also one that reads prompts. There is one
+  graph for each kind of sampling parameters (`Processing`).
+- **Readings**: a member's pass over the tokens that are new to it, if all requests decode.
+- **Passes of one token**, as many as a turn makes in a row.
+- **Mixed readings**: a member's pass over tokens of any layout, in vLLM's piecewise graphs.
+
+Readings and passes of one token need an attention backend that can refresh its metadata inside a
+graph. The module builds on vLLM's graph manager for speculators.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
-from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
-from vllm.chef.cycle import EngineStep
-from vllm.chef.sampling import StepParams
-from vllm.chef.verifier import StepScores
-from vllm.ensemble_decode.model import MemberGroup
+from vllm.chef.captured import CapturedParts
+from vllm.chef.sampling import Processing
 
-# What selects the graph, then num_reqs, num_tokens, attention metadata and slot mappings by layer
-Captured = Callable[[int, int, int, Any, Any], None]
 Replay = Callable[[], None]
 
 
@@ -89,188 +89,129 @@ def offer_every_length(manager: CudaGraphManager) -> None:
         manager._candidates[num_tokens, num_loras] = [*smallest.values(), *others]
 
 
-class TurnGraphs:
-    """The graphs of one turn after the first.
+class StepGraphs(NamedTuple):
+    """The graphs that fit a step."""
 
-    Args:
-        lengths: tokens per request that the member reads, by tokens per request in the engine step.
-            All requests decode.
-        num_passes: the possible numbers of passes of one token.
-        take_turn: the turn, up to its first proposal. Its first arguments are the tokens per
-            request in the engine step, and whether requests may have filters. Filters are a dozen
-            kernels, and requests without filters should not wait for them.
-        propose_more: the passes of one token. Its first argument is their number.
-    """
-
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        device: torch.device,
-        lengths: Mapping[int, int],
-        num_passes: Collection[int],
-        take_turn: Captured,
-        propose_more: Captured,
-    ) -> None:
-        mode = CUDAGraphMode.FULL_DECODE_ONLY
-        self.lengths = lengths
-        self.reading = {
-            (step_len, filters): SpeculatorCudaGraphManager(
-                for_the_same_batches(vllm_config, step_len, length), device, mode, length
-            )
-            for step_len, length in lengths.items()
-            for filters in (False, True)
-        }
-        """By tokens per request in the engine step, and by whether requests may have filters"""
-        self.loops = {
-            number: SpeculatorCudaGraphManager(vllm_config, device, mode, 1)
-            for number in num_passes
-            if number
-        }
-        self.take_turn, self.propose_more = take_turn, propose_more
-
-    def capture(self, *args: Any) -> None:
-        """Like `SpeculatorCudaGraphManager.capture`, without its first argument."""
-        captures = []
-        for (step_len, filters), manager in self.reading.items():
-            name = f"reading after {step_len}" + (", with filters" if filters else "")
-            captures.append((manager, partial(self.take_turn, step_len, filters), name))
-        for number, manager in self.loops.items():
-            captures.append((manager, partial(self.propose_more, number), f"{number} tokens"))
-        for manager, function, name in captures:
-            if manager.needs_capture():
-
-                def captured(*shapes_and_metadata: Any, function=function, **_: Any) -> None:
-                    function(*shapes_and_metadata[:4])
-
-                description = f"Capturing a turn, {name}"
-                manager.capture(captured, *args, progress_bar_desc=description)
-
-    def find(self, num_reqs: int, step_len: int, filters: bool) -> Replay | None:
-        """A call that replays the graph in which the member reads.
-
-        None if there is no graph for this many requests of `step_len` tokens each in the engine
-        step.
-        """
-        if step_len not in self.lengths:
-            return None
-        manager, length = self.reading[step_len, filters], self.lengths[step_len]
-        desc = manager.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
-        if desc.cg_mode != CUDAGraphMode.FULL:
-            return None
-        return partial(manager.run_fullgraph, desc)
-
-    def find_passes(self, number: int, num_reqs: int) -> Replay | None:
-        """A call that replays `number` passes of one token. None if there is no such graph."""
-        manager = self.loops.get(number)
-        if manager is None:
-            return None
-        desc = manager.dispatch(num_reqs, num_reqs, 1, num_active_loras=0)
-        if desc.cg_mode != CUDAGraphMode.FULL:
-            return None
-        return partial(manager.run_fullgraph, desc)
-
-    def max_step_tokens(self) -> int:
-        """Tokens in the engine step of the largest batch that has a graph. 0 if none has."""
-        nums_tokens = [
-            desc.num_reqs * step_len
-            for (step_len, _), manager in self.reading.items()
-            for desc in manager._capture_descs.get(CUDAGraphMode.FULL, [])
-        ]
-        return max(nums_tokens, default=0)
-
-
-class StepBuffers:
-    """The engine step, in memory that does not move, so that the turns' graphs find it.
-
-    Args:
-        members: the members of the first turn.
-        engine_inputs: the input buffers of vLLM's own pass.
-        step_lens: the numbers of tokens that each request of a replayed step may have.
-        num_rows: rows of logits in the largest replayed step.
-        dtype: dtype of the hidden states.
-    """
-
-    def __init__(
-        self,
-        members: MemberGroup,
-        engine_inputs: InputBuffers,
-        step_lens: Collection[int],
-        num_rows: int,
-        dtype: torch.dtype,
-    ) -> None:
-        self.members, self.engine_inputs = members, engine_inputs
-        device = engine_inputs.device
-        self.hidden_states = torch.zeros(
-            num_rows, sum(members.hidden_sizes), dtype=dtype, device=device
-        )
-        """[num_rows, sum of the members' hidden sizes], one row per row of logits"""
-        # The first graph of a step computes the logits. The later graphs read them.
-        self.logits = [
-            logits.new_zeros(num_rows, logits.shape[-1])
-            for logits in members.compute_member_logits(self.hidden_states[:1])
-        ]
-        rows = torch.arange(engine_inputs.max_num_reqs + 1, dtype=torch.int32, device=device)
-        self.query_start_loc = {step_len: rows * step_len for step_len in step_lens}
-        """By tokens per request, [max_num_reqs + 1]. All tokens have rows of logits."""
-
-    def load(
-        self,
-        hidden_states: torch.Tensor,  # [num_tokens, sum of the members' hidden sizes]
-        logits_indices: torch.Tensor,  # [num_rows]
-    ) -> None:
-        """Copy the hidden states before a step's graphs run, because vLLM's own tensors move."""
-        out = self.hidden_states[: len(logits_indices)]
-        torch.index_select(hidden_states, 0, logits_indices, out=out)
-
-    def score(self, num_rows: int) -> None:
-        """Compute the logits, in the first graph of a step."""
-        logits = self.members.compute_member_logits(self.hidden_states[:num_rows])
-        for computed, kept in zip(logits, self.logits, strict=True):
-            kept[:num_rows].copy_(computed)
-
-    def step(self, num_reqs: int, step_len: int, params: StepParams) -> EngineStep:
-        """A step of `num_reqs` requests. Its logits are valid once `score` has run."""
-        query_start_loc = self.query_start_loc[step_len][: num_reqs + 1]
-        logits = [logits[: num_reqs * step_len] for logits in self.logits]
-        return EngineStep(
-            query_start_loc,
-            query_start_loc,
-            self.engine_inputs.seq_lens[:num_reqs],
-            self.engine_inputs.input_ids,
-            StepScores(logits, params),
-        )
+    decisions: list[Replay] | None = None
+    """[num_turns] the first is `TurnRunner.open`. None if they run without graphs."""
+    readings: list[Replay] | None = None
+    """[num_turns - 1]. None if they run without graphs."""
 
 
 class CycleGraphs:
-    """The graphs of all turns after the first, and the memory where they find the engine step.
+    """The graphs of a cycle. A `CycleGraphs` that nothing was added to holds none.
 
-    Args:
-        turns: `[num_turns - 1]`. Empty if turns run without graphs.
+    Each graph has a key: the name of a method of `CapturedParts`, and its first arguments.
     """
 
-    step_buffers: StepBuffers
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.vllm_config, self.device = vllm_config, device
+        self.managers: dict[tuple[Any, ...], SpeculatorCudaGraphManager] = {}
+        self.lengths: dict[tuple[int, int], int] = {}
+        """By turn and tokens per request in the engine step, tokens per request of a reading"""
 
-    def __init__(self, turns: Sequence[TurnGraphs] = ()) -> None:
-        self.turns = list(turns)
+    # Before the first step
 
-    def reserve(
-        self, members: MemberGroup, engine_inputs: InputBuffers, dtype: torch.dtype
-    ) -> None:
-        """Allocate the memory of the engine step. `members` are the first turn's."""
-        num_rows = max(graphs.max_step_tokens() for graphs in self.turns)
-        step_lens = self.turns[0].lengths
-        self.step_buffers = StepBuffers(members, engine_inputs, step_lens, num_rows, dtype)
+    def add_decisions(self, num_turns: int, step_len: int) -> None:
+        """Graphs of all decisions.
 
-    def capture(self, *args: Any) -> None:
-        """Call `TurnGraphs.capture` for all turns."""
-        for graphs in self.turns:
-            graphs.capture(*args)
+        `step_len` is the most tokens that a request has in the engine step. The request counts are
+        those of the engine's own graphs for such steps.
+        """
+        config = for_the_same_batches(self.vllm_config, step_len, 1)
+        for turn in range(num_turns):
+            for processing in Processing:
+                self._add(("decide", turn, processing), config, 1)
 
-    def find(self, num_reqs: int, step_len: int, filters: bool) -> list[Replay] | None:
-        """By turn, the result of `TurnGraphs.find`. None if one turn has no graph."""
-        replays = [graphs.find(num_reqs, step_len, filters) for graphs in self.turns]
-        return replays if replays and None not in replays else None
+    def add_readings(self, turn: int, lengths: Mapping[int, int]) -> None:
+        """Graphs of a turn's readings.
+
+        `lengths` has the tokens per request that the member reads, by tokens per request in the
+        engine step. All requests decode.
+        """
+        for step_len, length in lengths.items():
+            config = for_the_same_batches(self.vllm_config, step_len, length)
+            self._add(("read", turn, step_len), config, length)
+            self.lengths[turn, step_len] = length
+
+    def add_passes(self, turn: int, numbers: Collection[int]) -> None:
+        """Graphs of a turn's passes of one token. `numbers`: how many there may be in a row."""
+        for number in numbers:
+            if number:
+                self._add(("propose_more", turn, number), self.vllm_config, 1)
+
+    def add_mixed_readings(self, turn: int) -> None:
+        """Piecewise graphs of a turn's readings, for batches of any layout."""
+        key, mode = ("member", turn), CUDAGraphMode.PIECEWISE
+        self.managers[key] = SpeculatorCudaGraphManager(self.vllm_config, self.device, mode, 1)
+
+    def _add(self, key: tuple[Any, ...], vllm_config: VllmConfig, length: int) -> None:
+        mode = CUDAGraphMode.FULL_DECODE_ONLY
+        self.managers[key] = SpeculatorCudaGraphManager(vllm_config, self.device, mode, length)
+
+    def max_decided(self) -> int:
+        """Requests in the largest graph of a decision. 0 if there is none."""
+        counts = [
+            desc.num_reqs
+            for (part, *_), manager in self.managers.items()
+            if part == "decide"
+            for desc in manager._capture_descs.get(CUDAGraphMode.FULL, [])
+        ]
+        return max(counts, default=0)
+
+    def capture(self, parts: CapturedParts, *args: Any) -> None:
+        """Like `SpeculatorCudaGraphManager.capture`, of the functions in `parts`."""
+        for (part, *selects), manager in self.managers.items():
+            if manager.needs_capture():
+                function = partial(getattr(parts, part), *selects)
+
+                def captured(*arguments: Any, function=function, **_: Any) -> None:
+                    function(*arguments)
+
+                description = f"Capturing turns, {part} {' '.join(map(str, selects))}"
+                manager.capture(captured, *args, progress_bar_desc=description)
+
+    # In a step
+
+    def find_decisions(
+        self, num_turns: int, num_reqs: int, processing: Processing
+    ) -> list[Replay] | None:
+        """Calls that replay all decisions of a cycle. None if there is no graph."""
+        keys = [("decide", turn, processing) for turn in range(num_turns)]
+        return self._find(keys, num_reqs, [1] * num_turns)
+
+    def find_readings(self, num_turns: int, num_reqs: int, step_len: int) -> list[Replay] | None:
+        """Calls that replay the readings of the turns after the first.
+
+        Each request has `step_len` tokens in the engine step. None if a turn has no graph.
+        """
+        turns = range(1, num_turns)
+        lengths = [self.lengths.get((turn, step_len), 0) for turn in turns]
+        return self._find([("read", turn, step_len) for turn in turns], num_reqs, lengths)
 
     def find_passes(self, turn: int, number: int, num_reqs: int) -> Replay | None:
-        """`TurnGraphs.find_passes` of one turn."""
-        return self.turns[turn - 1].find_passes(number, num_reqs) if self.turns else None
+        """A call that replays `number` passes of one token. None if there is no such graph."""
+        found = self._find([("propose_more", turn, number)], num_reqs, [1])
+        return found[0] if found else None
+
+    def mixed_size(self, turn: int, num_tokens: int) -> int | None:
+        """Tokens in the piecewise graphs that hold a batch of `num_tokens`. None if none do."""
+        manager = self.managers.get(("member", turn))
+        if manager is None:
+            return None
+        desc = manager.dispatch(1, num_tokens, None, num_active_loras=0)
+        return desc.num_tokens if desc.cg_mode == CUDAGraphMode.PIECEWISE else None
+
+    def _find(
+        self, keys: list[tuple[Any, ...]], num_reqs: int, lengths: list[int]
+    ) -> list[Replay] | None:
+        replays = []
+        for key, length in zip(keys, lengths, strict=True):
+            manager = self.managers.get(key)
+            if manager is None:
+                return None
+            desc = manager.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
+            if desc.cg_mode != CUDAGraphMode.FULL:
+                return None
+            replays.append(partial(manager.run_fullgraph, desc))
+        return replays

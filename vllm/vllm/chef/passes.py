@@ -4,11 +4,13 @@ This module knows vLLM's input buffers, block tables and attention metadata. It 
 member's hidden states are used for.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -22,7 +24,7 @@ from vllm.chef.turns import Turns
 
 
 class MemberCaller:
-    """Runs members through vLLM's speculator, and writes their inputs into its buffers.
+    """Runs members, and writes their inputs into the buffers of vLLM's speculator.
 
     Args:
         speculator: its `model` is a list, the members of the turns after the first.
@@ -39,21 +41,30 @@ class MemberCaller:
         self.ops = ops_for(speculator.device)
 
     def run(
-        self, turn: int, num_tokens: int, attn_metadata: Any, slot_mappings: Any
+        self,
+        turn: int,
+        num_tokens: int,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        mode: CUDAGraphMode = CUDAGraphMode.NONE,
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
-        """One pass of the turn's member over the tokens in the input buffers."""
-        speculator = self.speculator
-        members, speculator.model = speculator.model, speculator.model[turn - 1]
-        try:
-            return speculator._run_model(
-                speculator.input_buffers.input_ids[:num_tokens],
-                speculator.input_buffers.positions[:num_tokens],
-                attn_metadata,
-                slot_mappings,
-                None,
+        """One pass of the turn's member over the tokens in the input buffers.
+
+        Args:
+            mode: `PIECEWISE` replays vLLM's piecewise graphs of `num_tokens` tokens.
+        """
+        buffers = self.speculator.input_buffers
+        with set_forward_context(
+            attn_metadata,
+            self.speculator.vllm_config,
+            num_tokens=num_tokens,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=slot_mappings,
+            batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
+        ):
+            return self.speculator.model[turn - 1](
+                buffers.input_ids[:num_tokens], buffers.positions[:num_tokens]
             )
-        finally:
-            speculator.model = members
 
     def compute_logits(
         self,
@@ -104,12 +115,13 @@ class MemberCaller:
         self,
         cycle: Cycle,
         num_tokens: int,
-        is_again: torch.Tensor | None = None,  # [num_tokens] bool
+        is_again: torch.Tensor | None = None,  # [at most num_tokens] bool
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # [num_kv_cache_groups, at least num_tokens]
         """KV cache slots of the tokens in the input buffers.
 
-        By default, they are written to vLLM's own buffer. Tokens with `is_again` fill the front of
+        Tokens past those of the requests have none. By default, the slots are written to vLLM's own
+        buffer. Tokens with `is_again` fill the front of
         a request's share of the batch. Their keys and values must not be written again, because a
         sliding window may have freed the tokens that they attend to.
         """
@@ -122,17 +134,25 @@ class MemberCaller:
             out=out,
         )
         if is_again is not None:
-            mappings[:, :num_tokens].masked_fill_(is_again, PAD_SLOT_ID)
+            mappings[:, : len(is_again)].masked_fill_(is_again, PAD_SLOT_ID)
         return mappings
 
 
 class EagerPasses:
-    """The passes of a step without CUDA graphs: batches of any shape, planned on the host."""
+    """The passes for batches of any layout, planned on the host.
 
-    def __init__(self, caller: MemberCaller, batch: InputBatch) -> None:
-        self.caller, self.batch = caller, batch
-        self.readings: list[Reading] = []
-        """The readings so far, by turn"""
+    Args:
+        mixed_size: the number of tokens in the piecewise graphs that hold a turn's reading of so
+            many tokens. None if none do.
+    """
+
+    def __init__(
+        self,
+        caller: MemberCaller,
+        batch: InputBatch,
+        mixed_size: Callable[[int, int], int | None],
+    ) -> None:
+        self.caller, self.batch, self.mixed_size = caller, batch, mixed_size
 
     def read(self, turn: int, cycle: Cycle) -> Reading:
         batch, rows, caller = self.batch, slice(cycle.num_reqs + 1), self.caller
@@ -152,8 +172,7 @@ class EagerPasses:
             cycle, query_start_loc, int(query_start_loc_np[-1])
         )
         hidden_states = self._run(turn, cycle, query_start_loc_np, turns.num_new(turn), is_again)
-        self.readings.append(Reading(query_start_loc, read_start, hidden_states))
-        return self.readings[-1]
+        return Reading(query_start_loc, read_start, hidden_states)
 
     def read_token(self, turn: int, cycle: Cycle, number: int) -> TokenReading:
         caller, rows = self.caller, slice(cycle.num_reqs + 1)
@@ -174,9 +193,11 @@ class EagerPasses:
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
         num_reqs, num_tokens = cycle.num_reqs, int(query_start_loc_np[-1])
         speculator = self.caller.speculator
+        mixed_size = self.mixed_size(turn, num_tokens)
+        size = mixed_size or num_tokens
         # vLLM's own buffer is too short for some batches with prompts.
         mappings = self.caller.slot_mappings(
-            cycle, num_tokens, is_again, out=speculator.expanded_slot_mappings
+            cycle, size, is_again, out=speculator.expanded_slot_mappings
         )
         attn_metadata = speculator._build_attn_metadata(
             batch_desc=BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs),
@@ -187,7 +208,8 @@ class EagerPasses:
             slot_mappings=mappings,
         )
         by_layer = build_slot_mappings_by_layer(mappings, speculator.kv_cache_config)
-        return self.caller.run(turn, num_tokens, attn_metadata, by_layer)
+        mode = CUDAGraphMode.NONE if mixed_size is None else CUDAGraphMode.PIECEWISE
+        return self.caller.run(turn, size, attn_metadata, by_layer, mode)[:num_tokens]
 
 
 class CapturedPasses:

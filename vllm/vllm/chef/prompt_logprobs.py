@@ -18,7 +18,8 @@ LogitsFn = Callable[[torch.Tensor], list[torch.Tensor]]
 class TurnPromptLogprobsWorker(PromptLogprobsWorker):
     """vLLM's worker for prompt log-probabilities, on the hidden states of all turns.
 
-    vLLM gives it those of the first turn only. `take_up` keeps them with those of the other turns.
+    vLLM gives it those of the first turn only. `take_up_first` and `take_up` keep those of all
+    turns.
 
     Args:
         heads: num_turns x (members, function from the turn's hidden states to their logits).
@@ -42,18 +43,28 @@ class TurnPromptLogprobsWorker(PromptLogprobsWorker):
     def is_asked(self) -> bool:
         return bool(self.in_progress_prompt_logprobs or self.token_id_scores)
 
-    def take_up(
+    def take_up_first(
         self,
         hidden_states: torch.Tensor,  # [at least num_tokens, hidden_size] of the first turn
-        readings: Sequence[Reading],  # num_turns - 1, of a cycle without CUDA graphs
+        batch: InputBatch,
+    ) -> None:
+        """Keep the first turn's hidden states, if a request asks for log-probabilities.
+
+        They are copied before other members run: CUDA graphs share their memory.
+        """
+        if self.is_asked:
+            # Drop the rows that pad the batch for CUDA graphs.
+            self.hidden_states = [hidden_states[: batch.num_tokens].clone()]
+
+    def take_up(
+        self,
+        readings: Sequence[Reading],  # num_turns - 1, or empty if no request asks
         cycle: Cycle,
         batch: InputBatch,
     ) -> None:
-        """Keep the hidden states of the current step, if a request asks for log-probabilities."""
+        """Keep the other turns' hidden states, too."""
         if self.is_asked:
-            # Drop the rows that pad the batch for CUDA graphs.
-            first_turn = hidden_states[: batch.num_tokens]
-            self.hidden_states = [first_turn, *at_step_tokens(readings, cycle, batch)]
+            self.hidden_states += at_step_tokens(readings, cycle, batch)
 
     def compute_prompt_logprobs(
         self, logits_fn: Any, hidden_states: torch.Tensor, *args: Any

@@ -11,12 +11,12 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm.chef.config import check_chef
 from vllm.chef.cycle import EngineStep
-from vllm.chef.graphs import Replay, offer_every_length
+from vllm.chef.grammar import allowed_tokens
+from vllm.chef.graphs import offer_every_length
 from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
-from vllm.chef.sampling import AllParams, asks_for_filters, asks_for_filters_only
+from vllm.chef.sampling import AllParams, Processing, needed_processing
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.state import Outputs
-from vllm.chef.step import CycleStep
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores
 from vllm.ensemble_decode.config import EnsembleConfig
@@ -93,27 +93,32 @@ class ChefRunner(MemberRunner):
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        step = self.speculator.begin(input_batch, self.num_tokens_to_propose)
-        replays = self._find_graphs(step, grammar_output)
-        if replays is not None:
-            output = step.replay(replays, hidden_states)
-        else:
-            output = step.run(self._engine_step(hidden_states, input_batch, grammar_output))
-        self.prompt_logprobs_worker.take_up(hidden_states, step.readings, step.cycle, input_batch)
-        return sampler_output(*output)
+        prompt_logprobs = self.prompt_logprobs_worker
+        engine_step = self._engine_step(hidden_states, input_batch, grammar_output)
+        prompt_logprobs.take_up_first(hidden_states, input_batch)
+        step = self.speculator.begin(
+            input_batch,
+            engine_step,
+            self._processing(input_batch, grammar_output),
+            self.num_tokens_to_propose,
+            prompt_logprobs.is_asked,
+        )
+        outputs = step.run()
+        prompt_logprobs.take_up(step.readings, step.cycle, input_batch)
+        dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
+        logprobs = None
+        if dims is not None:
+            logprobs = self.speculator.logprobs(engine_step.scores, dims)
+        return sampler_output(outputs, logprobs)
 
-    def _find_graphs(
-        self, step: CycleStep, grammar_output: GrammarOutput | None
-    ) -> list[Replay] | None:
-        """Calls that replay the step.
-
-        None if the step has no graphs, or if its requests need more than the graphs hold.
-        """
-        if grammar_output is not None or self.prompt_logprobs_worker.is_asked:
-            return None
-        if not asks_for_filters_only(self.sampler, step.batch):
-            return None
-        return step.find_graphs(asks_for_filters(self.sampler, step.batch))
+    def _processing(
+        self, batch: InputBatch, grammar_output: GrammarOutput | None
+    ) -> Processing | None:
+        """What the step's logits pass through. None: more than graphs hold."""
+        processing = needed_processing(self.sampler, batch)
+        if processing is None or grammar_output is None:
+            return processing
+        return Processing.ALL
 
     @torch.inference_mode()
     def _dummy_sampler_run(
@@ -133,19 +138,13 @@ class ChefRunner(MemberRunner):
         batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> EngineStep:
-        """The step as vLLM has run it, with the first turn's logits and the grammar's mask."""
+        """The step as vLLM has run it, with the first turn's logits and what grammars allow."""
         logits = self.model.compute_member_logits(hidden_states[batch.logits_indices])
-        mask = forbidden = None
+        bitmask = forbidden = None
         if grammar_output is not None:
-            mask = torch.zeros_like(logits[0], dtype=torch.float32)
-            self.structured_outputs_worker.apply_grammar_bitmask(
-                mask,
-                batch,
-                grammar_output.structured_output_request_ids,
-                grammar_output.grammar_bitmask,
-            )
-            forbidden = self.speculator.forbidden_tokens(batch, mask)
-        scores = StepScores(logits, AllParams(self.sampler, batch), mask)
+            bitmask = allowed_tokens(batch, grammar_output, self.device)
+            forbidden = self.speculator.forbidden_tokens(batch, bitmask)
+        scores = StepScores(logits, AllParams(self.sampler, batch), bitmask)
         return EngineStep.of_batch(batch, scores, forbidden)
 
 

@@ -2,20 +2,26 @@
 
 A decision applies them in one of two ways:
 
-- `FilterParams` runs on the device only, so CUDA graphs can hold it.
+- `DeviceParams` runs on the device only, so CUDA graphs can hold it.
 - `AllParams` uses vLLM's sampler, which asks the host what each request wants.
 """
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import torch
+from vllm import envs
 from vllm.utils.platform_utils import num_compute_units
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.bad_words import apply_bad_words
 from vllm.v1.worker.gpu.sample.gumbel import apply_temperature, gumbel_sample
+from vllm.v1.worker.gpu.sample.logit_bias import apply_logit_bias
 from vllm.v1.worker.gpu.sample.min_p import apply_min_p
+from vllm.v1.worker.gpu.sample.penalties import apply_penalties
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.thinking_budget import apply_thinking_budget
 
 from vllm.chef.state import Candidates, Cycle
 
@@ -23,6 +29,14 @@ Process = Callable[
     [torch.Tensor],  # [count, num_reqs * num_columns, vocab_size], may be written
     torch.Tensor,  # of the same shape
 ]
+
+
+class Processing(IntEnum):
+    """What the logits of a step pass through. Each value includes those before it."""
+
+    TEMPERATURE = 0
+    FILTERS = 1  # min-p, top-k and top-p
+    ALL = 2  # penalties, biases, bad words, thinking budgets, grammars
 
 
 class Layout(NamedTuple):
@@ -38,10 +52,9 @@ class StepParams(Protocol):
     """The sampling parameters of a step's requests, as a decision applies them."""
 
     scales: bool
-    """Whether the processor expects the members' logits divided by the temperature, in float32"""
-
-    def logprobs_dims(self) -> tuple[int, int] | None:
-        """The result of vLLM's `Sampler.get_logprobs_dims`. None if no request asks for any."""
+    """Whether the processor expects the members' logits divided by the temperature"""
+    needs_float32: bool
+    """Whether the processor expects the members' logits in float32"""
 
     def processor(
         self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout
@@ -55,65 +68,193 @@ class StepParams(Protocol):
         """
 
 
-class FilterParams:
-    """Temperature and, if `filters`, min-p, top-k and top-p, with the cycle's values.
+class ProcessorStates:
+    """What vLLM's logits processors know about the requests, in memory that does not move.
 
-    Nothing waits for the host. If a request does not use a filter, that filter's kernel returns at
-    once.
-
-    Args:
-        scales: see `StepParams`. If False, the temperature is applied here.
-        filters: whether a request may use more than the temperature.
+    vLLM's own copies of small values move from step to step, and CUDA graphs would read old ones.
     """
 
-    def __init__(self, scales: bool, filters: bool) -> None:
-        self.scales, self.filters = scales, filters
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.bias, self.penalties, self.bad_words = sampler.logits_processors[:3]
+        self.thinking = sampler.thinking_budget_state
+        self._moving = {
+            "num_allowed_token_ids": self.bias.num_allowed_token_ids,
+            "num_logit_bias": self.bias.num_logit_bias,
+            "min_lens": self.bias.min_lens,
+            "num_stop_token_ids": self.bias.num_stop_token_ids,
+            "restore_when_all_masked": self.bias.restore_when_all_masked,
+            "repetition_penalty": self.penalties.repetition_penalty,
+            "frequency_penalty": self.penalties.frequency_penalty,
+            "presence_penalty": self.penalties.presence_penalty,
+            "num_bad_words": self.bad_words.num_bad_words,
+            "prompt_len": sampler.req_states.prompt_len,
+        }
+        if self.thinking.enabled:
+            self._moving["thinking_token_budget"] = self.thinking.thinking_token_budget
+        device = sampler.req_states.device
+        self.kept = {
+            name: torch.empty_like(state.gpu, device=device) for name, state in self._moving.items()
+        }
+        """By name, `[max_num_reqs]`"""
+        self.load()
 
-    def logprobs_dims(self) -> None:
-        return None
+    def load(self) -> None:
+        """Copy the values of the current step."""
+        for name, state in self._moving.items():
+            self.kept[name].copy_(state.gpu, non_blocking=True)
+
+    def apply(
+        self,
+        logits: torch.Tensor,  # [num_rows, vocab_size] float32, written
+        slots: torch.Tensor,  # [num_rows]
+        slots_of_requests: torch.Tensor,  # [num_reqs]
+        positions: torch.Tensor,  # [num_rows] of the token before each row
+        inputs: torch.Tensor,  # [num_rows] that token, int32
+        column: torch.Tensor,  # [num_rows] int32
+    ) -> None:
+        """Apply vLLM's processors, in vLLM's order. No kernel asks the host anything."""
+        kept, bias, penalties, words = self.kept, self.bias, self.penalties, self.bad_words
+        requests = self.sampler.req_states
+        apply_logit_bias(
+            logits,
+            slots,
+            positions,
+            kept["num_allowed_token_ids"],
+            bias.allowed_token_ids.gpu,
+            kept["num_logit_bias"],
+            bias.logit_bias_token_ids.gpu,
+            bias.logit_bias.gpu,
+            kept["min_lens"],
+            kept["num_stop_token_ids"],
+            kept["restore_when_all_masked"],
+            bias.stop_token_ids.gpu,
+            check_all_masked_rows=True,
+        )
+        apply_penalties(
+            logits,
+            slots,
+            inputs,
+            column,
+            kept["repetition_penalty"],
+            kept["frequency_penalty"],
+            kept["presence_penalty"],
+            penalties.prompt_bin_mask,
+            penalties.output_bin_counts,
+        )
+        apply_bad_words(
+            logits,
+            slots,
+            words.bad_word_token_ids.gpu,
+            words.bad_word_offsets.gpu,
+            kept["num_bad_words"],
+            requests.all_token_ids.gpu,
+            kept["prompt_len"],
+            requests.total_len.gpu,
+            inputs,
+            column,
+            envs.VLLM_MAX_NUM_BAD_WORDS,
+        )
+        thinking = self.thinking
+        if thinking.enabled:
+            apply_thinking_budget(
+                logits,
+                slots_of_requests,
+                slots,
+                kept["thinking_token_budget"],
+                requests.all_token_ids.gpu,
+                requests.total_len.gpu,
+                inputs,
+                column,
+                thinking.cached_last_start,
+                thinking.cached_last_end,
+                thinking.cached_scan_pos,
+                thinking.reasoning_start_token_ids,
+                thinking.natural_reasoning_end_token_ids,
+                thinking.reasoning_end_token_ids,
+            )
+
+
+class DeviceParams:
+    """The sampling parameters up to `processing`, with values that lie on the device.
+
+    Nothing waits for the host. If a request does not use a parameter, the parameter's kernel
+    returns at once.
+
+    Args:
+        samples_members: see `EnsembleConfig.samples_members`.
+        states: used if `processing` is `ALL`.
+    """
+
+    def __init__(
+        self, samples_members: bool, processing: Processing, states: ProcessorStates
+    ) -> None:
+        self.processing, self.states = processing, states
+        # Penalties and biases come before the temperature.
+        self.scales = samples_members and processing < Processing.ALL
+        self.needs_float32 = samples_members
 
     def processor(
         self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout
     ) -> Process:
-        cycle, request = cycle.part(part), layout.request
+        cycle = cycle.part(part)
 
         def apply(logits: torch.Tensor) -> torch.Tensor:
-            rows = logits.flatten(0, 1)
+            rows, count = logits.flatten(0, 1), len(logits)
+            if self.processing == Processing.ALL:
+                self._apply_processors(rows, count, cycle, candidates, layout)
+            request = layout.request.repeat(count)
             if not self.scales:
                 apply_temperature(rows, request, cycle.temperature)
-            if self.filters:
-                of_rows = request.expand(len(logits), -1).flatten()
-                apply_min_p(rows, of_rows, cycle.min_p)
-                rows = apply_top_k_top_p(rows, cycle.top_k[of_rows], cycle.top_p[of_rows])
+            if self.processing >= Processing.FILTERS:
+                apply_min_p(rows, request, cycle.min_p)
+                rows = apply_top_k_top_p(rows, cycle.top_k[request], cycle.top_p[request])
             return rows.view(logits.shape)
 
         return apply
 
+    def _apply_processors(
+        self,
+        rows: torch.Tensor,  # [count * num_reqs * num_columns, vocab_size]
+        count: int,
+        cycle: Cycle,  # of the part
+        candidates: Candidates,
+        layout: Layout,
+    ) -> None:
+        # A row without a request has some request's slot. Its result is never read.
+        slots = cycle.slots.clamp(min=0)
+        tokens = self.states.sampler.req_states.all_token_ids.gpu
+        inputs = input_tokens(cycle, tokens, candidates.segment.shape[1])
+        self.states.apply(
+            rows,
+            slots[layout.request].repeat(count),
+            slots,
+            candidates.positions.flatten().repeat(count),
+            inputs.flatten().repeat(count),
+            layout.column.repeat(count),
+        )
+
 
 class AllParams:
-    """All sampling parameters, applied by vLLM's sampler, and log-probabilities."""
+    """All sampling parameters, applied by vLLM's sampler."""
 
-    scales = False
+    scales = needs_float32 = False
 
     def __init__(self, sampler: Sampler, batch: InputBatch) -> None:
         self.sampler, self.batch = sampler, batch
 
-    def logprobs_dims(self) -> tuple[int, int] | None:
-        return self.sampler.get_logprobs_dims(self.batch.idx_mapping_np)
-
     def processor(
         self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout
     ) -> Process:
-        batch, slots = self.batch, cycle.slots[part]
-        num_columns = candidates.segment.shape[1]
-        before = batch.input_ids[batch.logits_indices[cycle.first_step_row[part]]][:, None].long()
-        inputs = torch.cat([before, cycle.tokens[part, : num_columns - 1]], dim=1)
+        batch, num_columns = self.batch, candidates.segment.shape[1]
+        cycle = cycle.part(part)
+        tokens = self.sampler.req_states.all_token_ids.gpu
         arguments = (
-            slots.repeat_interleave(num_columns),
-            slots,
+            cycle.slots.repeat_interleave(num_columns),
+            cycle.slots,
             batch.idx_mapping_np[part],
             candidates.positions.flatten(),
-            inputs.flatten().int(),  # vLLM's kernels expect int32
+            input_tokens(cycle, tokens, num_columns).flatten(),
             layout.column,
             batch.seq_lens_cpu_upper_bound.numpy()[part] + num_columns,
         )
@@ -125,25 +266,37 @@ class AllParams:
         return apply
 
 
-def asks_for_filters_only(sampler: Sampler, batch: InputBatch) -> bool:
-    """Whether the step needs at most temperature, min-p, top-k and top-p.
+def input_tokens(
+    cycle: Cycle,
+    all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len], vLLM's tokens of all requests
+    num_columns: int,
+) -> torch.Tensor:  # [num_reqs, num_columns] int32, which vLLM's kernels expect
+    """The token before each column."""
+    slots, before = cycle.slots.clamp(min=0), (cycle.first_position - 1).clamp(min=0)
+    first = all_token_ids[slots, before][:, None]
+    return torch.cat([first, cycle.tokens[:, : num_columns - 1].int()], dim=1)
 
-    False if a request reports log-probabilities or uses another sampling parameter.
+
+def needed_processing(sampler: Sampler, batch: InputBatch) -> Processing | None:
+    """What the step's requests ask for. None: logits processors of the user's own.
+
+    Grammars and log-probabilities are not considered.
     """
     slots = batch.idx_mapping_np[: batch.num_reqs]
-    if sampler.get_logprobs_dims(slots) is not None:
-        return False
     if not sampler.needs_logits_processing[slots].any():
-        return True
+        return Processing.TEMPERATURE
     thinking = sampler.thinking_budget_state
     bias, penalties, bad_words, *custom = sampler.logits_processors
-    return not (
-        custom
-        or (thinking.enabled and thinking.use_thinking_budget[slots].any())
+    if custom:
+        return None
+    if (
+        (thinking.enabled and thinking.use_thinking_budget[slots].any())
         or bias.use_logit_bias[slots].any()
         or penalties.use_penalty[slots].any()
         or bad_words.num_bad_words.np[slots].any()
-    )
+    ):
+        return Processing.ALL
+    return Processing.FILTERS if asks_for_filters(sampler, batch) else Processing.TEMPERATURE
 
 
 def asks_for_filters(sampler: Sampler, batch: InputBatch) -> bool:

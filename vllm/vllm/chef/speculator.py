@@ -12,22 +12,25 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm.chef.cycle import TurnRunner
+from vllm.chef.captured import CapturedParts, ReadingBuffers, StepInputs
+from vllm.chef.cycle import EngineStep, TurnRunner
 from vllm.chef.gammas import StepGammas
 from vllm.chef.grammar import forbidden_tokens
-from vllm.chef.graphs import CycleGraphs, TurnGraphs, obstacle_to_graphs
+from vllm.chef.graphs import CycleGraphs, StepGraphs, obstacle_to_graphs
 from vllm.chef.ops import ops_for
-from vllm.chef.passes import CapturedPasses, EagerPasses, MemberCaller
+from vllm.chef.passes import EagerPasses, MemberCaller
 from vllm.chef.prompt_logprobs import LogitsFn
-from vllm.chef.sampling import FilterParams, draw_proposals, reserve_buffers
+from vllm.chef.sampling import Processing, ProcessorStates, draw_proposals, reserve_buffers
 from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
-from vllm.chef.step import CycleStep
+from vllm.chef.step import CycleStep, uniform_step_len
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores, Verifier
 from vllm.ensemble_decode.config import EnsembleConfig
@@ -43,8 +46,8 @@ class ChefSpeculator(StandaloneARSpeculator):
 
     Before the first step, these methods are called in this order: `load_model`, `set_sampler`,
     `set_attn`, `init_cudagraph_manager`, `capture`. All are vLLM's but `set_sampler`. In each step
-    our runner calls `begin` and gets a `CycleStep`. Later vLLM calls `propose`, which finishes the
-    step.
+    our runner calls `begin`, gets a `CycleStep` and runs it. Later vLLM calls `propose`, which
+    finishes the step.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class ChefSpeculator(StandaloneARSpeculator):
         is_dynamic = vllm_config.speculative_config.uses_dynamic_speculative_decoding()
         depths = range(turns.window + 1) if is_dynamic else [turns.window]
         self.gammas = StepGammas(turns, depths, device)
-        self.graphs = CycleGraphs()
+        self.graphs = CycleGraphs(vllm_config, device)
+        self.captured: CapturedParts | None = None
 
     # Before the first step
 
@@ -139,45 +143,54 @@ class ChefSpeculator(StandaloneARSpeculator):
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        self.graphs = CycleGraphs()
-        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and self._can_capture():
-            further = range(1, len(self.turns))
-            self.graphs = CycleGraphs([self._turn_graphs(turn) for turn in further])
+        self.graphs = graphs = CycleGraphs(self.vllm_config, self.device)
+        further = range(1, len(self.turns))
+        step_len = 1 + self.turns.window
+        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
+            if self._can_capture_decisions():
+                graphs.add_decisions(len(self.turns), step_len)
+            if self._can_capture_passes():
+                for turn in further:
+                    graphs.add_readings(turn, self._reading_lengths(turn))
+                    graphs.add_passes(turn, self.gammas.possible_passes(turn))
+        if cudagraph_mode.mixed_mode() == CUDAGraphMode.PIECEWISE:
+            for turn in further:
+                # Piecewise graphs are made by compilation.
+                if has_compiled_submodule(self.model[turn - 1]):
+                    graphs.add_mixed_readings(turn)
 
-    def _turn_graphs(self, turn: int) -> TurnGraphs:
-        return TurnGraphs(
-            self.vllm_config,
-            self.device,
-            {
-                1 + depth: min(self.turns.num_read(turn, 1 + depth), self.max_model_len)
-                for depth in self.gammas.depths
-            },
-            self.gammas.possible_passes(turn),
-            partial(self._captured_turn, turn),
-            partial(self._captured_passes, turn),
-        )
+    def _reading_lengths(self, turn: int) -> dict[int, int]:
+        """Tokens that the turn's member reads, by tokens per request in the engine step."""
+        lengths = {1 + depth: self.turns.num_read(turn, 1 + depth) for depth in self.gammas.depths}
+        return {step: min(length, self.max_model_len) for step, length in lengths.items()}
 
-    def _can_capture(self) -> bool:
-        """Whether graphs can hold all operations of the turns. If not, the log says why."""
+    def _can_capture_decisions(self) -> bool:
+        """Whether graphs can hold the decisions. If not, the log says why."""
+        if isinstance(self.verifier.function, Custom):
+            # A custom function may read values on the host, or change from call to call.
+            logger.warning_once("Decisions run without CUDA graphs: an ensemble_fn of your own.")
+            return False
+        return True
+
+    def _can_capture_passes(self) -> bool:
+        """Whether graphs can hold the members' passes. If not, the log says why."""
         step_len, further = 1 + self.turns.window, range(1, len(self.turns))
         query_len = max(self.turns.num_read(turn, step_len) for turn in further)
         obstacle = obstacle_to_graphs(self, query_len)
-        if isinstance(self.verifier.function, Custom):
-            # A custom function may read values on the host, or change from call to call.
-            obstacle = "an ensemble_fn of your own"
         if obstacle is not None:
-            logger.warning_once("Turns run without CUDA graphs: %s.", obstacle)
+            logger.warning_once("Members run without full CUDA graphs: %s.", obstacle)
         return obstacle is None
 
     def capture(self) -> None:
-        if not self.graphs.turns:
+        graphs = self.graphs
+        if not graphs.managers:
             return
-        dtype = self.vllm_config.model_config.dtype
-        self.graphs.reserve(self.first_members, self.target_input_buffers, dtype)
         everything = self.all_cycle
         self.ops.load(everything, everything.slots[:0], everything.slot_states)
         reserve_buffers(self.vocab_size, self.device)
-        self.graphs.capture(
+        self.captured = self._make_captured()
+        graphs.capture(
+            self.captured,
             self.model_state,
             self.input_buffers,
             self.block_tables,
@@ -185,55 +198,73 @@ class ChefSpeculator(StandaloneARSpeculator):
             self.kv_cache_config,
         )
 
-    def _captured_turn(
-        self,
-        turn: int,
-        step_len: int,  # tokens of each request in the engine step, all with a row of logits
-        filters: bool,
-        num_reqs: int,
-        num_tokens: int,
-        attn_metadata: Any,
-        slot_mappings: Any,
-    ) -> None:
-        """`take_turn`, with all its inputs in memory that does not move."""
-        if turn == 1:
-            self.graphs.step_buffers.score(num_reqs * step_len)
-        params = FilterParams(self.ensemble.samples_members, filters)
-        step = self.graphs.step_buffers.step(num_reqs, step_len, params)
-        passes = CapturedPasses(self.caller, num_tokens, attn_metadata, slot_mappings)
-        self.turn_runner.take_turn(turn, self.all_cycle.rows(num_reqs), step, passes)
-
-    def _captured_passes(
-        self,
-        turn: int,
-        num_passes: int,
-        num_reqs: int,
-        num_tokens: int,
-        attn_metadata: Any,
-        slot_mappings: Any,
-    ) -> None:
-        """`propose_more`, with all its inputs in memory that does not move."""
-        passes = CapturedPasses(self.caller, num_tokens, attn_metadata, slot_mappings)
-        cycle = self.all_cycle.rows(num_reqs)
-        self.turn_runner.propose_more(turn, num_passes, cycle, passes)
+    def _make_captured(self) -> CapturedParts:
+        """Allocate the memory that graphs share with a step."""
+        first, dtype = self.first_members, self.vllm_config.model_config.dtype
+        hidden = torch.zeros(1, sum(first.hidden_sizes), dtype=dtype, device=self.device)
+        max_num_reqs = self.graphs.max_decided()
+        inputs = StepInputs(
+            first.compute_member_logits(hidden),
+            self.target_input_buffers,
+            max_num_reqs,
+            max_num_reqs * (1 + self.turns.window),
+            self.ensemble.samples_members,
+            ProcessorStates(self.sampler),
+        )
+        readings = ReadingBuffers(
+            [sum(model.hidden_sizes) for model in self.model],
+            self.max_num_reqs,
+            self.input_buffers.max_num_tokens,
+            dtype,
+            self.device,
+        )
+        return CapturedParts(self.turn_runner, self.caller, self.all_cycle, inputs, readings)
 
     # In a step
 
-    def begin(self, batch: InputBatch, num_tokens: int) -> CycleStep:
-        """Start the step's cycle. It leaves at most `num_tokens` in each window."""
+    def begin(
+        self,
+        batch: InputBatch,
+        step: EngineStep,
+        processing: Processing | None,
+        num_tokens: int,
+        keeps_readings: bool,
+    ) -> CycleStep:
+        """Start the step's cycle. It leaves at most `num_tokens` in each window.
+
+        Args:
+            processing: what the requests ask for. None: what no graph holds.
+            keeps_readings: see `CycleStep`. No graph keeps them.
+        """
         self.gammas.set_depth(num_tokens)
-        if self.graphs.turns:
+        if self.graphs.managers:
             self._refresh_block_tables()
-        cycle = self._load_cycle(batch)
+        found = self._find_graphs(batch, processing, keeps_readings)
+        if found.decisions is not None:
+            self.captured.inputs.load(step, processing)
         self.step = CycleStep(
-            batch,
-            cycle,
+            self._load_cycle(batch),
+            step,
             self.turn_runner,
-            EagerPasses(self.caller, batch),
+            EagerPasses(self.caller, batch, self.graphs.mixed_size),
             self.gammas,
             self.graphs,
+            found,
+            self.captured,
+            keeps_readings,
         )
         return self.step
+
+    def _find_graphs(
+        self, batch: InputBatch, processing: Processing | None, keeps_readings: bool
+    ) -> StepGraphs:
+        num_turns, step_len = len(self.turns), uniform_step_len(batch)
+        decisions = readings = None
+        if processing is not None:
+            decisions = self.graphs.find_decisions(num_turns, batch.num_reqs, processing)
+        if step_len is not None and not keeps_readings:
+            readings = self.graphs.find_readings(num_turns, batch.num_reqs, step_len)
+        return StepGraphs(decisions, readings)
 
     def _load_cycle(self, batch: InputBatch) -> Cycle:
         # Copy to memory where CUDA graphs find them, because vLLM's own tensors move.
@@ -261,10 +292,14 @@ class ChefSpeculator(StandaloneARSpeculator):
     def forbidden_tokens(
         self,
         batch: InputBatch,
-        mask: torch.Tensor,  # [num_rows, vocab_size]
+        bitmask: torch.Tensor,  # [num_rows, ceil(vocab_size / 32)]
     ) -> torch.Tensor:  # [num_reqs]
         """See `grammar.forbidden_tokens`."""
-        return forbidden_tokens(batch, mask, self.req_states.draft_tokens, self.state.lengths)
+        return forbidden_tokens(batch, bitmask, self.req_states.draft_tokens, self.state.lengths)
+
+    def logprobs(self, scores: StepScores, dims: tuple[int, int]) -> LogprobsTensors:
+        """See `Verifier.logprobs`. The step has run."""
+        return self.verifier.logprobs(scores, self.step.cycle, *dims)
 
     @torch.inference_mode()
     def propose(

@@ -1,86 +1,94 @@
-"""A step of the engine after vLLM's own pass: its cycle, replayed from CUDA graphs or run without.
+"""A step of the engine after vLLM's own pass: its cycle, in CUDA graphs where they fit.
 
 This module knows the batch and which graphs fit it. `cycle.py` knows the order of a cycle.
 """
 
 import numpy as np
 import torch
-from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm.chef.cycle import EngineStep, Reading, TurnRunner
+from vllm.chef.captured import CapturedParts
+from vllm.chef.cycle import EngineStep, Passes, Reading, TurnRunner
 from vllm.chef.gammas import StepGammas
-from vllm.chef.graphs import CycleGraphs, Replay
-from vllm.chef.passes import EagerPasses
+from vllm.chef.graphs import CycleGraphs, StepGraphs
 from vllm.chef.state import Cycle, Outputs
 from vllm.chef.stats import TurnStats
 
 
 class CycleStep:
-    """The cycle of one step.
+    """The cycle of one step. Call `run`, then `finish`.
 
-    Call `replay` if `find_graphs` finds graphs, else `run`. Then call `finish`.
+    Each part of the cycle is replayed if a graph holds it. Otherwise it runs without.
+
+    Args:
+        step: what vLLM has run.
+        passes: the passes that no graph holds.
+        step_graphs: the graphs of this step's decisions, and of its readings.
+        captured: what those graphs hold. None if there are none.
+        keeps_readings: whether `readings` holds all readings in the end.
     """
+
+    reading: Reading  # the latest one without a graph
 
     def __init__(
         self,
-        batch: InputBatch,
         cycle: Cycle,
+        step: EngineStep,
         turn_runner: TurnRunner,
-        passes: EagerPasses,
+        passes: Passes,
         gammas: StepGammas,
         graphs: CycleGraphs,
+        step_graphs: StepGraphs,
+        captured: CapturedParts | None,
+        keeps_readings: bool = False,
     ) -> None:
-        self.batch, self.cycle = batch, cycle
+        self.cycle, self.step = cycle, step
         self.turn_runner, self.passes = turn_runner, passes
         self.gammas, self.graphs = gammas, graphs
+        self.step_graphs, self.captured = step_graphs, captured
+        self.keeps_readings = keeps_readings
+        self.readings: list[Reading] = []
+        """By turn after the first. Empty unless `keeps_readings`."""
 
-    def find_graphs(self, filters: bool) -> list[Replay] | None:
-        """Calls that replay the turns after the first. None if a turn has no graph for this step.
-
-        The graphs apply temperature only. If `filters`, they also apply min-p, top-k and top-p.
-        Requests that need more than that run without graphs.
-        """
-        step_len = uniform_step_len(self.batch)
-        if step_len is None:
-            return None
-        return self.graphs.find(self.cycle.num_reqs, step_len, filters)
-
-    def replay(
-        self,
-        replays: list[Replay],  # from `find_graphs`
-        hidden_states: torch.Tensor,  # [num_tokens, sum of the first turn's hidden sizes]
-    ) -> tuple[Outputs, LogprobsTensors | None]:
-        """Replay the cycle, except for the last turn's passes of one token."""
-        self.graphs.step_buffers.load(hidden_states, self.batch.logits_indices)
-
-        def take_turn(turn: int) -> None:
-            replays[turn - 1]()
-
-        return self.turn_runner.run(self.cycle, take_turn, self._propose_more)
-
-    def run(self, step: EngineStep) -> tuple[Outputs, LogprobsTensors | None]:
-        """The same without graphs, for any step."""
-
-        def take_turn(turn: int) -> LogprobsTensors | None:
-            return self.turn_runner.take_turn(turn, self.cycle, step, self.passes)
-
-        return self.turn_runner.run(self.cycle, take_turn, self._propose_more)
-
-    @property
-    def readings(self) -> list[Reading]:
-        """By turn, the readings made without graphs."""
-        return self.passes.readings
+    def run(self) -> Outputs:
+        """The cycle, except for the last turn's passes of one token."""
+        return self.turn_runner.run(self.cycle, self)
 
     def finish(self, stats: TurnStats) -> torch.Tensor:  # [num_reqs, window]
         """Make the last turn's passes of one token, and return the window for the next step."""
-        return self.turn_runner.finish(self.cycle, self._propose_more, stats, self.gammas.calls)
+        return self.turn_runner.finish(self.cycle, self, stats, self.gammas.calls)
 
-    def _propose_more(self, turn: int) -> None:
-        """The turn's passes of one token, replayed if a graph holds them.
+    # The parts of the cycle
 
-        They may have a graph even where the turn's first pass had none.
-        """
+    def open(self) -> None:
+        if self.step_graphs.decisions is not None:
+            self.step_graphs.decisions[0]()
+        else:
+            self.turn_runner.open(self.cycle, self.step)
+
+    def read(self, turn: int) -> None:
+        if self.step_graphs.readings is not None:
+            self.step_graphs.readings[turn - 1]()
+            return
+        self.reading = reading = self.passes.read(turn, self.cycle)
+        if self.keeps_readings:
+            # The graphs of other members overwrite what piecewise graphs return.
+            hidden_states = reading.hidden_states.clone()
+            self.readings.append(reading._replace(hidden_states=hidden_states))
+        if self.step_graphs.decisions is not None:
+            self.captured.readings.load(turn, reading)
+
+    def judge(self, turn: int) -> None:
+        if self.step_graphs.decisions is not None:
+            self.step_graphs.decisions[turn]()
+            return
+        if self.step_graphs.readings is not None:
+            reading = self.captured.readings.of_turn(turn, self.cycle.num_reqs)
+        else:
+            reading = self.reading
+        self.turn_runner.judge(turn, self.cycle, self.step, reading)
+
+    def propose_more(self, turn: int) -> None:
         num_passes = self.gammas.num_passes(turn)
         replay = self.graphs.find_passes(turn, num_passes, self.cycle.num_reqs)
         if replay is not None:

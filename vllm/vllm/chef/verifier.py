@@ -33,17 +33,8 @@ class StepScores(NamedTuple):
 
     logits: list[torch.Tensor]  # members of the turn x [num_rows, vocab_size]
     params: StepParams
-    mask: torch.Tensor | None = None
-    """[num_rows, vocab_size] mask of a grammar, 0 or -inf, the same for all members"""
-
-
-class Verdict(NamedTuple):
-    """The result of a decision on some requests of a step."""
-
-    sampled: torch.Tensor  # [num_reqs, num_columns] accepted tokens, then a token of the ensemble
-    num_sampled: torch.Tensor  # [num_reqs]
-    reported: torch.Tensor | None
-    """[num_reqs * num_columns, vocab_size] logits from which log-probabilities are reported"""
+    bitmask: torch.Tensor | None = None
+    """[num_rows, ceil(vocab_size / 32)] int32, the tokens that grammars allow, one bit each"""
 
 
 class Verifier:
@@ -71,33 +62,51 @@ class Verifier:
         # Only a benchmark sets the acceptance. Otherwise this is None.
         self.synthetic_rates = configured_rates(turns, state.scores.device)
 
-    def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> LogprobsTensors | None:
-        """Decide the segments that all scorers have scored once `turn` has run.
-
-        Returns the log-probabilities of all decided tokens after the last scorer's turn, if a
-        request asks for them. Otherwise returns None.
-        """
-        is_last = turn == self.turns.last_scorer
+    def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> None:
+        """Decide the segments that all scorers have scored once `turn` has run."""
         num_segments = self.turns.num_decidable(turn)
         num_columns = self.turns.max_decided(turn) + 1
-        logprobs_dims = scores.params.logprobs_dims() if is_last else None
         candidates = self.ops.candidates(self.state, cycle, num_segments, num_columns)
         verdicts = [
-            self._judge(part, candidates.part(part), scores, cycle, num_segments, logprobs_dims)
+            self._judge(part, candidates.part(part), scores, cycle, num_segments)
             for part in self._chunks(cycle.num_reqs, num_columns)
         ]
-        sampled, num_sampled, reported = zip(*verdicts, strict=True)
+        sampled, num_sampled = zip(*verdicts, strict=True)
         self.ops.settle(
             self.state,
             cycle,
             _joined(sampled),
             _joined(num_sampled),
             num_segments,
-            draws=is_last and self.turns.draws,
+            draws=turn == self.turns.last_scorer and self.turns.draws,
         )
-        if logprobs_dims is None:
-            return None
-        return self._logprobs(reported, num_columns, cycle, *logprobs_dims)
+
+    def logprobs(
+        self, scores: StepScores, cycle: Cycle, num_logprobs: int, max_token_ids: int
+    ) -> LogprobsTensors:
+        """Log-probabilities of every column's token, and of the most likely tokens beside it.
+
+        The cycle's last decision has been made. vLLM reads only the decided columns. The last two
+        arguments are the result of vLLM's `Sampler.get_logprobs_dims`.
+        """
+        num_columns = self.turns.max_decided(self.turns.last_scorer) + 1
+        candidates = self.ops.candidates(self.state, cycle, len(self.turns), num_columns)
+        parts = []
+        for part in self._chunks(cycle.num_reqs, num_columns):
+            logits = self._reported(part, candidates.part(part), scores, cycle)
+            parts.append(
+                compute_topk_scores(
+                    logits,
+                    num_logprobs,
+                    cycle.tokens[part, :num_columns].flatten(),
+                    logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+                    expanded_idx_mapping=cycle.slots[part].repeat_interleave(num_columns),
+                    max_per_req_token_ids=max_token_ids,
+                    logits_mode=self.sampler.logprobs_mode.endswith("_logits"),
+                )
+            )
+        offsets = (np.arange(cycle.num_reqs + 1) * num_columns).tolist()
+        return LogprobsTensors.cat(parts, cu_num_generated_tokens=offsets)
 
     def _judge(
         self,
@@ -106,26 +115,27 @@ class Verifier:
         scores: StepScores,
         cycle: Cycle,
         num_segments: int,
-        logprobs_dims: tuple[int, int] | None,
-    ) -> Verdict:
-        """A decision on the requests in `part`.
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs, num_columns], [num_reqs]
+        """A decision on the requests in `part`: accepted tokens and one more, and their number.
 
         `candidates` belong to the part. All other arguments belong to the whole step.
         """
         members, proposal = self._gather(cycle.part(part), candidates, scores, num_segments)
-        if scores.mask is not None:
-            # The first turn proposes after the grammar's mask. The other turns do not know the
-            # mask.
-            mask = scores.mask[candidates.step_rows]
-            is_first = candidates.segment == self.turns.in_window.index(0)
-            proposal = torch.where(is_first[:, :, None], proposal + mask, proposal)
-            members = members + mask
         layout = self._layout(*candidates.segment.shape)
         process = scores.params.processor(part, cycle, candidates, layout)
-        reports = logprobs_dims is not None
-        target, reported = self._target(members.flatten(1, 2), process, reports)
-        sampled = self._verify(part, layout, target, proposal, candidates, cycle)
-        return Verdict(*sampled, reported)
+        target = self._target(members.flatten(1, 2), process)
+        return self._verify(part, layout, target, proposal, candidates, cycle)
+
+    def _reported(
+        self, part: slice, candidates: Candidates, scores: StepScores, cycle: Cycle
+    ) -> torch.Tensor:  # [num_reqs * num_columns, vocab_size]
+        """The logits from which log-probabilities of the requests in `part` are reported."""
+        members, _ = self._gather(cycle.part(part), candidates, scores, len(self.turns))
+        members = members.flatten(1, 2)
+        if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+            layout = self._layout(*candidates.segment.shape)
+            return self._target(members, scores.params.processor(part, cycle, candidates, layout))
+        return combine(self.function, members, self.ensemble.combines_probs)
 
     def _gather(
         self, cycle: Cycle, candidates: Candidates, scores: StepScores, num_segments: int
@@ -143,40 +153,38 @@ class Verifier:
             else:
                 sources.append(self.state.kept_scores[turn - 1])
                 rows.append(candidates.kept_rows)
-        scales = scores.params.scales
+        params = scores.params
         dtype = reduce(torch.promote_types, (source.dtype for source in sources))
-        return self.ops.gather_scores(
+        gathered = self.ops.gather_scores(
             cycle,
             sources,
             rows,
             candidates.segment,
             self.proposers[:num_segments],
-            torch.float32 if scales else dtype,
-            scales,
+            torch.float32 if params.needs_float32 else dtype,
+            params.scales,
         )
+        if scores.bitmask is not None:
+            step_rows = candidates.step_rows.flatten()
+            for member in gathered.members.flatten(1, 2):
+                self.ops.mask_scores(member, scores.bitmask, step_rows)
+            # The first turn proposes after the grammar's mask. The other turns do not know the
+            # mask.
+            is_first = (candidates.segment == self.turns.in_window.index(0)).flatten()
+            proposal = gathered.proposal.flatten(0, 1)
+            self.ops.mask_scores(proposal, scores.bitmask, step_rows, is_first)
+        return gathered
 
     def _target(
         self,
         members: torch.Tensor,  # [num_members, num_reqs * num_columns, vocab_size]
         process: Process,
-        reports: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The target logits `[num_reqs * num_columns, vocab_size]`, and the logits to report.
-
-        The target is the ensemble's distribution after the sampling parameters. The second result
-        holds the logits from which log-probabilities are reported. It is None unless `reports`.
-        """
-        combines_probs, raw = self.ensemble.combines_probs, None
+    ) -> torch.Tensor:  # [num_reqs * num_columns, vocab_size]
+        """Logits of the ensemble's distribution after the sampling parameters."""
+        combines_probs = self.ensemble.combines_probs
         if self.ensemble.samples_members:
-            target = combine(self.function, process(members), combines_probs)
-        else:
-            raw = combine(self.function, members, combines_probs)
-            (target,) = process(raw[None])
-        if not reports:
-            return target, None
-        if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
-            return target, target
-        return target, combine(self.function, members, combines_probs) if raw is None else raw
+            return combine(self.function, process(members), combines_probs)
+        return process(combine(self.function, members, combines_probs)[None])[0]
 
     def _verify(
         self,
@@ -234,35 +242,6 @@ class Verifier:
         size = max(1, size // (num_columns * self.ensemble.num_members))
         for start in range(0, num_reqs, size):
             yield slice(start, min(start + size, num_reqs))
-
-    def _logprobs(
-        self,
-        reported: Sequence[torch.Tensor],
-        num_columns: int,
-        cycle: Cycle,
-        num_logprobs: int,
-        max_token_ids: int,
-    ) -> LogprobsTensors:
-        """Log-probabilities of every column's token, and of the most likely tokens beside it.
-
-        vLLM reads only the decided columns.
-        """
-        parts = []
-        for part, logits in zip(self._chunks(cycle.num_reqs, num_columns), reported, strict=True):
-            slots = cycle.slots[part]
-            parts.append(
-                compute_topk_scores(
-                    logits,
-                    num_logprobs,
-                    cycle.tokens[part, :num_columns].flatten(),
-                    logprob_token_ids_state=self.sampler.logprob_token_ids_state,
-                    expanded_idx_mapping=slots.repeat_interleave(num_columns),
-                    max_per_req_token_ids=max_token_ids,
-                    logits_mode=self.sampler.logprobs_mode.endswith("_logits"),
-                )
-            )
-        offsets = (np.arange(cycle.num_reqs + 1) * num_columns).tolist()
-        return LogprobsTensors.cat(parts, cu_num_generated_tokens=offsets)
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -154,6 +154,21 @@ def gather_scores(
     return GatheredScores(members, proposal)
 
 
+def mask_scores(
+    scores: torch.Tensor,  # [num_rows, vocab_size], written
+    bitmask: torch.Tensor,  # [num_step_rows, ceil(vocab_size / 32)] int32
+    step_rows: torch.Tensor,  # [num_rows], rows of `bitmask`
+    where: torch.Tensor | None = None,  # [num_rows] bool. None: everywhere
+) -> None:
+    """Give -inf to tokens that a grammar does not allow. Their bit is 0."""
+    tokens = torch.arange(scores.shape[1], device=scores.device)
+    allowed = bitmask[step_rows][:, tokens // 32] >> (tokens % 32) & 1
+    forbidden = allowed == 0
+    if where is not None:
+        forbidden &= where[:, None]
+    scores.masked_fill_(forbidden, float("-inf"))
+
+
 def settle(
     state: ProposalState,
     cycle: Cycle,

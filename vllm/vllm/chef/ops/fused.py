@@ -409,6 +409,53 @@ def _gather_scores_kernel(
         tl.store(members_ptr + of_member, scores, mask=is_token)
 
 
+def mask_scores(
+    scores: torch.Tensor,
+    bitmask: torch.Tensor,
+    step_rows: torch.Tensor,
+    where: torch.Tensor | None = None,
+) -> None:
+    num_rows, vocab_size = scores.shape
+    _mask_scores_kernel[(num_rows, triton.cdiv(vocab_size, VOCAB_BLOCK))](
+        scores,
+        scores.stride(0),
+        bitmask,
+        bitmask.stride(0),
+        step_rows,
+        where,
+        vocab_size,
+        BLOCK=VOCAB_BLOCK,
+        HAS_WHERE=where is not None,
+        num_warps=8,
+    )
+
+
+@triton.jit
+def _mask_scores_kernel(
+    scores_ptr,
+    scores_stride,
+    bitmask_ptr,
+    bitmask_stride,
+    step_rows_ptr,
+    where_ptr,
+    vocab_size,
+    BLOCK: tl.constexpr,
+    HAS_WHERE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    is_wanted = True
+    if HAS_WHERE:
+        is_wanted = tl.load(where_ptr + row) != 0
+    if is_wanted:
+        token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        is_token = token < vocab_size
+        bitmask_ptr += tl.load(step_rows_ptr + row) * bitmask_stride
+        bits = tl.load(bitmask_ptr + token // 32, mask=is_token, other=0)
+        is_forbidden = ((bits >> (token % 32)) & 1) == 0
+        at = scores_ptr + row * scores_stride + token
+        tl.store(at, tl.full((BLOCK,), float("-inf"), tl.float32), mask=is_token & is_forbidden)
+
+
 def settle(
     state: ProposalState,
     cycle: Cycle,
