@@ -47,7 +47,7 @@ class Divergence:
         prefix: the tokens before the position, which both completions share.
         texts: both tokens as text; None before a tokenizer has decoded them.
         top: the two likeliest tokens of the plain ensemble there.
-        margin: log-probability (nats) of the first of them minus that of the second.
+        margin: the difference of their log-probabilities (nats).
     """
 
     index: int

@@ -118,7 +118,7 @@ def _documents(roots: Iterable[Path]) -> Iterator[Document]:
             # The standard library's folder may hold the packages of its own interpreter.
             if "site-packages" in parts or not _is_text(file):
                 continue
-            # The name is that of the folder or the module. For numpy-2.3.5.dist-info it is numpy.
+            # The folder or module names the package: numpy for numpy-2.3.5.dist-info.
             package = re.split(r"[-.]", parts[0])[0]
             if package in EXCLUDED_PACKAGES or not file.is_file():
                 continue
