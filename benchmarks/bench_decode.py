@@ -6,9 +6,9 @@
         --acceptance 0.8 0.6 --batch-sizes 1 8
     python benchmarks/bench_decode.py --preset smoke        # without a GPU
 
-Every run has its own engine and its own process. While a run is measured, no other run works.
-`docs/benchmarks.md` has the grammar of runs, the method and every field. The last line of the
-output is JSON; `--out FILE` has the same JSON after each measured cell.
+Every run has its own engine and its own process. While a run is measured, the engines of all other
+runs wait. `docs/benchmarks.md` has the grammar of runs, the method and every field. The last line
+of the output is JSON. `--out FILE` saves this JSON after each measured cell.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def targets_of(args: argparse.Namespace) -> list[Target]:
 def check_models(plans: Sequence[Plan], models: Path) -> None:
     """Refuse missing models, and runs that mix shapes with real models.
 
-    There is no text for a mixed run.
+    A mixed run has no prompts: shapes have no tokenizer, and real models need real text.
     """
     for plan in plans:
         names = Run.parse(plan.run).models
@@ -213,7 +213,7 @@ class Document:
         return entry
 
     def describe(self, entry: dict[str, Any], engine: dict[str, Any]) -> None:
-        """Record what an engine says of itself; all engines must be on one machine."""
+        """Record what an engine reports. Device and versions must be the same for all engines."""
         where = {key: engine.pop(key) for key in ("device", "versions")}
         for key, value in where.items():
             if self.content[key] not in (None, value):
@@ -240,8 +240,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 class EngineProcess:
     """`bench_engine.py` in a process of its own, which starts at once.
 
-    Its memory is surely freed at the end, and an error in it breaks nothing else. It begins to
-    measure when its second line is requested.
+    The end of the process frees all its memory, and an error in it breaks no other run. The process
+    begins to measure when the caller asks for its second line.
     """
 
     def __init__(self, plan: Plan, args: argparse.Namespace, root: Path) -> None:
@@ -268,7 +268,7 @@ class EngineProcess:
 
     def end(self) -> None:
         if not self.process.stdin.closed:
-            # Also if the process has ended: it may have left other processes behind.
+            # Kill the group even if the process has ended: its child processes may still run.
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.communicate()  # closes its input
@@ -276,8 +276,8 @@ class EngineProcess:
     def lines(self) -> Iterator[dict[str, Any]]:
         """The lines that the process writes, as they come.
 
-        The first is `engine`, when the engine is ready. The process measures only after the caller
-        has taken it. An `error` is always the last line.
+        The first line is `engine`. It comes when the engine is ready. The process measures only
+        after the caller has taken this line. An `error` is always the last line.
         """
         deadline, rest = time.monotonic() + self.timeout, ""
         with self.path.open() as file:
@@ -301,7 +301,7 @@ class EngineProcess:
             yield {"error": f"the engine's process ended with {self.process.returncode}"}
 
     def _let_it_measure(self) -> None:
-        with suppress(BrokenPipeError):  # the process died meanwhile; the next poll finds that
+        with suppress(BrokenPipeError):  # the process has died; the next poll finds that
             self.process.stdin.write(b"\n")
             self.process.stdin.flush()
 
@@ -309,7 +309,7 @@ class EngineProcess:
 def run_plans(
     plans: Sequence[Plan], args: argparse.Namespace, document: Document, root: Path
 ) -> None:
-    """Start the engines of all plans, and measure one after another when the last is ready."""
+    """Start the engines of all plans. When all are ready, measure one after another."""
     with ExitStack() as stack:
         engines = [stack.enter_context(EngineProcess(plan, args, root)) for plan in plans]
         lines = [engine.lines() for engine in engines]
@@ -317,7 +317,7 @@ def run_plans(
         firsts = [next(of_engine, silent) for of_engine in lines]
         for engine, first, others in zip(engines, firsts, lines, strict=True):
             record(engine.plan, chain([first], others), document)
-            engine.end()  # its memory is free before the next one measures
+            engine.end()  # frees its memory before the next engine is measured
 
 
 def record(plan: Plan, lines: Iterator[dict[str, Any]], document: Document) -> None:

@@ -34,8 +34,8 @@ NUM_TRACED_TOKENS = 64
 class Sample:
     """The steady state of one batch.
 
-    It begins after the step by which all requests have their first outputs. It ends with the step
-    that brings the last of the requested tokens.
+    The sample begins after the step by which all requests have their first outputs. It ends with
+    the step that reaches the requested number of tokens.
     """
 
     seconds: float = 0.0
@@ -107,7 +107,8 @@ class BenchEngine:
         self.timed: set[int] = set()
         self.graph_ms: dict[str, Any] | None = None
         """What `bench_graph_times` says of all batch sizes so far"""
-        # vLLM collects garbage a dozen times as it starts, over everything that is imported.
+        # vLLM collects garbage a dozen times while it starts. Without this call each collection
+        # visits all imported modules.
         gc.freeze()
         started = time.perf_counter()
         self.engine = LLMEngine.from_engine_args(
@@ -195,7 +196,7 @@ class BenchEngine:
         prompts = [self.prompts[i % len(self.prompts)] for i in range(batch_size)]
         params = [
             SamplingParams(
-                # Every request ever made has another seed: acceptance depends on seed and position.
+                # No two requests have the same seed: acceptance depends on seed and position.
                 seed=next(self.seeds),
                 max_tokens=max_model_len(self.run, self.args) - len(prompt),
                 ignore_eos=True,
@@ -273,7 +274,10 @@ def turn_counts(stats: dict[str, Any]) -> dict[str, Any]:
 
 
 def draft_counts(samples: Sequence[Sample], run: Run) -> dict[str, Any]:
-    """The same for vLLM's own speculation: every cycle ends in a token of the target."""
+    """Acceptance and calls by model, for vLLM's own speculation.
+
+    Every cycle ends in a token of the target, so one token of each cycle was not a proposal.
+    """
     (gamma,) = run.gammas
     counts = sum((sample.counts for sample in samples), Counter())
     judged = sum(times * min(length, gamma) for length, times in counts.items())
@@ -298,13 +302,13 @@ def engine_arguments(plan: Plan, args: Namespace, root: Path) -> dict[str, Any]:
         "max_model_len": max_model_len(run, args),
         "max_num_seqs": max(plan.batch_sizes + plan.sweep_batch_sizes),
         "max_num_batched_tokens": BATCHED_TOKENS,
-        # vLLM only checks this value: the memory of the cache is set below.
+        # vLLM only checks this value, because kv_cache_memory_bytes sets the size of the cache.
         "gpu_memory_utilization": 0.9 / args.engines_at_once,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
         "worker_extension_cls": "benchmarks.bench_worker.BenchWorker",
     }
-    every_model = [folders[name] for name in run.models]  # a model that appears twice counts twice
+    every_model = [folders[name] for name in run.models]  # a model may appear twice
     arguments["kv_cache_memory_bytes"] = kv_cache_bytes(
         every_model, arguments["max_num_seqs"], run, args
     )
@@ -329,7 +333,7 @@ def ensemble_arguments(
     options: dict[str, Any],
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """The arguments together with an ensemble's; `options` are more options of its speculation."""
+    """`arguments`, and the arguments of the ensemble; `options` go to its speculation."""
     from vllm.chef import ensemble_args
     from vllm.chef.config import AUTO
 
@@ -347,7 +351,7 @@ def ensemble_arguments(
         proposing = {"draft_model": folders[run.proposer], "gamma": run.window}
     if run.is_adaptive:
         proposing |= {"gamma": AUTO, "max_gamma": gammas}
-        # vLLM prepares one depth per number of requests.
+        # vLLM takes a depth from each number of requests, so it needs as many numbers as depths.
         num_depths = run.window + 1
         arguments = {**arguments, "max_num_seqs": max(arguments["max_num_seqs"], num_depths)}
     if options:
@@ -361,7 +365,7 @@ def speculation_options(plan: Plan, run: Run, args: Namespace) -> dict[str, Any]
 
     options = {}
     if run.proposer:
-        # As in the harness, if tokens are sampled.
+        # The harness uses the same rule: probabilistic if tokens are sampled.
         options["draft_sample_method"] = "probabilistic" if any(args.temperature) else "greedy"
     if plan.acceptances and run.policy:
         rates = unconditional_rates(plan.acceptances[0], run.window)
@@ -378,7 +382,10 @@ def model_folder(name: str, args: Namespace, root: Path) -> str:
 
 
 def max_model_len(run: Run, args: Namespace) -> int:
-    """Room for requests that get more tokens than the mean, and for proposals past the end."""
+    """A length with room for two things.
+
+    Some requests get more tokens than the mean, and members propose past the end of a request.
+    """
     return args.prompt_len + args.skip + args.num_tokens * 3 // 2 + 4 * (run.window + 2)
 
 
@@ -393,15 +400,15 @@ def kv_cache_bytes(folders: Sequence[str], num_reqs: int, run: Run, args: Namesp
         head_size = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads
         per_token += 2 * config["num_hidden_layers"] * kv_heads * head_size * value_size
-    # One block more than the longest text needs, so that no request is ever preempted. It is only
-    # one, so that several engines fit beside one another.
+    # One block more than the longest text needs, so that no request is ever preempted. No further
+    # blocks, so that several engines fit on one GPU.
     block_size = KV_BLOCK_SIZE_CPU if is_cpu_build() else KV_BLOCK_SIZE
     num_blocks = -(-max_model_len(run, args) // block_size) + 1
     return max(per_token * num_reqs * num_blocks * block_size, 64 << 20)
 
 
 def make_prompts(args: Namespace, num_prompts: int, tokenizer: Any) -> list[list[int]]:
-    """Any tokens for dummy models; for real models the last `prompt_len` of HumanEval's prompts."""
+    """Arbitrary tokens for dummy models; for real models the ends of `--prompts` or HumanEval's."""
     if tokenizer is None:
         return [[3 + i] * args.prompt_len for i in range(num_prompts)]
     if args.prompts:
@@ -415,7 +422,7 @@ def make_prompts(args: Namespace, num_prompts: int, tokenizer: Any) -> list[list
 
 
 def configure_process() -> None:
-    """Settings that vLLM reads when it is imported; what the environment already sets is kept."""
+    """Set what vLLM reads when it is imported, unless the environment already sets it."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if is_cpu_build():
         # An engine in a process of its own would share the cores with this process.
@@ -425,9 +432,9 @@ def configure_process() -> None:
 def main() -> None:
     """`python -m benchmarks.bench_engine REQUEST LINES`: measure what REQUEST (JSON) asks for.
 
-    LINES gets a line of JSON for each result as soon as it is known, so a killed process leaves the
-    results that it had. After the line `engine` this process waits for a line on its standard
-    input.
+    LINES gets a line of JSON for each result as soon as the result is known, so a killed process
+    leaves the results that it had. After the line `engine` this process waits for a line on its
+    standard input.
     """
     request, lines = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     paths = {

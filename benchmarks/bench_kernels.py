@@ -2,9 +2,9 @@
 
     python benchmarks/bench_kernels.py --out kernels.json        # on a GPU; on a CPU torch alone
 
-`host_us` is the time until a call returns. `graph_us` is the time of a call that is replayed in a
-CUDA graph, as in a step that only decodes. `combine` is the ensemble's arithmetic over the
-vocabulary. The last line of the output is JSON.
+`host_us` is the time until a call returns. `graph_us` is the time of a call inside a CUDA graph, as
+in a step that only decodes. `combine` is the ensemble's arithmetic over the vocabulary. The last
+line of the output is JSON.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def operations(
     gammas: Sequence[int], num_reqs: int, vocab_size: int, device: torch.device
 ) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
-    """(name, `{"torch": call, "triton": call}`); no "triton" if Triton would be interpreted."""
+    """(name, `{"torch": call, "triton": call}`). On a CPU there is no "triton"."""
     kinds = {"torch": eager, "triton": fused}
     if device.type == "cpu":
         del kinds["triton"]
@@ -99,7 +99,7 @@ def operations(
 def of_cycle(
     ops: ModuleType, gammas: Sequence[int], num_reqs: int, vocab_size: int, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
-    """Every operation on columns, for requests that all decode with a full window."""
+    """The calls by name, for requests that all decode with a full window."""
     turns = chef_turns(gammas, list(range(len(gammas), 0, -1)), [True] * len(gammas))
     last, window = len(turns) - 1, turns.window
     state = ProposalState(turns, MAX_NUM_REQS, MAX_MODEL_LEN, 8, torch.bfloat16, device)

@@ -14,7 +14,7 @@ NUM_REPLAYS = 20
 
 
 class BenchWorker:
-    """Answers `collective_rpc` between two batches, when no request is in the engine."""
+    """Methods for `collective_rpc`. Call them between two batches, when the engine is empty."""
 
     model_runner: Any
 
@@ -42,7 +42,7 @@ class BenchWorker:
             torch.cuda.reset_peak_memory_stats()
 
     def bench_memory_gib(self) -> float:
-        """GiB: on a GPU the peak of tensors since the reset, else the peak of this process ever."""
+        """Peak memory in GiB: of tensors since the reset; on a CPU, of this process ever."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
@@ -73,8 +73,8 @@ class BenchWorker:
         decisions that follow it. The second turn's includes the first turn's decision, too. None if
         there are no CUDA graphs.
 
-        Call this after a batch of this size. A replay attends to as many tokens as the batch's last
-        step did, and it writes to the same places.
+        Call this after a batch of this size. A replay reads and writes the data of that batch's
+        last step, so it attends to as many tokens.
         """
         manager = getattr(self.model_runner, "cudagraph_manager", None)
         if manager is None or not manager.graphs:
@@ -96,8 +96,8 @@ class BenchWorker:
 def turn_times(managers: dict[tuple[Any, ...], Any], turn: int, batch_size: int) -> dict[str, Any]:
     """Milliseconds of replays of a turn's graphs, for requests that ask for a temperature only.
 
-    The times are those of the graphs with the most tokens in the engine step. If graphs hold
-    several passes, they are those with the most passes.
+    "reading" has the graphs with the most tokens in the engine step. "passes" has the graphs with
+    the most passes.
     """
     numbers = [key[2] for key in managers if key[:2] == ("propose_more", turn)]
     number = max(numbers, default=0)
@@ -116,9 +116,9 @@ def turn_times(managers: dict[tuple[Any, ...], Any], turn: int, batch_size: int)
 
 
 def times(manager: Any, batch_size: int) -> dict[int, float]:
-    """Milliseconds by `num_tokens` of the graphs of a `CudaGraphManager` that a batch may run in.
+    """Milliseconds by `num_tokens`, for the graphs of a `CudaGraphManager` that a batch may use.
 
-    For each number of tokens per request, it is the smallest graph that holds the batch.
+    For each number of tokens per request, this is the smallest graph that holds the batch.
     """
     fitting: dict[int | None, Any] = {}
     for desc in sorted(manager.graphs, key=lambda desc: desc.num_tokens):

@@ -3,10 +3,10 @@
     python benchmarks/inflate.py models/smollm2-135m /tmp/smollm2-7b --size 7b
     python benchmarks/inflate.py models/smollm2-135m /tmp/wide --hidden-size 960 --layers 34
 
-Dimensions that are not given are those of the size; without `--size`, those of the source. The
-number of heads follows the hidden size. This measures speed at the cost of a 7B, with the real
-acceptance of members of one tokenizer. The module knows checkpoints in the layout of transformers.
-It knows no engine.
+A dimension that is not given comes from the size, or without `--size` from the source. The number
+of heads follows the hidden size. With the result, a benchmark measures speed at the cost of a 7B
+and with the real acceptance of smaller members. The module knows checkpoints in the layout of
+transformers. It knows no engine.
 
 Everything that is added is zero:
 - hidden channels, which every layer then leaves at zero,
@@ -14,7 +14,7 @@ Everything that is added is zero:
 - layers, which add zero.
 
 RMSNorm divides by the root of the mean square. If d channels are padded to D, the mean square is
-d/D of what it was. So eps is multiplied by d/D, and each norm's weight by sqrt(d/D). This is exact
+multiplied by d/D. So eps is multiplied by d/D, and each norm's weight by sqrt(d/D). This is exact
 except for the rounding of these weights to the dtype, up to 0.4 % in bfloat16. If D/d is a power of
 4, there is no rounding.
 """
@@ -58,7 +58,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
 class ShapeError(ValueError):
-    """A source or a shape that cannot be inflated. The text is one line."""
+    """The source cannot be inflated, or not to this shape. The text is one line."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Shape:
 class Size:
     """A public model's width, grouping of heads, least depth, and number of parameters.
 
-    The vocabulary comes from the source, and so does the depth if it is larger. The width of the
-    MLP is chosen to reach the number of parameters.
+    The vocabulary comes from the source. The depth comes from the source if the source is deeper.
+    The width of the MLP is chosen to reach the number of parameters.
     """
 
     hidden_size: int
@@ -122,7 +122,10 @@ MLP_MULTIPLE = 64
 
 
 def shape_of_size(source: Shape, name: str) -> Shape:
-    """The source's shape brought to a named size: its heads, vocabulary and least depth."""
+    """The shape of a named size, with the head size and the vocabulary of the source.
+
+    It has at least as many layers as the source.
+    """
     size = SIZES[name]
     heads = size.hidden_size // source.head_dim
     shape = replace(
@@ -139,9 +142,10 @@ def shape_of_size(source: Shape, name: str) -> Shape:
 
 
 def with_heads(shape: Shape, heads: int) -> Shape:
-    """The shape with `heads` heads. The grouping stays if it divides `heads`.
+    """The shape with `heads` query heads.
 
-    Otherwise each head has a key of its own.
+    The number of query heads per key-value head stays if it divides `heads`. Otherwise each query
+    head has a key-value head of its own.
     """
     ratio = shape.queries_per_key if heads % shape.queries_per_key == 0 else 1
     return replace(shape, num_attention_heads=heads, num_key_value_heads=heads // ratio)
@@ -176,12 +180,18 @@ def check(source: Shape, target: Shape) -> None:
 
 
 def _copies(source: Shape, target: Shape) -> int:
-    """Copies of each key-value head that its query heads need in the target's grouping."""
+    """How many key-value heads of the target stand for one of the source.
+
+    The target may have fewer query heads per key-value head.
+    """
     return math.ceil(source.queries_per_key / target.queries_per_key)
 
 
 def head_origins(source: Shape, target: Shape) -> tuple[list[int], list[int]]:
-    """The source's head at each place of the target, -1 if none: for queries, then for keys."""
+    """For each head of the target, the index of the source's head, or -1 if it is padding.
+
+    The first list is for query heads, the second for key-value heads.
+    """
     copies, per_key = _copies(source, target), target.queries_per_key
     queries, keys = [-1] * target.num_attention_heads, [-1] * target.num_key_value_heads
     for head in range(source.num_attention_heads):
@@ -193,7 +203,7 @@ def head_origins(source: Shape, target: Shape) -> tuple[list[int], list[int]]:
 
 
 def origins(source: Shape, target: Shape) -> dict[str, Tensor]:
-    """By axis: the source's index at each index of the target `[target_size]`, -1 if none."""
+    """By axis, `[target_size]`: for each index of the target the source's index; -1: padding."""
 
     def padded(num_source: int, num_target: int) -> Tensor:
         index = torch.full((num_target,), -1)
@@ -237,7 +247,7 @@ class Source:
                 del self._file_of[name]
 
     def names(self, num_layers: int) -> Iterator[tuple[str, bool]]:
-        """The tensor names of a model with `num_layers` layers, and whether the source has each."""
+        """Each tensor name of a model with `num_layers` layers, and whether the source has it."""
         ours = "model.layers.0."
         parts = [name.removeprefix(ours) for name in self._file_of if name.startswith(ours)]
         yield from ((name, True) for name in self._file_of if ".layers." not in name)
@@ -252,7 +262,7 @@ class Source:
 
 
 class Inflation:
-    """From a source's tensors to the target's."""
+    """Makes the target's tensors from the source's."""
 
     def __init__(self, source: Shape, target: Shape, tensors: Source, dtype: torch.dtype):
         self._tensors, self._dtype = tensors, dtype
@@ -287,7 +297,7 @@ class Inflation:
 
 
 def write_shards(inflation: Inflation, folder: Path, shard_bytes: int) -> int:
-    """Write all tensors, one file at a time, and the index; returns their bytes.
+    """Write all tensors, one file at a time, and the index; returns the bytes of the tensors.
 
     Memory holds the tensors of one file at most.
     """
@@ -344,10 +354,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def inflate(
     folder: Path, into: Path, target: Shape, dtype: str | None = None, shard_gib: float = 2.0
 ) -> int:
-    """Write the checkpoint `folder` in the shape `target` as `into`; returns its bytes.
+    """Write the checkpoint `folder` in the shape `target` to `into`; returns the bytes written.
 
     Raises:
-        ShapeError: `target` does not have room for it, or `into` exists.
+        ShapeError: `target` does not have room for the checkpoint, or `into` exists.
     """
     config = read_config(folder)
     source = Shape.of(config)

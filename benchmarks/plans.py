@@ -28,7 +28,7 @@ class Run:
     """Models, and who proposes: one engine.
 
     Args:
-        text: as the user wrote it.
+        text: the run as the user wrote it.
         members: names, in the user's order.
         scores: by member, whether it has a say.
         alpha: of a contrastive ensemble; None: weighted, all weights equal.
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def plain_key(self) -> tuple[str, ...]:
-        """Equal for a run and for the plain ensemble that gives the same output.
+        """A run and the plain ensemble with the same output have the same key.
 
         The key leaves out alpha, which does not change the cost.
         """
@@ -115,9 +115,9 @@ class Plan:
     """One engine and the cells measured in it.
 
     Args:
-        run: as text.
-        acceptances: set synthetically; none: the models' own. The first one is measured at all
-            batch sizes, the others at `sweep_batch_sizes`.
+        run: the run as text.
+        acceptances: the synthetic acceptances; if empty, the models' own acceptance counts. The
+            first one is measured at all batch sizes, the others at `sweep_batch_sizes`.
     """
 
     run: str
@@ -137,9 +137,9 @@ class Target:
     """A number to reach, at batch size 1.
 
     Args:
-        runs: the best of these counts.
-        field: of a row of the results; `speed_over:RUN` is the speed over another run's.
-        value: the least number, or the largest if `at_most`.
+        runs: the runs that may reach the target; the best of them counts.
+        field: a field of the results, or `speed_over:RUN` for the speed over another run.
+        value: the lower bound, or the upper bound if `at_most`.
     """
 
     name: str
@@ -150,7 +150,7 @@ class Target:
     at_most: bool = False
 
     def judge(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """`{"name", "target", "reached_value", "reached", "run"}`; None if no run was measured."""
+        """The target's entry of the document; what was reached is None if no run was measured."""
         found = [(self._value(row, rows), row["run"]) for row in rows if self._is_meant(row)]
         found = [(value, run) for value, run in found if value is not None]
         best, run = (min if self.at_most else max)(found, default=(None, None))
@@ -190,8 +190,8 @@ CHEF_CD, SD_TARGET_ALONE = f"cd0.1:{BIG}+{SMALL}@1,5", f"cd0:{BIG}+{SMALL}@sd5"
 STOCK = f"{BIG}/{SMALL}@5"
 OUTSIDE = (f"{TWO}+{SMALL}:0@1,1,5", f"{TWO}/{SMALL}@5")
 
-# In the order of importance: a killed benchmark lacks the last ones. Groups of four fit into 139
-# GiB together (--engines-at-once 4).
+# The most important runs come first, because a killed benchmark lacks the last ones. Groups of four
+# fit into 139 GiB together (--engines-at-once 4).
 DESIGN = [
     *(Plan(BIG), Plan(TWO), Plan(f"{TWO}@1,1", ACCEPTANCES)),
     *(Plan(f"cd0.1:{BIG}+{SMALL}"), Plan(CHEF_CD, ACCEPTANCES), Plan(STOCK, (0.8,))),

@@ -66,7 +66,10 @@ def label(run: Run) -> str:
 
 
 def is_drawn(row: Row, runs: Sequence[str]) -> bool:
-    """Whether the row is of `runs`, or has at least two members with a say if `runs` is empty."""
+    """Whether to draw the row: its run is in `runs`, or has two members with a say if it is empty.
+
+    A row without a speed over the plain ensemble is never drawn.
+    """
     if not row.get("speed_over_plain"):
         return False
     run = Run.parse(row["run"])
@@ -74,7 +77,7 @@ def is_drawn(row: Row, runs: Sequence[str]) -> bool:
 
 
 def of_one_kind(rows: Sequence[Row]) -> list[Row]:
-    """The rows whose requests ask for the same as the first row's."""
+    """The rows with the temperature and the sampling parameters of the first row."""
     kinds = [(row["temperature"], row["sampling"]) for row in rows]
     return [row for row, kind in zip(rows, kinds, strict=True) if kind == kinds[0]]
 
@@ -87,13 +90,13 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def shown_acceptance(row: Row) -> float:
-    """The acceptance of judged proposals, the mean over the members that propose."""
+    """The mean acceptance of the members that propose."""
     rates = [rate for rate in row["acceptance"] if rate is not None]
     return sum(rates) / len(rates)
 
 
 def curve(row: Row, engine: dict[str, Any]) -> tuple[list[float], list[float]] | None:
-    """Speed by acceptance that theory expects from this row's costs."""
+    """Acceptances, and the speeds that theory expects at them from this row's costs."""
     ratio = (row["theory"] or {}).get("cost_ratio")
     run, turns = Run.parse(row["run"]), turns_of(engine)
     if ratio is None or run.is_adaptive or (turns is None and run.policy != "draft_model"):
@@ -163,7 +166,7 @@ def by_batch_size(axes: Axes, document: dict[str, Any], colours: Sequence[str]) 
 def pictures(
     documents: Sequence[dict[str, Any]], runs: Sequence[str], batch_size: int | None
 ) -> Iterator[tuple[str, str, Any]]:
-    """(name, theme, figure); finished runs of several documents are put together."""
+    """(name, theme, figure) of each picture, with the finished runs of all documents."""
     engines, rows = [], []
     for document in documents:
         done = [entry for entry in document["configurations"] if entry["status"] == "done"]

@@ -26,7 +26,7 @@ def complete(document: dict[str, Any]) -> None:
 
 
 class Index:
-    """Rows of single models and of plain ensembles, by batch size and what requests ask for."""
+    """Rows of single models and plain ensembles, by batch size and sampling parameters."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = {}
@@ -55,10 +55,13 @@ class Index:
 
 
 def compared(row: Row, run: Run, index: Index) -> Row:
-    """The cost over that of the members together, and the speed over each member.
+    """The row's fields that compare its cost with other runs:
 
-    The row also has the speed over the plain ensemble. A value is None if the other run was not
-    measured.
+    - the speed over each model alone,
+    - for a plain ensemble of several members, its cost over the sum of the members' costs,
+    - for a run in which tokens are proposed, the speed over the plain ensemble.
+
+    A value is None if the other run was not measured.
     """
     alone = {model: index.alone(model, row) for model in run.models}
     cost = row["ms_per_token"]
@@ -84,9 +87,9 @@ def turns_of(engine: Mapping[str, Any]) -> Turns | None:
 def in_graphs(row: Row, run: Run, engine: Mapping[str, Any]) -> Row:
     """Milliseconds of a cycle that are spent in each turn's CUDA graphs, and the rest.
 
-    All values are None on a CPU. They are also None for turns whose requests ask for more than a
-    temperature: such requests run in other graphs, or without graphs. The rest alone is None in two
-    cases:
+    All values are None on a CPU. They are also None for turns whose requests use more than a
+    temperature, because these requests run in other graphs, or without graphs. Only the first
+    graph's time is known, and the rest is None, in two cases:
     - vLLM's own speculation, whose drafts are not timed,
     - gammas that change.
     """
@@ -129,8 +132,8 @@ def at_least(times: Mapping[Any, float], num_tokens: int) -> float | None:
 def expected(row: Row, run: Run, engine: Mapping[str, Any], index: Index) -> Row | None:
     """What `docs/algorithm.md` expects from the measured acceptance and costs.
 
-    The costs are a cycle's graphs and a token of the plain ensemble. If these are missing, they are
-    the costs of each model alone, times its calls.
+    The cost of a cycle is the time of its graphs, compared with a token of the plain ensemble. If
+    the time of the graphs is missing, each call costs as much as a token of its model alone.
     """
     if run.policy is None or run.is_adaptive:
         return None
@@ -140,7 +143,8 @@ def expected(row: Row, run: Run, engine: Mapping[str, Any], index: Index) -> Row
     if cycle_ms is None:
         alone = {model: index.alone(model, row) for model in run.models}
         if None not in alone.values():
-            # Both sides count engine steps of their own, so that the engine's overhead cancels out.
+            # A token of a model alone contains an engine step. So the plain ensemble is counted by
+            # its models alone too, and the engine's overhead cancels out.
             basis, plain_ms = "models alone", sum(alone[model] for model in run.counted)
             calls = zip(row["calls_per_cycle"], run.models, strict=True)
             cycle_ms = sum(count * alone[model] for count, model in calls)
@@ -149,7 +153,7 @@ def expected(row: Row, run: Run, engine: Mapping[str, Any], index: Index) -> Row
         "tokens_per_cycle": tokens,
         "cycle_ms": cycle_ms,
         "cycle_ms_from": basis if cycle_ms else None,
-        # The speed over the plain ensemble, per token of a cycle.
+        # Times the tokens of a cycle, this is the speed over the plain ensemble.
         "cost_ratio": ratio,
         "speed_over_plain": ratio and tokens and ratio * tokens,
     }
@@ -159,7 +163,7 @@ def expected_tokens(run: Run, turns: Turns | None, rates: Sequence[float | None]
     """Tokens per cycle.
 
     Args:
-        rates: by member; for vLLM's own speculation the proposer's is the last.
+        rates: acceptance by member; for vLLM's own speculation the last one is the proposer's.
     """
     if run.policy == "draft_model":
         return run_of(rates[-1], run.gammas[0])

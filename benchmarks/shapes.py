@@ -1,6 +1,6 @@
 """Model folders with a config and no weights, for engines with `load_format="dummy"`.
 
-The shapes are those of public checkpoints; their numbers are from the checkpoints' configs.
+The shapes are those of public checkpoints. The numbers are from the configs of these checkpoints.
 """
 
 import json

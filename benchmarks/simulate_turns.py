@@ -16,7 +16,7 @@ from typing import Any
 from vllm.chef.reference import Chef
 from vllm.chef.turns import Turn
 
-# Gammas and acceptances in the order of the calls; which members the ensemble counts.
+# Gammas and acceptances in the order of the calls; the members that have a say (None: all).
 CHEF = [
     ((1, 1), (0.5, 0.5), None),
     ((1, 1), (0.8, 0.8), None),
@@ -29,7 +29,7 @@ CHEF = [
     ((1, 5), (0.9, 0.8), None),
     ((1, 1, 5), (0.8, 0.8, 0.8), (0, 1)),
 ]
-# Members, gamma of the last, acceptances, which members the ensemble counts.
+# Number of members, gamma of the last, acceptances, the members that have a say (None: all).
 SD = [(2, 5, (0.8, 0.8), None), (3, 5, (0.8, 0.8, 0.8), (0, 1))]
 
 
@@ -39,7 +39,8 @@ def simulate(
     scorers: Sequence[int] | None,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    # Each member gives its rate to the one token that the ensemble wants.
+    # There are two tokens. The ensemble always wants the first, and a member proposes it with the
+    # probability `rate`.
     members = [lambda tokens, rate=rate: (rate, 1 - rate) for rate in rates]
     num_tokens, num_cycles, calls = 0, 0, [0] * len(members)
     for seed in range(args.sequences):

@@ -19,7 +19,7 @@ TurnList = Sequence[tuple[Sequence[int], int]]
 
 
 def run_of(rate: float, num_tokens: int) -> float:
-    """1 + a + ... + a**n: tokens of a verification that always adds one token of its own."""
+    """1 + a + ... + a**n: expected tokens of a verification that adds one token of its own."""
     return sum(rate**length for length in range(num_tokens + 1))
 
 
@@ -30,8 +30,8 @@ def two_members(gamma: int, opener: float, other: float) -> float:
         opener, other: their rates of acceptance.
     """
     full, short = other**gamma, other ** (gamma - 1)
-    # The share of cycles with one token less in the window. If nothing is ever accepted, the share
-    # is undefined and does not matter.
+    # The share of cycles with one token less in the window. If no token is ever accepted, the
+    # formula for the share is 0 / 0, and its value does not matter.
     share = full * (1 - opener) / ((1 - (short - full) * (1 - opener)) or 1.0)
     return (1 - share) * run_of(other, gamma) + share * run_of(other, gamma - 1)
 
@@ -39,8 +39,8 @@ def two_members(gamma: int, opener: float, other: float) -> float:
 def one_token_each(rates: Sequence[float]) -> float:
     """Tokens per cycle of members that propose one token each."""
     if not prod(rates):
-        # If all proposals of a member are rejected, the member is asked again until it has been
-        # replaced for good.
+        # After a replacement the same member proposes the next token. If all its proposals are
+        # rejected, it proposes forever, and each cycle decides one token.
         return 1.0
     mean = len(rates) / sum(1 / rate for rate in rates)
     return len(rates) / (1 + (len(rates) - 1) * (1 - mean))
@@ -52,7 +52,7 @@ def tokens_per_cycle(
     """Tokens per cycle of members that take turns.
 
     Args:
-        scores: by member, whether the ensemble counts it.
+        scores: by member, whether the member has a say.
         rates: by member, the probability that a proposal is accepted; None for a member that never
             proposes.
     """

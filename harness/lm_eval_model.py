@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 NAME = "speculative-ensemble"
 # lm-eval's own default, for tasks that set no limit.
 DEFAULT_MAX_GEN_TOKS = 256
-# Scoring needs only the log-probabilities of the prompt, but the engine must generate a token. vLLM
-# returns the log-probability of the token itself and of one more, the likeliest. The two tell
-# whether the token is the likeliest.
+# Scoring needs only the log-probabilities of the prompt, but the engine must generate a token. For
+# each token of the prompt, vLLM returns its log-probability and the one of the likeliest token. The
+# two tell whether the token is the likeliest.
 SCORING = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 1, "detokenize": False}
 # As in lm-eval's own models: a stop string may be a special token.
 SHOW_SPECIAL_TOKENS = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
@@ -135,7 +135,7 @@ class SpeculativeEnsembleLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """The summed log-probability of each continuation, and whether it is the likeliest.
 
-        It is the likeliest if no other token exceeds any of its tokens.
+        A continuation is the likeliest if each of its tokens is a likeliest one at its position.
         """
         # An empty continuation needs no engine: its probability is one.
         answers = [(0.0, True)] * len(requests)
@@ -180,8 +180,8 @@ class SpeculativeEnsembleLM(TemplateLM):
         owners = []
         for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            # Two less: the window length does not count the one context token or the generated
-            # token.
+            # `length` is two less, because it counts neither the one context token nor the
+            # generated token.
             length = self.max_length - 2
             for window in get_rolling_token_windows(tokens, self.prefix_token_id, length, 1):
                 windows.append((None, *make_disjoint_window(window)))
@@ -213,7 +213,7 @@ class SpeculativeEnsembleLM(TemplateLM):
         """
         ours = {"temperature": 0, "max_tokens": DEFAULT_MAX_GEN_TOKS, **self._sampling_params}
         given = dict(normalize_gen_kwargs(dict(gen_kwargs), ours["max_tokens"]))
-        # lm-eval always sets it, even if the task has no `do_sample`.
+        # `normalize_gen_kwargs` always sets `do_sample`, even if the task does not.
         del given["do_sample"]
         if gen_kwargs.get("do_sample") and "temperature" not in gen_kwargs:
             given["temperature"] = ours["temperature"] or 1
@@ -257,7 +257,7 @@ class SpeculativeEnsembleLM(TemplateLM):
     def _cut(
         self, prompts: Iterable[list[int]], num_generated: Sequence[int] | None = None
     ) -> list[list[int]]:
-        """The end of each prompt, cut to leave room for the generated tokens, one by default."""
+        """The end of each prompt, with room for the tokens to generate (one by default)."""
         prompts = list(prompts)
         rooms = [self.max_length - num for num in num_generated or [1] * len(prompts)]
         too_long = sum(len(p) > room for p, room in zip(prompts, rooms, strict=True))

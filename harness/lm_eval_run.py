@@ -43,7 +43,7 @@ KEYS = (
     *("system_instruction", "bootstrap_iters", "seed", "batch_size", "save_path"),
 )
 RESULTS, SUMMARY, CONFIG = "results.json", "summary.json", "config.yaml"
-# The run writes nothing into a folder that holds one of these, also from another kind of run.
+# The run writes nothing into a folder that holds one of these files, whatever run they are from.
 FILES = (RESULTS, SUMMARY, CONFIG, "samples.jsonl")
 # Loggers whose messages at level INFO nobody asked for.
 CHATTY = ("lm_eval", "datasets", "httpx", "evaluate")
@@ -55,7 +55,7 @@ def run(config: DictConfig, directory: str) -> dict[str, Any]:
     """Evaluate and record; returns the summary.
 
     Raises:
-        ConfigError: bad input. It is raised before weights are loaded and before anything is
+        ConfigError: bad input. The error comes before weights are loaded, and before results are
             written.
     """
     plain = OmegaConf.to_container(config, resolve=True)
@@ -298,7 +298,7 @@ def _summarize(
         "tasks": results["results"],
         "num_fewshot": results["n-shot"],
         "num_samples": {name: n["effective"] for name, n in results["n-samples"].items()},
-        # Of generated texts only: scoring generates nothing.
+        # These figures cover generated texts only, because scoring generates nothing.
         "tokens_per_second": model.num_tokens / model.time_s if model.num_tokens else None,
         "total_time_s": model.time_s,
         "num_tokens": model.num_tokens,
@@ -313,7 +313,7 @@ def _summarize(
 
 @contextlib.contextmanager
 def _claimed(folder: Path, plain: dict[str, Any]) -> Iterator[None]:
-    """Keep other runs out of the folder meanwhile; a run that fails leaves nothing there."""
+    """Keep other runs out of the folder during the run. A run that fails leaves no file there."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / CONFIG
     try:

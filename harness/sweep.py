@@ -65,7 +65,7 @@ def run_job(config: DictConfig, sweep_dir: str | Path, overrides: Sequence[str])
 
 
 def job_name(plain: Mapping[str, Any]) -> str:
-    """Data set, method, and eight digits that stand for the whole configuration."""
+    """Data set, method, and eight digits: a hash of the whole configuration."""
     counted = {key: value for key, value in plain.items() if key not in KEYS_WITHOUT_EFFECT}
     digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
     name = f"{plain['dataset']['name']}-{plain['method']['name']}-{digest[:8]}"
@@ -94,7 +94,7 @@ class ListJobs(Callback):
 
 
 def list_jobs(sweep_dir: Path, start: float) -> int:
-    """Print how the jobs ended that started since `start`, in seconds since the epoch.
+    """Print how each job ended that started after `start`, a time in seconds since the epoch.
 
     Returns the number of jobs that failed or did not end.
     """
@@ -151,12 +151,12 @@ class _Devices(NamedTuple):
 
 @contextlib.contextmanager
 def _devices(num_devices: int) -> Iterator[_Devices]:
-    """An environment that shows `num_devices` GPUs which no other job on this host has.
+    """An environment that shows `num_devices` GPUs that no other job on this host has.
 
-    Waits until that many GPUs are free. Without a GPU the environment is empty.
+    This waits until that many GPUs are free. If the host has too few, the environment is empty.
     """
     visible = _visible_devices()
-    if len(visible) < num_devices:  # vLLM reports too few GPUs; no GPU at all is fine
+    if len(visible) < num_devices:  # without a GPU vLLM may run on the CPU; else it says "too few"
         yield _Devices({}, ())
         return
     with contextlib.ExitStack() as stack:
@@ -170,7 +170,7 @@ def _devices(num_devices: int) -> Iterator[_Devices]:
 
 
 def _lock(visible: Mapping[str, str], num_devices: int) -> dict[str, IO[str]]:
-    """Up to `num_devices` of the GPUs, with the locked files that stand for them."""
+    """Up to `num_devices` GPUs that this call locked, each with its locked file."""
     folder = Path(tempfile.gettempdir()) / f"speculative-ensemble-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     locked: dict[str, IO[str]] = {}

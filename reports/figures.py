@@ -200,7 +200,7 @@ def _split(records: Sequence[Record], *keys: str) -> dict[str, list[Record]]:
 def _title(key: str, value: Any) -> str:
     if key == "members":
         return " + ".join(map(_short, value))
-    # With a space at which no line breaks.
+    # A no-break space keeps key and value on one line.
     return value if key == "dataset" else f"{key.replace('_', ' ')}\u00a0{value}"
 
 
@@ -234,7 +234,7 @@ def _draw_bars(axis: Axes, panel: Sequence[Record], foreground: str, is_narrow: 
         axis.bar(x, mean, width * 0.92, color=color)
         if high > low:
             axis.plot([x, x], [low, high], color=foreground, linewidth=1.2)
-        # Below the plain ensemble's line: few bars have a range that comes this low.
+        # The number stands at the foot of the bar, because few ranges reach down to it.
         axis.annotate(f"{mean:.2f}{star}", (x, 0), xytext=(0, 4), textcoords="offset points",
                       ha="center", fontsize=8.5, color=_legible_on(color),
                       rotation=90 if is_narrow else 0)  # fmt: skip
@@ -245,7 +245,7 @@ def _draw_bars(axis: Axes, panel: Sequence[Record], foreground: str, is_narrow: 
 
 
 def _lines(panel: Sequence[Record]) -> list[tuple[str, int, str, list[float]]]:
-    """Method, the member's place, its name, and the mean acceptance by position."""
+    """For each line: method, the member's place and name, and the mean acceptance by position."""
     collected = defaultdict(list)
     for record in panel:
         shares = record["acceptance_by_position"]

@@ -45,9 +45,9 @@ class Divergence:
         position: in the completion, from 0.
         tokens: the tokens of the first and the second run there; None past the end of a completion.
         prefix: the tokens before the position, which both completions share.
-        texts: of the tokens, once a tokenizer has decoded them.
+        texts: both tokens as text; None before a tokenizer has decoded them.
         top: the two likeliest tokens of the plain ensemble there.
-        margin: log-probability (nats) of the first of them minus that of the second.
+        margin: the difference of their log-probabilities (nats).
     """
 
     index: int
@@ -74,11 +74,12 @@ class Comparison:
         num_both: the number of samples that both runs have.
         num_scored: the number of samples that both runs have a score for.
         means: mean scores of each run over these samples.
-        interval: of the mean of the differences, a minus b.
+        interval: the interval of the mean difference, a minus b.
         test: whether the scores differ.
-        differing: configuration keys for which the completions need not be equal.
-        divergences: at temperature 0; None if the completions need not be equal.
-        note: why there are no margins, if they were asked for.
+        differing: configuration keys in which the runs are not comparable.
+        divergences: the first one of each sample that differs; None if the completions need not
+            be equal, because a temperature is above 0 or `differing` has keys.
+        note: why there are no margins, if margins were asked for.
     """
 
     a: Run
@@ -163,7 +164,7 @@ def plain_config(config: Mapping[str, Any], family: str) -> dict[str, Any]:
 def add_margins(
     comparisons: Sequence[Comparison], open_engine: OpenEngine, say: Callable[[str], None] = print
 ) -> list[Comparison]:
-    """The comparisons with texts and margins of their divergences.
+    """The same comparisons, with the texts and margins of their divergences filled in.
 
     The plain ensemble starts once for all comparisons of the same ensemble and data. If it cannot
     start, for example because the models are elsewhere, the comparison's `note` has the reason.

@@ -44,10 +44,10 @@ RESOLVED = ("gamma", "max_gamma", "turn_order")
 
 
 def make_records(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One record per run that has a configuration, sorted; the runs' results as numbers.
+    """One record per run that has a configuration, in a fixed order.
 
-    A record holds `settings` (what was run, by column name) and the results by name. A result that
-    is not there is None.
+    A record holds `settings` (what was run, by column name) and the results by name. A missing
+    result is None.
     """
     known = sorted((run for run in runs if run.config), key=_sort_key)
     names = short_names(name for run in known for name in _models(run))
@@ -55,7 +55,7 @@ def make_records(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """The last part of each path or hub id; the whole name if two would be the same."""
+    """The last part of each path or hub id; the whole name if two last parts are the same."""
     names = set(names)
     last = {name: name.rstrip("/").rpartition("/")[2] for name in names}
     short_forms = list(last.values())
@@ -68,7 +68,7 @@ def method_label(run: Run) -> str:
 
 
 def speed_up(run: Run, baselines: Sequence[Run]) -> float | None:
-    """Speed of a finished run over the mean of its finished plain ensembles; None without one."""
+    """Speed of a finished run over the mean speed of `baselines`; None without a baseline."""
     speeds = [plain.summary["tokens_per_second"] for plain in baselines]
     if run.summary is None or not sum(speeds):
         return None
@@ -82,7 +82,7 @@ def _record(run: Run, runs: Sequence[Run], names: Mapping[str, str]) -> dict[str
     interval = statistics.score_interval(scores, run.is_graded)
     if run.summary is not None:
         recorded = summary.get("score")
-        # A score that is not the mean of the samples has no interval from them.
+        # The interval is for the mean of the samples' scores. The run's score may be another one.
         if None in (score, recorded) or abs(score - recorded) > 1e-6:
             interval = None
         score = recorded
@@ -130,7 +130,7 @@ def _settings(run: Run, names: Mapping[str, str]) -> dict[str, Any]:
             settings[_column(key)] = names[value] if key in MODEL_KEYS else value
     settings["temperature"] = run.temperature
     if run.is_plain:
-        settings.pop("gamma", None)  # belongs to a draft model, which this run does not have
+        settings.pop("gamma", None)  # for a draft model, and this run has none
     summary = run.summary or {}
     settings |= {key: summary[key] for key in RESOLVED if summary.get(key) is not None}
     if settings.get("gamma") != "auto":

@@ -18,7 +18,7 @@ from harness.errors import ConfigError, one_line
 from harness.results import KEYS_WITHOUT_EFFECT, flatten
 from tasks import TASKS
 
-# A directory with any of these is a run; a job that ended early has only the last two.
+# A directory with any of these is a run. A job that ended early has the last two at most.
 RUN_FILES = ("config.yaml", "samples.jsonl", "summary.json", "failure.json", "job.json")
 # Configuration keys in which a run may differ from its plain ensemble:
 # - who proposes,
@@ -56,7 +56,7 @@ class Run:
         is_graded: whether the task gives several scores a sample, such as ROUGE. Such scores never
             count right answers, even if all of them are 0 or 1.
         overrides: the command line of a failed job of a sweep.
-        error: one line, of a run that failed or cannot be read.
+        error: one line, why the run failed or cannot be read; else None.
         unreadable: whether a file of the run cannot be read.
     """
 
@@ -130,7 +130,9 @@ def set_values(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_runs(directory: Path) -> list[Run]:
-    """All runs in `directory`, itself included, at any depth, by name.
+    """All runs at any depth below `directory`, in the order of their paths.
+
+    `directory` itself may be a run.
 
     Raises:
         ConfigError: `directory` is not a directory, or it has no run in it.
@@ -142,7 +144,7 @@ def find_runs(directory: Path) -> list[Run]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if not set(RUN_FILES).isdisjoint(files):
             run = read_run(Path(folder), os.path.relpath(folder, directory))
-            # Without either it is not one of our runs, such as a run of the evaluation harness.
+            # A folder with neither is not one of our runs. It may be of the evaluation harness.
             if run.error or run.config:
                 found.append(run)
     if not found:
@@ -153,7 +155,7 @@ def find_runs(directory: Path) -> list[Run]:
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
-    """The run in `path`; its `error` says what cannot be read.
+    """The run in `path`. If a file cannot be read, the run's `error` says so.
 
     So one damaged run does not hide the others.
     """

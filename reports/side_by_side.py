@@ -41,7 +41,7 @@ def _heading(run: Run) -> str:
 
 
 def _rows(plain: Run, turns: Run, comparison: Comparison) -> list[Sequence[str]]:
-    """A name and a cell for each run, or one cell for both."""
+    """Each row is a name, then a cell for each run or one cell for both."""
     continued = any(run.num_parts > 1 for run in (plain, turns))
     ratio = number(speed_up(turns, [plain]), 2) + CONTINUED * continued
     results = [_results(run.summary) for run in (plain, turns)]
@@ -91,7 +91,7 @@ def _notes(comparison: Comparison) -> list[str]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart. The only cell of a row may be longer than its column."""
+    """Columns two spaces apart. A cell for both runs may be longer than its column."""
     widths = [max(len(row[0]) for row in rows)]
     widths += [max(len(row[i]) for row in rows if len(row) == 3) for i in (1, 2)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)

@@ -13,7 +13,7 @@ from scipy import stats
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 9999
 SEED = 0
-# The most numbers that one vectorised step of resampling may hold: 24 MB.
+# The limit of numbers that one vectorised step of resampling holds: 24 MB.
 MAX_BATCH = 3_000_000
 
 
@@ -82,8 +82,8 @@ def paired_test(a: Sequence[float], b: Sequence[float], is_graded: bool = False)
     if is_binary(a) and is_binary(b) and not is_graded:
         only_a, only_b = int((a > b).sum()), int((b > a).sum())
         return Test(mcnemar(only_a, only_b), f"McNemar, exact ({only_a} : {only_b})")
-    # All 2 ** n exchanges within pairs if there are at most as many as resamples, else a random
-    # draw of as many as resamples.
+    # scipy tries all 2 ** n exchanges within pairs, if they are at most NUM_RESAMPLES. Otherwise
+    # it draws NUM_RESAMPLES of them at random.
     exact = 2 ** len(a) <= NUM_RESAMPLES
     result = stats.permutation_test(
         (a, b),

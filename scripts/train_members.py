@@ -3,9 +3,9 @@
     python scripts/train_members.py                  # both, with the recipes below: for a GPU
     python scripts/train_members.py --members smollm2-amateur --device cpu --steps 500
 
-The script writes weights and a model card. The card has measurements of the stored weights. The
-script knows torch and transformers. prepare_models.py makes models from the weights, and
-training_text.py collects the text.
+The script writes weights and a model card. The card has measurements of the weights as they are
+stored. The script knows torch and transformers. training_text.py collects the text, and
+prepare_models.py makes models from the weights.
 """
 
 import argparse
@@ -48,9 +48,9 @@ from transformers.utils.logging import disable_progress_bar
 # Rank 16 of all projections of SmolLM2-135M: 4.9 million values, 9.8 MB in bfloat16.
 RANK, LORA_ALPHA = 16, 32
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# The parent's layers that the amateur starts from. After 61 thousand tokens of training they shared
-# 0.217 of the probability with the parent. Layers 0, 1, 2, 29 shared 0.205, and 0, 10, 20, 29
-# shared 0.202.
+# The parent's layers that the amateur starts from. After 61 thousand tokens of training, an amateur
+# from these layers shared 0.217 of the probability with the parent. From layers 0, 1, 2, 29 it was
+# 0.205, and from layers 0, 10, 20, 29 it was 0.202.
 ORIGIN = (0, 1, 28, 29)
 
 
@@ -98,7 +98,7 @@ class Report:
     num_tokens: int = 0
     seconds: float = 0.0
     final_loss: float = math.nan
-    # What `compare` returns for the member as it is stored, by the model it is compared with.
+    # By the name of the other model: what `compare` returns for that model and the stored member.
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -174,7 +174,10 @@ def save_layers(amateur: nn.Module, folder: Path) -> None:
 def quantize_rows(
     weight: Tensor,  # [num_rows, num_columns]
 ) -> tuple[Tensor, Tensor]:
-    """int8 `[num_rows, num_columns]` and float32 scales `[num_rows, 1]`; the product is close."""
+    """int8 `[num_rows, num_columns]` and float32 scales `[num_rows, 1]`.
+
+    Their product is close to `weight`.
+    """
     scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
     return (weight.float() / scale).round().to(torch.int8), scale
 
@@ -204,7 +207,7 @@ def to_blocks(tokens: Tensor, context: int) -> Tensor:
 
 
 def batches(blocks: Tensor, recipe: Recipe) -> Iterator[Tensor]:
-    """`recipe.steps` batches `[batch_size, context]`; each epoch has another, seeded, order."""
+    """`recipe.steps` batches `[batch_size, context]`. The seed gives each epoch its own order."""
     generator = torch.Generator().manual_seed(recipe.seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(recipe.steps):
@@ -238,7 +241,7 @@ def train(
     recipe: Recipe,
     progress: Callable[[], None],
 ) -> Report:
-    """Minimise `loss`; call `progress` ten times on the way, outside the counted time."""
+    """Minimise `loss`, and call `progress` ten times. The returned time is without these calls."""
     device = parameters[0].device
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
@@ -296,7 +299,8 @@ def compare(
     kl: KL(other || model) per token, in nats.
     shared: sum_x min(p(x), q(x)), the mean over tokens. It is the chance that a token drawn from
         one model is accepted by the other at temperature 1 (Leviathan et al., arXiv 2211.17192).
-    same_top: how often both have the same most likely token, the same chance at temperature 0.
+    same_top: the share of tokens where both models have the same most likely token. It is the
+        chance of acceptance at temperature 0.
     """
     device = next(model.parameters()).device
     sums = dict.fromkeys(("loss", "other_loss", "kl", "shared", "same_top"), 0.0)

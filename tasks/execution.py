@@ -1,6 +1,6 @@
 """Runs one untrusted Python program in a confined process and says whether it reached its end.
 
-This module knows processes, resource limits and system calls. It knows no task and not what a
+This module knows processes, resource limits and system calls. It does not know tasks, or what a
 program tests. The parent imports this file; the confined child runs it as a script (see
 `_child_main`).
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # What the child can be kept from, besides running too long. The child reports which ones it
 # achieved.
 PROTECTIONS = ("files", "memory", "network", "processes")
-# A program that uses each one, and the error that shows the protection.
+# For each protection: code that does what is prevented, and the error that shows the protection.
 _USES = {
     "files": ("open('file', 'w')", "PermissionError"),
     "memory": ("bytearray(1 << 30)", "MemoryError"),
@@ -104,7 +104,7 @@ def find_missing_protections() -> list[str]:
 
 
 def _use(protection: str) -> str:
-    """A program that tries what `protection` prevents, and passes if that is refused."""
+    """A program that tries what `protection` prevents. It passes if the try is refused."""
     use, refusal = _USES[protection]
     return f"try:\n    {use}\nexcept {refusal}:\n    pass\nelse:\n    raise AssertionError"
 
@@ -134,7 +134,8 @@ def _start_child(
     timeout_s: float,
     memory_mb: int,
 ) -> subprocess.Popen:
-    # One thread per library: thread pools of the size of the host exceed the limits on import.
+    # One thread per library. By default a library starts a thread per core when it is imported,
+    # which exceeds the limits.
     environment = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
     if "LD_LIBRARY_PATH" in os.environ:  # the Python of many clusters needs it to start
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
@@ -153,7 +154,7 @@ def _start_child(
 
 
 def _hand_over(child: subprocess.Popen, token: bytes) -> None:
-    # The child may have died while starting; then the ready line is missing and tells so.
+    # The child may have died while starting. `_await_ready` then finds no ready line.
     with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
         pipe.write(token)
 
@@ -175,7 +176,7 @@ def _kill_group(child: subprocess.Popen) -> None:
     """End the child and what it started. A child that has already exited keeps its exit code."""
     # macOS raises either error for a group whose only member is a zombie.
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)  # not yet waited for, so no other process has its id
+        os.killpg(child.pid, signal.SIGKILL)  # before `wait`, so no other process has this id
     child.wait()
 
 
@@ -223,18 +224,18 @@ def _child_main(result_fd: int, timeout_s: float, memory_mb: int) -> None:
     active = _confine(timeout_s, memory_mb)
     with open(_PROGRAM_FILE, "rb") as file:
         source = file.read().decode("utf-8", "surrogatepass")
-    os.dup2(1, 2)  # the start-up log is for this file's own errors: output is discarded from here
+    os.dup2(1, 2)  # from here errors are discarded too: the start-up log is for this file's own
     os.write(result_fd, f"ready {','.join(sorted(active))}\n".encode())
     try:
         # Only a program that ran to its end may report the token. Python evaluates operands from
-        # left to right, so the token is read from the pipe before the program runs. It then lies on
-        # this frame's value stack. A search of frames and objects does not find it there, and a
-        # guess does not either.
+        # left to right, so the token is read from the pipe before the program runs. The token then
+        # lies on this frame's value stack, where a search of frames and objects does not find it.
+        # The token is too long to guess.
         os.write(result_fd, os.read(0, _TOKEN_BYTES) + _execute(source))
     except BaseException as error:  # SystemExit and KeyboardInterrupt are failures as well
         text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         os.write(result_fd, text.encode(errors="replace") + b"\n")
-    os._exit(0)  # handlers that the program left for its exit are not part of it
+    os._exit(0)  # without the exit handlers that the program may have registered
 
 
 def _execute(source: str) -> bytes:
@@ -258,12 +259,12 @@ def _confine(timeout_s: float, memory_mb: int) -> set[str]:
 
 def _limit_resources(timeout_s: float, memory_mb: int) -> bool:
     """Limit resources; returns whether memory is limited, which some platforms cannot do."""
-    cpu_s = math.ceil(timeout_s) + 1  # the parent's clock decides; this helps if the parent is gone
+    cpu_s = math.ceil(timeout_s) + 1  # the parent's clock decides; this is for a parent that died
     _set_limit(resource.RLIMIT_CPU, cpu_s)
     _set_limit(resource.RLIMIT_CORE, 0)
     _set_limit(resource.RLIMIT_FSIZE, 1 << 20)
     _set_limit(resource.RLIMIT_NOFILE, 64)
-    _set_limit(resource.RLIMIT_NPROC, 0)  # no effect on root: hence also the system call filter
+    _set_limit(resource.RLIMIT_NPROC, 0)  # root ignores this limit; the system call filter helps
     try:
         _set_limit(resource.RLIMIT_AS, memory_mb << 20)
     except (ValueError, OSError):
@@ -333,8 +334,8 @@ _ANY_BIT = 0xFFFFFFFF
 _CONDITIONALLY_DENIED_CALLS = {
     "open": (2, None, 1, _WRITING),
     "openat": (257, 56, 2, _WRITING),
-    "fcntl": (72, 25, 1, 8),  # commands 8 to 15: who gets signals, and which
-    "prlimit64": (302, 261, 0, _ANY_BIT),  # any process other than the caller, which is 0
+    "fcntl": (72, 25, 1, 8),  # commands 8 to 15: they choose which process gets which signal
+    "prlimit64": (302, 261, 0, _ANY_BIT),  # for any process but the caller, whose number is 0
     "sched_setaffinity": (203, 122, 0, _ANY_BIT),
     "sched_setscheduler": (144, 119, 0, _ANY_BIT),
     "sched_setparam": (142, 118, 0, _ANY_BIT),
@@ -385,7 +386,7 @@ def _unless_any_bit(mask: int, skip: int) -> _Instruction:
 def _filter_instructions(architecture: int, column: int) -> list[_Instruction]:
     # `struct seccomp_data`: the call's number at 0, the architecture at 4, 64-bit arguments from 16
     deny = _return(_RETURN_EPERM)
-    # Calls under another architecture's numbers, 32-bit or x32, would slip past the table.
+    # Another architecture (32-bit, x32) has other numbers for its calls. The table would miss them.
     program = [_load(4), _unless_equal(architecture, 1), _skip(1), deny]
     program += [_load(0), _unless_at_least(_FIRST_X32_CALL, 1), deny]
     for numbers in _DENIED_CALLS.values():
@@ -406,7 +407,7 @@ def _filter_system_calls() -> bool:
     instructions = _filter_instructions(*_ARCHITECTURES[platform.machine()])
     array = (_Instruction * len(instructions))(*instructions)
     program = _Program(len(instructions), array)
-    # Without this promise the kernel accepts a filter from root alone.
+    # Without this promise the kernel accepts a filter only from root.
     if _prctl(_PR_SET_NO_NEW_PRIVS, 1) != 0:
         return False
     return _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program)) == 0

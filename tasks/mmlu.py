@@ -42,9 +42,9 @@ class Mmlu(Task):
         ensemble finds likeliest.
     split: `test` or `validation`.
     subjects: names of subjects, such as `anatomy`; None: all.
-    num_fewshot: worked examples, the first ones of the question's subject in the split dev, which
-        has 5 per subject. An example that equals the question is left out. Such a question may have
-        one example fewer.
+    num_fewshot: worked examples, the first ones of the question's subject in the dev split, which
+        has 5 per subject. An example that equals the question is left out, so this question may
+        have one example fewer.
     """
 
     name: ClassVar[str] = "mmlu"
@@ -143,8 +143,8 @@ class Mmlu(Task):
         rows = worked.get(row["subject"], [])
         place = f"subject {row['subject']} in the split dev"
         check_num_fewshot("mmlu", self.num_fewshot, len(rows), place)
-        # One question of the hub's split validation is in dev too. There it would show its own
-        # answer.
+        # One question of the hub's validation split is in dev too. As a worked example it would
+        # show its own answer.
         return [other for other in rows if not _same_question(other, row)][: self.num_fewshot]
 
     def _check_subjects(self, known: set[str]) -> None:
@@ -207,9 +207,10 @@ _WEIGHING = re.compile(
 # "A. ..." at the start of a line or sentence, and a line that is one letter.
 _LISTED = re.compile(r"(?:^|(?<=[.;]\s))[ \t*_(-]*([A-D])[).:]", re.MULTILINE)
 _LETTER_LINE = re.compile(r"^[ \t*_(]*([A-D])[).*_ \t]*$", re.MULTILINE)
-# Within a statement a capital is a letter, whatever follows it.
+# Within a statement, a capital from A to D names an option, whatever follows the capital.
 _CAPITAL = re.compile(rf"{_OPENING}([A-D])(?![\w'’])")
-# Other letters named together with one: "and B", ", C or D"; not "A, B is wrong", "B, A cell".
+# Further letters that are named after a letter: "and B", ", C or D". Not the second letters of
+# "A, B is wrong" and "B, A cell".
 _AND_OTHERS = re.compile(
     r"(?:[\s*_\"'”’)\]]*(?:,|/|&|\+|\b(?:and|or)\b)\s*(?:(?:and|or|option)\s+)*"
     r"[*_\"'“‘(\[]*(?:[B-D]|A(?!\s+(?!and\b|or\b|because\b)\w))(?![\w'’-]))++"
@@ -235,7 +236,7 @@ _ANNOUNCEMENT = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-# "Answer B", "Therefore, D.": only before a letter that no word follows at once.
+# "Answer B", "Therefore, D.": these words count only if no word follows the letter at once.
 _BARE_ANNOUNCEMENT = re.compile(
     r"\b(?:[Aa]nswer|ANSWER|[Ss]o|[Tt]hus|[Tt]herefore|[Hh]ence)\b[\s*_,]{1,8}"
     rf"(?=[*_\"'“‘(\[]*[A-D]{_CLOSED})"
@@ -262,8 +263,8 @@ def extract_letter(text: str, choices: Sequence[str]) -> str | None:
 
     The function looks in this order:
     - A letter or an option's text at the beginning.
-    - The same after the last announcement ("The answer is"). The last verdict ("B is correct")
-      counts as an announcement.
+    - A letter or an option's text after the last announcement ("The answer is"). A verdict ("B is
+      correct") counts as an announcement.
     - The only letter that is pointed at ("(C)", "option C").
     - The only option whose text is quoted.
     """
@@ -276,9 +277,10 @@ def extract_letter(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _opening_letter(text: str, choices: Sequence[str], announced: str) -> str | None:
-    """The letter of a direct reply; None if it weighs options ("(A) is wrong") or lists them again.
+    """The letter of a direct reply; None if the text weighs or lists the options.
 
-    Two options may be listed, as in "B. This. A. That is wrong", but not before an announcement.
+    "(A) is wrong" weighs an option. A list has more than two options, or more than one if an
+    announcement follows. So "B. This. A. That is wrong" is a direct reply.
     """
     if len(set(_LISTED.findall(text))) > (1 if announced else 2):
         return None
@@ -291,7 +293,8 @@ def _opening_letter(text: str, choices: Sequence[str], announced: str) -> str | 
     rest = text[letter.end() :].lstrip(_CLOSING) if letter else ""
     if letter and (not _WEIGHING.match(rest) or _own_option_follows(letter[1], rest, choices)):
         return letter[1].upper()
-    # "B The second arch" has no sign in between; "A cell" is an article and a noun.
+    # "B The second arch" names option B without a sign after the letter, and the option's text
+    # follows. In "A cell" the capital is an article.
     letter = _CAPITAL.match(text)
     if letter and _own_option_follows(letter[1], text[letter.end() :].lstrip(), choices):
         return letter[1]
@@ -342,9 +345,9 @@ def _pointed_letter(text: str) -> str | None:
 
 
 def _option_at_start(text: str, choices: Sequence[str], whole: bool = False) -> str | None:
-    """The letter of the longest option that `text` begins with; with `whole`, equals.
+    """The letter of the longest option that `text` begins with; with `whole`, that it equals.
 
-    An option that is itself one letter is left out. There, the letter names the option.
+    An option whose text is one letter is left out, because that letter names an option.
     """
     bare = re.sub(rf"^{_OPENING}", "", text)
     fitting = {
@@ -365,7 +368,10 @@ def _begins_with(text: str, choice: str) -> bool:
 
 
 def _quoted_option(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the only option that `text` quotes; options inside longer ones do not count."""
+    """The letter of the only option that `text` quotes.
+
+    An option that is a part of another quoted option does not count.
+    """
     present = {
         letter: choice.strip().lower()
         for letter, choice in zip(LETTERS, choices, strict=True)
