@@ -34,7 +34,7 @@ PARAMETERS = [
     dict(temperature=1.5, top_k=5, repetition_penalty=1.3),
     dict(temperature=0.9, min_p=0.1),
 ]
-# Without penalties, because turns have no CUDA graphs for them.
+# Without penalties, for which turns have other CUDA graphs.
 FILTERS = [
     {key: value for key, value in parameters.items() if key != "repetition_penalty"}
     for parameters in PARAMETERS
@@ -156,6 +156,11 @@ def test_turns_sample_from_the_ensemble(case, models, references):
         ("raw-logits", 60, TEMPERATURES),
         ("probs-3", 60, TEMPERATURES),
         ("outside", 3, TEMPERATURES),
+        ("raw-logits", 60, PARAMETERS),
+        ("probs-3", 60, PARAMETERS),
+        ("logits", 3, PARAMETERS),
+        ("sd", 60, PARAMETERS),
+        ("outside", 60, PARAMETERS),
     ],
 )
 def test_turns_sample_in_half_precision_and_cuda_graphs(

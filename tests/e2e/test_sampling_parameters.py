@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from engines import engine, generate, greedy
+from engines import counted_replays, engine, generate, greedy
 from quick import quick
 from tiny_models import (
     llama_config,
@@ -112,6 +112,22 @@ def reference_tokens(target, references, prompt, **params) -> list[int]:
 
 
 def test_penalties_and_bias_in_one_batch(target, llm, references):
+    check_penalties_and_bias(target, llm, references)
+
+
+@pytest.mark.gpu
+def test_penalties_and_bias_in_cuda_graphs(target, policy, models, references, monkeypatch):
+    ensemble = dict(
+        extra_model=models[1:], ensemble_fn="weighted", weights=WEIGHTS, ensemble_target=target
+    )
+    replays = counted_replays(monkeypatch)
+    with engine(models[0], ensemble, enforce_eager=False, **POLICIES[policy]) as llm:
+        check_penalties_and_bias(target, llm, references)
+    assert replays["decisions"] == replays["steps"], "whatever is asked for"
+    assert (replays["readings"] > 0) == (policy == "chef")
+
+
+def check_penalties_and_bias(target, llm, references):
     plain = [reference_tokens(target, references, prompt) for prompt in PROMPTS]
     cases = [
         (prompt, params)
@@ -207,8 +223,20 @@ def text_models(policy: str, tmp_path_factory: pytest.TempPathFactory) -> list[s
 @pytest.mark.parametrize("target", quick(["raw-logits", "probs"], "probs"))
 def test_text_parameters(target, policy, text_models):
     """Parameters that need a tokenizer: stop strings, bad words and structured outputs."""
+    check_text_parameters(target, policy, text_models)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["raw-logits", "probs"])
+def test_text_parameters_in_cuda_graphs(target, policy, text_models, monkeypatch):
+    replays = counted_replays(monkeypatch)
+    check_text_parameters(target, policy, text_models, enforce_eager=False)
+    assert replays["decisions"] == replays["steps"], "whatever is asked for"
+
+
+def check_text_parameters(target, policy, text_models, **arguments):
     ensemble = dict(extra_model=text_models[1:], ensemble_fn="mean", ensemble_target=target)
-    arguments = dict(skip_tokenizer_init=False, max_num_seqs=4, **POLICIES[policy])
+    arguments |= dict(skip_tokenizer_init=False, max_num_seqs=4, **POLICIES[policy])
     with engine(text_models[0], ensemble, **arguments) as llm:
 
         def text(**params) -> str:
