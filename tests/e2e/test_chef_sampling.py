@@ -4,6 +4,7 @@ The vocabulary is narrow, so that few draws show a bias. One batch has several s
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -100,6 +101,7 @@ def p_values(
     references: list[torch.nn.Module],
     all_parameters: list[dict[str, Any]] = PARAMETERS,
     num_at_once: int = NUM_DRAWS * len(PARAMETERS),
+    when_started: Callable[[], None] = lambda: None,
     **arguments: Any,
 ) -> list[float]:
     """The p-value of every position, given the likeliest token at each position before."""
@@ -117,6 +119,7 @@ def p_values(
         for parameters in all_parameters
     ]
     with engine(models[0], ensemble, chef, window, **arguments) as llm:
+        when_started()
         draws = []
         for start in range(0, len(params), num_at_once):
             here = params[start : start + num_at_once]
@@ -168,7 +171,7 @@ def test_turns_sample_in_half_precision_and_cuda_graphs(
 ):
     """Scores are rounded but the rule is the same; as many draws cannot show the rounding."""
     replays = counted_replays(monkeypatch)
-    arguments = dict(dtype="bfloat16", enforce_eager=False)
+    arguments = dict(dtype="bfloat16", enforce_eager=False, when_started=replays.clear)
     # At once, as many as one step reads: the next step only decodes.
     found = p_values(case, models, references, asked, num_at_once, **arguments)
     assert min(found) > P_VALUE

@@ -122,6 +122,7 @@ def test_penalties_and_bias_in_cuda_graphs(target, policy, models, references, m
     )
     replays = counted_replays(monkeypatch)
     with engine(models[0], ensemble, enforce_eager=False, **POLICIES[policy]) as llm:
+        replays.clear()  # of steps that warm kernels up, before graphs are captured
         check_penalties_and_bias(target, llm, references)
     assert replays["decisions"] == replays["steps"], "whatever is asked for"
     assert (replays["readings"] > 0) == (policy == "chef")
@@ -230,14 +231,15 @@ def test_text_parameters(target, policy, text_models):
 @pytest.mark.parametrize("target", ["raw-logits", "probs"])
 def test_text_parameters_in_cuda_graphs(target, policy, text_models, monkeypatch):
     replays = counted_replays(monkeypatch)
-    check_text_parameters(target, policy, text_models, enforce_eager=False)
+    check_text_parameters(target, policy, text_models, replays.clear, enforce_eager=False)
     assert replays["decisions"] == replays["steps"], "whatever is asked for"
 
 
-def check_text_parameters(target, policy, text_models, **arguments):
+def check_text_parameters(target, policy, text_models, when_started=lambda: None, **arguments):
     ensemble = dict(extra_model=text_models[1:], ensemble_fn="mean", ensemble_target=target)
     arguments |= dict(skip_tokenizer_init=False, max_num_seqs=4, **POLICIES[policy])
     with engine(text_models[0], ensemble, **arguments) as llm:
+        when_started()
 
         def text(**params) -> str:
             params = SamplingParams(
