@@ -286,7 +286,7 @@ def _check_function(ensemble: EnsembleConfig, vocab_size: int) -> None:
     scores = torch.full((ensemble.num_members, 2, vocab_size), 1.0 / vocab_size)
     function = ensemble.make_function()
     try:
-        shape = function(scores, probs=ensemble.combines_probs).shape
+        shape = function(scores, are_probs=ensemble.combines_probs).shape
         combine(function, scores, ensemble.combines_probs)
     except Exception as error:  # the user's function may raise anything
         raise ConfigFieldError(
