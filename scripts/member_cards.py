@@ -6,8 +6,8 @@ This module knows words and tables only. Every figure comes from train_members.p
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prepare_models import AMATEUR, FULL, PYTHON
-from training_text import EXCLUDED_PACKAGES, NGRAM
+from scripts.prepare_models import AMATEUR, FULL, PYTHON
+from scripts.training_text import EXCLUDED_PACKAGES, NGRAM
 
 ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAKING = {

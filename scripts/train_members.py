@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from member_cards import model_card
-from prepare_models import (
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+if __name__ == "__main__" and not __package__:
+    # Started by its path, Python looks for modules beside this file; they are one folder up.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from scripts.member_cards import model_card
+from scripts.prepare_models import (
     ADAPTER,
     AMATEUR,
     FULL,
@@ -37,13 +49,7 @@ from prepare_models import (
     model_root,
     write_sums,
 )
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrize
-from training_text import Corpus, collect
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from scripts.training_text import Corpus, collect
 
 # Rank 16 of all projections of SmolLM2-135M: 4.9 million values, 9.8 MB in bfloat16.
 RANK, LORA_ALPHA = 16, 32
