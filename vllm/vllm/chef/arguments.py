@@ -147,7 +147,7 @@ def resolve_ensemble(
     configs += [
         model_config(path, "ensemble.extra_model", engine_args) for path in ensemble.extra_model
     ]
-    made: dict[str, Any] = {"worker_cls": ENSEMBLE_WORKER}
+    own_args: dict[str, Any] = {"worker_cls": ENSEMBLE_WORKER}
     additional = {ensemble_config.CONFIG_KEY: ensemble.to_dict()}
     drafts, turns, speculative = [], None, draft
     if draft is not None:
@@ -156,19 +156,19 @@ def resolve_ensemble(
         costs = [relative_cost(config) for config in configs]
         turns = chef.make_turns(costs, ensemble.make_function().counted)
         chef = chef.resolved(turns)
-        made["worker_cls"] = CHEF_WORKER
+        own_args["worker_cls"] = CHEF_WORKER
         additional[chef_config.CONFIG_KEY] = chef.to_dict()
         speculative = _carrier((model, *ensemble.extra_model), configs, turns)
         if chef.is_adaptive:
             speculative["num_speculative_tokens_per_batch_size"] = depth_schedule(turns)
-            made["scheduler_cls"] = SCHEDULER
-    made["additional_config"] = _additional_config(engine_args, additional)
+            own_args["scheduler_cls"] = SCHEDULER
+    own_args["additional_config"] = _additional_config(engine_args, additional)
     if speculative is not None:
-        made["speculative_config"] = _speculative_config(engine_args, speculative)
+        own_args["speculative_config"] = _speculative_config(engine_args, speculative)
     is_shortened = False
     if engine_args.get("max_model_len") is None:
-        made["max_model_len"], is_shortened = common_context(configs, drafts)
-    return ResolvedEnsemble(made, chef, turns, is_shortened)
+        own_args["max_model_len"], is_shortened = common_context(configs, drafts)
+    return ResolvedEnsemble(own_args, chef, turns, is_shortened)
 
 
 def model_config(path: str, field: str, engine_args: Mapping[str, Any]) -> ModelConfig:
