@@ -146,9 +146,7 @@ def _check_engine(vllm_config: VllmConfig) -> None:
         ("--hf-overrides", "overrides of one model's config"): bool(
             vllm_config.model_config.hf_overrides
         ),
-        ("--watermark-config", "watermarks"): (
-            getattr(vllm_config, "watermark_config", None) is not None
-        ),
+        ("--watermark-config", "watermarks"): vllm_config.watermark_config is not None,
         ("--enable-trace-replay", "replay of traces under speculation"): (
             vllm_config.speculative_config is not None
             and vllm_config.model_config.enable_trace_replay
