@@ -92,7 +92,7 @@ def test_a_model_and_its_second_self_are_compiled_apart(tmp_path):
 
 
 def test_traces_are_not_replayed_under_speculation(tmp_path):
-    """vLLM refuses that for each request; `allow_all_sampling_params` would let it through."""
+    """vLLM refuses that for each request; our front end would let it through."""
     path = save_model(tmp_path / "llama", llama_config(), seed=0)
     arguments = dict(
         skip_tokenizer_init=True, additional_config={"ensemble": {"extra_model": [path]}}
