@@ -234,7 +234,8 @@ def test_context_is_that_of_a_shorter_draft_model_and_a_line_says_so(name, caplo
     short = spec(name, *others, "method.draft_model=small")
     assert short.engine_args["max_model_len"] == 64
     (line,) = [r.getMessage() for r in caplog.records if r.name == "harness.methods"]
-    assert line.startswith("the context is 64 tokens, that of the draft model '")
+    assert line.startswith("the draft model '")
+    assert "limits the context to 64 tokens; for a longer context, choose another" in line
     caplog.clear()
     spec(name, *others, "method.draft_model=other")
     assert not [record for record in caplog.records if record.name == "harness.methods"]

@@ -4,8 +4,10 @@ The harness, the benchmarks and the tests use it too. It reads the models' confi
 and contexts. It loads no weights and starts no engine.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vllm.config import ModelConfig
@@ -93,35 +95,32 @@ def ensemble_args(
         `max_num_batched_tokens`: as given, or else those that vLLM has for `LLM`.
 
     Raises:
-        ConfigFieldError: one line that names the field and the remedy, as the engine names it:
+        ConfigFieldError: one line that names the argument and the remedy. An error that the engine
+            finds when it starts has the names of `additional_config` and of vLLM's flags:
             `ensemble.alpha` for `alpha`, `chef.gamma` for `gamma`.
     """
-    policy = policy or (PLAIN if gamma is None or draft_model is not None else POLICIES[0])
-    asked = {"gamma": gamma, "max_gamma": max_gamma, "turn_order": turn_order}
-    # Turns are checked before any file of a model is opened.
-    chef = draft = None
-    if policy != PLAIN:
-        chef = _chef(policy, draft_model, **asked)
-    elif draft_model is not None:
-        _check_no_turns({**asked, "gamma": None})
-        draft = draft_config(draft_model, gamma)
-    else:
-        _check_no_turns(asked)
-    parameters = {"alpha": alpha, "weights": weights, "ensemble_args": ensemble_args or {}}
-    target = ensemble_target or _default_target(ensemble_fn)
-    ensemble = EnsembleConfig(extra_model, ensemble_fn, target, **parameters)
-    resolved = resolve_ensemble(model, ensemble, chef, draft, engine_args)
-    if resolved.is_shortened:
-        logger.warning(
-            "The context is %d tokens, that of the draft model '%s'. --max-model-len sets it, and "
-            "a draft model of a longer context allows more.",
-            resolved.engine_args["max_model_len"],
-            draft_model,
-        )
-    arguments = {"model": model, **engine_args, **resolved.engine_args}
-    if resolved.turns is not None and arguments.get("max_num_scheduled_tokens") is None:
-        arguments |= _budget(arguments, resolved.turns)
-    return arguments
+    with _errors_of_arguments(engine_args):
+        policy = policy or (PLAIN if gamma is None or draft_model is not None else POLICIES[0])
+        asked = {"gamma": gamma, "max_gamma": max_gamma, "turn_order": turn_order}
+        # Turns are checked before any file of a model is opened.
+        chef = draft = None
+        if policy != PLAIN:
+            chef = _chef(policy, draft_model, **asked)
+        elif draft_model is not None:
+            _check_no_turns({**asked, "gamma": None})
+            draft = draft_config(draft_model, gamma)
+        else:
+            _check_no_turns(asked)
+        parameters = {"alpha": alpha, "weights": weights, "ensemble_args": ensemble_args or {}}
+        target = ensemble_target or _default_target(ensemble_fn)
+        ensemble = EnsembleConfig(extra_model, ensemble_fn, target, **parameters)
+        resolved = resolve_ensemble(model, ensemble, chef, draft, engine_args)
+        if resolved.is_shortened:
+            logger.warning(context_warning(resolved.engine_args["max_model_len"], draft_model))
+        arguments = {"model": model, **engine_args, **resolved.engine_args}
+        if resolved.turns is not None and arguments.get("max_num_scheduled_tokens") is None:
+            arguments |= _budget(arguments, resolved.turns)
+        return arguments
 
 
 def resolve_ensemble(
@@ -195,6 +194,13 @@ def common_context(
     return longest, longest < of_members
 
 
+def context_warning(max_model_len: int, draft_model: str) -> str:
+    return (
+        f"the draft model '{draft_model}' limits the context to {max_model_len} tokens; for a "
+        "longer context, choose another draft model"
+    )
+
+
 def draft_config(draft_model: str, gamma: int | None) -> dict[str, Any]:
     """vLLM's `speculative_config` of a draft model outside of an ensemble.
 
@@ -212,6 +218,33 @@ def draft_config(draft_model: str, gamma: int | None) -> dict[str, Any]:
         # Where tokens are sampled, draws are accepted more often than the likeliest token.
         "draft_sample_method": "probabilistic",
     }
+
+
+@contextmanager
+def _errors_of_arguments(engine_args: Mapping[str, Any]) -> Iterator[None]:
+    """Let errors of bad input name the arguments of `ensemble_args`."""
+    try:
+        yield
+    except ConfigFieldError as error:
+        names_model = "model" in (engine_args.get("speculative_config") or {})
+        renamed = error.renamed(partial(argument_name, has_draft_model=not names_model))
+        raise renamed from error.__cause__
+
+
+def argument_name(field: str, has_draft_model: bool) -> str:
+    """The argument of `ensemble_args` that sets a field of the engine.
+
+    Args:
+        has_draft_model: whether the argument `draft_model` names a model that only proposes; else
+            it is the model of the user's `speculative_config`.
+    """
+    if field == "--speculative-config.model" and has_draft_model:
+        return "draft_model"
+    names = (name.removeprefix("ensemble.").removeprefix("chef.") for name in field.split("/"))
+    return "/".join(
+        name.removeprefix("--").replace("-", "_") if name.startswith("--") else name
+        for name in names
+    )
 
 
 def _default_target(ensemble_fn: object) -> str:
