@@ -84,13 +84,11 @@ def _sd(method: Mapping[str, Any]) -> MethodSpec:
     model = resolve_model(method["model"], "method.model")
     draft_model = resolve_model(method["draft_model"], "method.draft_model")
     gamma = _check_gamma(method["gamma"])
-    speculative_config = {
-        "method": "draft_model",
-        "model": draft_model,
-        "num_speculative_tokens": gamma,
-    }
+
+    from vllm.chef.arguments import speculation
+
     engine_args = {
-        "speculative_config": speculative_config,
+        "speculative_config": speculation(draft_model, gamma),
         **_context(method, model, draft_model),
     }
     return _spec(method, (model,), engine_args, {"draft_model": draft_model, "gamma": gamma})

@@ -21,8 +21,8 @@ from vllm.chef.config import (
     SCHEDULER,
     ChefConfig,
     depth_schedule,
-    max_scheduled_tokens,
     relative_cost,
+    scheduled_tokens,
 )
 from vllm.chef.turns import Turns
 from vllm.ensemble_decode import config as ensemble_config
@@ -211,13 +211,13 @@ def draft_config(draft_model: str, gamma: int | None) -> dict[str, Any]:
         raise ConfigFieldError(
             "chef.gamma", f"{gamma!r} is out of range; of a draft model it must be 1 or more"
         )
-    return {
-        "method": "draft_model",
-        "model": draft_model,
-        "num_speculative_tokens": gamma,
-        # Where tokens are sampled, draws are accepted more often than the likeliest token.
-        "draft_sample_method": "probabilistic",
-    }
+    # Where tokens are sampled, draws are accepted more often than the likeliest token.
+    return {**speculation(draft_model, gamma), "draft_sample_method": "probabilistic"}
+
+
+def speculation(draft_model: str, num_tokens: int) -> dict[str, Any]:
+    """vLLM's `speculative_config` of a draft model, with vLLM's own defaults."""
+    return {"method": "draft_model", "model": draft_model, "num_speculative_tokens": num_tokens}
 
 
 @contextmanager
@@ -290,11 +290,7 @@ def _carrier(paths: Sequence[str], configs: Sequence[ModelConfig], turns: Turns)
     carrier = turns[-1].members[0]
     if configs[carrier].get_vocab_size() != configs[0].get_vocab_size():
         carrier = 0
-    return {
-        "method": "draft_model",
-        "model": paths[carrier],
-        "num_speculative_tokens": turns.window,
-    }
+    return speculation(paths[carrier], turns.window)
 
 
 def _additional_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,6 +328,5 @@ def _budget(arguments: Mapping[str, Any], turns: Turns) -> dict[str, int]:
     return {
         "max_num_seqs": scheduler.max_num_seqs,
         "max_num_batched_tokens": scheduler.max_num_batched_tokens,
-        # A limit below 1 is refused by the engine's check, which says why.
-        "max_num_scheduled_tokens": max(1, max_scheduled_tokens(config, turns)),
+        "max_num_scheduled_tokens": scheduled_tokens(config, turns),
     }

@@ -200,6 +200,20 @@ def max_scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
     return scheduler.max_num_batched_tokens - scheduler.max_num_seqs * more
 
 
+def scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
+    """The `max_num_scheduled_tokens` of an engine whose user leaves it open.
+
+    It is 1 where no value is possible. `check_chef` then says why.
+    """
+    limit = max(1, max_scheduled_tokens(vllm_config, turns))
+    return min(_configured_tokens(vllm_config), limit)
+
+
+def _configured_tokens(vllm_config: VllmConfig) -> int:
+    scheduler = vllm_config.scheduler_config
+    return scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+
+
 def depth_schedule(turns: Turns) -> list[list[int]]:
     """All depths, as `num_speculative_tokens_per_batch_size`, so that vLLM prepares for each depth.
 
@@ -271,10 +285,8 @@ def _check_parallel(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
 
 
 def _check_budget(vllm_config: VllmConfig, turns: Turns) -> None:
-    scheduler = vllm_config.scheduler_config
     limit = max_scheduled_tokens(vllm_config, turns)
-    scheduled = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-    if limit < 1 or scheduled > max(limit, 0):
+    if limit < 1 or _configured_tokens(vllm_config) > limit:
         raise ConfigFieldError(
             "--max-num-scheduled-tokens",
             f"with these turns it may be {max(limit, 0)} at "
