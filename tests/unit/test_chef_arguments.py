@@ -7,9 +7,10 @@ import pytest
 from tiny_models import llama_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
+from vllm.chef import config as chef_config
 from vllm.chef import ensemble_args
 from vllm.chef.arguments import CHEF_WORKER, ENSEMBLE_WORKER
-from vllm.chef.config import SCHEDULER, check_chef
+from vllm.chef.config import SCHEDULER, check_chef, engine_turns
 from vllm.ensemble_decode import ConfigFieldError
 from vllm.ensemble_decode.members import check_ensemble
 
@@ -133,6 +134,18 @@ def test_gamma_that_is_chosen_as_it_goes(made, asked, limit):
     schedule = found["speculative_config"]["num_speculative_tokens_per_batch_size"]
     assert [depth for _, _, depth in schedule] == list(range(window, -1, -1))
     check_chef(engine_config(found))
+
+
+def test_an_engine_derives_nothing_again(made, monkeypatch):
+    found = made("other", "small", gamma=3)
+    as_asked = {**found["additional_config"], "chef": {"gamma": 3}}
+    expected = engine_turns(engine_config({**found, "additional_config": as_asked}))
+    assert expected.max_gammas == (1, 1, 3)
+    monkeypatch.setattr(chef_config, "relative_cost", None)
+    config = engine_config(found)
+    assert check_chef(config)[2] == expected
+    monkeypatch.setattr(chef_config, "member_configs", None)
+    assert engine_turns(config) == expected
 
 
 @pytest.mark.parametrize("arguments_of", [EngineArgs, AsyncEngineArgs])

@@ -21,7 +21,7 @@ from vllm.chef.config import (
     SCHEDULER,
     ChefConfig,
     depth_schedule,
-    relative_cost,
+    resolve_turns,
     scheduled_tokens,
 )
 from vllm.chef.turns import Turns
@@ -152,9 +152,7 @@ def resolve_ensemble(
     if draft is not None:
         drafts = [model_config(draft["model"], "draft_model", engine_args)]
     if chef is not None:
-        costs = [relative_cost(config) for config in configs]
-        turns = chef.make_turns(costs, ensemble.make_function().counted)
-        chef = chef.resolved(turns)
+        chef, turns = resolve_turns(chef, ensemble, configs)
         own_args["worker_cls"] = CHEF_WORKER
         additional[chef_config.CONFIG_KEY] = chef.to_dict()
         speculative = _carrier((model, *ensemble.extra_model), configs, turns)

@@ -34,8 +34,7 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     """
     ensemble = EnsembleConfig.from_additional_config(vllm_config.additional_config)
     _check_engine(vllm_config)
-    members = [vllm_config.model_config]
-    members += [_member_model_config(vllm_config, path) for path in ensemble.extra_model]
+    members = member_configs(vllm_config, ensemble)
     for member in members:
         _check_supported(member)
     check_tokenizers(members)
@@ -48,6 +47,12 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     _check_experts(vllm_config, members)
     _check_function(ensemble, members[0].get_vocab_size())
     return ensemble, members
+
+
+def member_configs(vllm_config: VllmConfig, ensemble: EnsembleConfig) -> list[ModelConfig]:
+    """The model configs of all members, in the user's order. They are not checked."""
+    others = [_member_model_config(vllm_config, path) for path in ensemble.extra_model]
+    return [vllm_config.model_config, *others]
 
 
 def load_members(vllm_config: VllmConfig, members: list[ModelConfig]) -> list[nn.Module]:
