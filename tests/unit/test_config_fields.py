@@ -189,19 +189,19 @@ TABLE = [
         "ensemble_sd",
         ["other", "small"],
         {"gamma": 2, "policy": "sd", "weights": [1, 1, 0]},
-        "ensemble.weights: with policy sd every member has a say; leave a member of weight 0 out, "
-        "or propose with it through --speculative-config.model",
-        "method.weights: with policy sd every member has a say; leave a member of weight 0 out, or "
-        "propose with it through method.draft_model",
-        "weights: with policy sd every member has a say; leave a member of weight 0 out, or "
-        "propose with it through draft_model",
+        "ensemble.weights: member 2 has weight 0, which policy sd does not allow; leave the member "
+        "out, or let it propose with --speculative-config.model",
+        "method.weights: member 2 has weight 0, which policy sd does not allow; leave the member "
+        "out, or let it propose with method.draft_model",
+        "weights: member 2 has weight 0, which policy sd does not allow; leave the member out, or "
+        "let it propose with draft_model",
     ),
     (
         "ensemble_chef",
         ["other", "small"],
         {"gamma": 1, "llm": {"max_num_scheduled_tokens": 9999, "max_num_seqs": 4}},
-        "--max-num-scheduled-tokens: with these turns it may be ",
-        "method.llm.max_num_scheduled_tokens: with these turns it may be ",
+        "--max-num-scheduled-tokens: 9999 is too large for these turns; set it to ",
+        "method.llm.max_num_scheduled_tokens: 9999 is too large for these turns; set it to ",
         None,
     ),
 ]

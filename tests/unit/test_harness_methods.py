@@ -334,11 +334,15 @@ def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch
         ),
         ("cd_sd", ["method.gamma=[1,2]"], r"^method\.gamma: \[1, 2\] is a list, .* one number"),
         ("cd_sd", ["+method.turn_order=[0,1]"], r"^method\.turn_order: cd_sd has no such key"),
-        ("ensemble_chef", ["method.weights=[1,0]"], r"^method\.weights: fewer than two members"),
+        (
+            "ensemble_chef",
+            ["method.weights=[1,0]"],
+            r"^method\.weights: only member 0 has a weight above 0",
+        ),
         (
             "ensemble_sd",
             ["method.extra_model=[other,third]", "method.weights=[1,1,0]"],
-            r"^method\.weights: with policy sd every member has a say; leave",
+            r"^method\.weights: member 2 has weight 0, which policy sd does not allow; leave",
         ),
     ],
 )

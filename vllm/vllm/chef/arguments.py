@@ -17,6 +17,7 @@ from vllm.usage.usage_lib import UsageContext
 
 from vllm.chef import config as chef_config
 from vllm.chef.config import (
+    AUTO,
     POLICIES,
     SCHEDULER,
     ChefConfig,
@@ -207,7 +208,7 @@ def draft_config(draft_model: str, gamma: int | None) -> dict[str, Any]:
     """
     if type(gamma) is not int or gamma < 1:
         raise ConfigFieldError(
-            "chef.gamma", f"{gamma!r} is out of range; of a draft model it must be 1 or more"
+            "chef.gamma", f"{gamma!r} is out of range; with a draft model it must be 1 or more"
         )
     # Where tokens are sampled, draws are accepted more often than the likeliest token.
     return {**speculation(draft_model, gamma), "draft_sample_method": "probabilistic"}
@@ -255,8 +256,8 @@ def _check_no_turns(asked: Mapping[str, Any]) -> None:
         if value is not None:
             raise ConfigFieldError(
                 f"chef.{name}",
-                f"{value!r} is for members that take turns, and those of policy '{PLAIN}' do not; "
-                "leave it out, or choose another policy",
+                f"{value!r} has no effect with policy '{PLAIN}', which has no turns; leave it out, "
+                f"or choose one of {', '.join(POLICIES)}",
             )
 
 
@@ -270,14 +271,14 @@ def _chef(
     if draft_model is not None:
         raise ConfigFieldError(
             "draft_model",
-            f"'{draft_model}' proposes to a plain ensemble, and policy '{policy}' has members take "
-            "turns; leave one of them out",
+            f"'{draft_model}' cannot be combined with policy '{policy}'; leave one of them out",
         )
     config = ChefConfig(gamma, policy, turn_order, max_gamma)
     if max_gamma is not None and not config.is_adaptive:
         raise ConfigFieldError(
             "chef.max_gamma",
-            f'{max_gamma!r} is of gamma "auto", and gamma is {gamma!r}; leave it out',
+            f'{max_gamma!r} has no effect, because gamma is {gamma!r} and not "{AUTO}"; '
+            "leave it out",
         )
     return config
 

@@ -152,20 +152,19 @@ class ChefConfig(PlainData):
         if sum(scores) < 2:
             raise ConfigFieldError(
                 "ensemble.weights",
-                "fewer than two members have a say; take turns with those that have, or run the "
-                "one that has without an ensemble, with --speculative-config.model",
+                f"only member {scores.index(True)} has a weight above 0, and turns need two such "
+                "members; raise another weight",
             )
         if not scores[0]:
             raise ConfigFieldError(
                 "ensemble.weights",
-                "the first member has weight 0, and decides where the others "
-                "leave no token; put it in another place",
+                "the first member has weight 0; put a member with a weight above 0 first",
             )
         if self.policy == "sd" and not all(scores):
             raise ConfigFieldError(
                 "ensemble.weights",
-                "with policy sd every member has a say; leave a member of weight 0 "
-                "out, or propose with it through --speculative-config.model",
+                f"member {scores.index(False)} has weight 0, which policy sd does not allow; leave "
+                "the member out, or let it propose with --speculative-config.model",
             )
 
     def _check_length(self, gammas: Sequence[int], num_members: int) -> None:
@@ -318,18 +317,23 @@ def _check_parallel(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
     if experts and parallel.data_parallel_size > 1:
         raise ConfigFieldError(
             "--data-parallel-size",
-            f"'{experts[0]}' has experts, whose ranks go in step, "
-            "and members that take turns do not; set it to 1",
+            f"{parallel.data_parallel_size} is too large for turns, because '{experts[0]}' has "
+            "experts; set it to 1",
         )
 
 
 def _check_budget(vllm_config: VllmConfig, turns: Turns) -> None:
-    limit = max_scheduled_tokens(vllm_config, turns)
-    if limit < 1 or _configured_tokens(vllm_config) > limit:
+    limit, scheduled = max_scheduled_tokens(vllm_config, turns), _configured_tokens(vllm_config)
+    if limit < 1:
+        batched = vllm_config.scheduler_config.max_num_batched_tokens
         raise ConfigFieldError(
             "--max-num-scheduled-tokens",
-            f"with these turns it may be {max(limit, 0)} at "
-            "most (--max-num-batched-tokens less --max-num-seqs times what the members before the "
-            "last propose, less one); set it, lower --max-num-seqs or raise "
-            "--max-num-batched-tokens",
+            "no value is possible with these turns, because --max-num-batched-tokens is "
+            f"{batched}; raise that above {batched - limit}, or lower --max-num-seqs",
+        )
+    if scheduled > limit:
+        raise ConfigFieldError(
+            "--max-num-scheduled-tokens",
+            f"{scheduled} is too large for these turns; set it to {limit} or less, lower "
+            "--max-num-seqs or raise --max-num-batched-tokens",
         )
