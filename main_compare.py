@@ -16,8 +16,8 @@ from harness.errors import ConfigError
 from harness.run import run
 
 CPU_NOTE = (
-    "On a CPU turns can lose: contrastive decoding by turns (method=cd) had 0.8 of the plain speed "
-    "with all requests at once."
+    "On a CPU, turns can be slower than the plain ensemble. With method=cd and all requests at "
+    "once, their speed was 0.8 of the plain speed."
 )
 
 

@@ -136,10 +136,6 @@ class Engine:
         llm_engine = LLMEngine.from_vllm_config(
             config, UsageContext.LLM_CLASS, disable_log_stats=True
         )
-        if is_ensemble(config):
-            from vllm.ensemble_decode import allow_all_sampling_params
-
-            allow_all_sampling_params(llm_engine)
         return cls(llm_engine, sampling_params, takes_turns)
 
     def close(self) -> None:

@@ -96,15 +96,10 @@ def _num_depths(arguments: Mapping[str, Any]) -> int:
 
 
 def _check_turns(config: "VllmConfig", spec: MethodSpec) -> None:
-    from vllm.chef.config import check_chef, max_scheduled_tokens
+    from vllm.chef.config import check_chef, scheduled_tokens
 
     if "max_num_scheduled_tokens" not in spec.engine_args:
-        scheduler = config.scheduler_config
-        limit = max_scheduled_tokens(config, spec.turns)
-        # The check refuses a limit below 1 and says why.
-        scheduler.max_num_scheduled_tokens = min(
-            scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens, max(1, limit)
-        )
+        config.scheduler_config.max_num_scheduled_tokens = scheduled_tokens(config, spec.turns)
     check_chef(config)
 
 

@@ -4,7 +4,6 @@ The engine packages name a field as a user of `vllm serve` writes it
 (`vllm.ensemble_decode.errors`). This module finds the field's key in `configs/`.
 """
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,9 +13,6 @@ if TYPE_CHECKING:
 # Keys under method.llm that belong to the ensemble and not to vLLM.
 ENSEMBLE_KEYS = ("ensemble_fn", "ensemble_target", "ensemble_args")
 _METHOD_KEYS = ("alpha", "weights", "gamma", "max_gamma", "turn_order")
-# `--flag`, `ensemble.field` or `chef.field`, with inner names after a dot. Names in a path do not
-# count.
-_FIELD = re.compile(r"(?<![\w./-])(?:--[a-z][\w-]*|(?:ensemble|chef)\.\w+)(?:\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -32,12 +28,8 @@ class Keys:
     draft_model: str
 
     def line(self, error: "ConfigFieldError") -> str:
-        """The error in one line that begins with a key.
-
-        Fields in the message become keys as well.
-        """
-        message = _FIELD.sub(lambda match: self.of_field(match[0]), error.message)
-        return f"{self.of_field(error.field)}: {message}"
+        """The error in one line that begins with a key and names only keys."""
+        return str(error.renamed(self.of_field))
 
     def of_field(self, field: str) -> str:
         """The key of a field; a field without a key is returned unchanged."""

@@ -84,13 +84,11 @@ def _sd(method: Mapping[str, Any]) -> MethodSpec:
     model = resolve_model(method["model"], "method.model")
     draft_model = resolve_model(method["draft_model"], "method.draft_model")
     gamma = _check_gamma(method["gamma"])
-    speculative_config = {
-        "method": "draft_model",
-        "model": draft_model,
-        "num_speculative_tokens": gamma,
-    }
+
+    from vllm.chef.arguments import speculation
+
     engine_args = {
-        "speculative_config": speculative_config,
+        "speculative_config": speculation(draft_model, gamma),
         **_context(method, model, draft_model),
     }
     return _spec(method, (model,), engine_args, {"draft_model": draft_model, "gamma": gamma})
@@ -194,7 +192,7 @@ def _resolve(
     chef: "ChefConfig | None",
     draft: dict[str, Any] | None,
 ) -> "ResolvedEnsemble":
-    from vllm.chef.arguments import resolve_ensemble
+    from vllm.chef.arguments import context_warning, resolve_ensemble
     from vllm.ensemble_decode import EnsembleConfig
 
     read = {key: method["llm"].get(key) for key in READ_KEYS}
@@ -202,7 +200,7 @@ def _resolve(
         ensemble = EnsembleConfig(extra_model=members[1:], **_recorded(method))
         resolved = resolve_ensemble(members[0], ensemble, chef, draft, read)
     if resolved.is_shortened:
-        _warn_of_context(resolved.engine_args["max_model_len"], draft["model"])
+        logger.warning(context_warning(resolved.engine_args["max_model_len"], draft["model"]))
     return resolved
 
 
@@ -218,24 +216,15 @@ def _context(method: Mapping[str, Any], model: str, draft_model: str) -> dict[st
     """The longest context that both models have, as an engine argument, unless the user set one."""
     if method["llm"].get("max_model_len") is not None:
         return {}
-    from vllm.chef.arguments import common_context, model_config
+    from vllm.chef.arguments import common_context, context_warning, model_config
 
     with _errors_of_keys(method):
         target = model_config(model, "--model", method["llm"])
         draft = model_config(draft_model, "draft_model", method["llm"])
     longest, is_shortened = common_context([target], [draft])
     if is_shortened:
-        _warn_of_context(longest, draft_model)
+        logger.warning(context_warning(longest, draft_model))
     return {"max_model_len": longest}
-
-
-def _warn_of_context(longest: int, draft_model: str) -> None:
-    logger.warning(
-        "the context is %d tokens, that of the draft model '%s'; method.llm.max_model_len sets "
-        "it, and a draft model of a longer context allows more",
-        longest,
-        draft_model,
-    )
 
 
 @contextlib.contextmanager

@@ -64,16 +64,22 @@ def _read_run(path: Path) -> Run:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="report.py", description=DESCRIPTION)
-    parser.add_argument("directories", nargs="+", type=Path, help="where runs are, at any depth")
-    parser.add_argument("--output", type=Path, help="default: report/ in the first directory")
     parser.add_argument(
-        "--paired", action="store_true", help="compare two runs, or all with their plain ensembles"
+        "directories", nargs="+", type=Path, help="folders that hold runs, at any depth"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder of the report; default: report/ in the first directory"
+    )
+    parser.add_argument(
+        "--paired",
+        action="store_true",
+        help="compare two runs, or each run with its plain ensemble",
     )
     parser.add_argument(
         "--margins",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="ask the plain ensemble for its margin wherever completions differ",
+        help="where completions differ, run the plain ensemble and report its margin",
     )
     parser.add_argument(
         "--strict", action="store_true", help="exit with 1 if completions differ at temperature 0"

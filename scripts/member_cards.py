@@ -6,30 +6,32 @@ This module knows words and tables only. Every figure comes from train_members.p
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prepare_models import AMATEUR, FULL, PYTHON
-from training_text import EXCLUDED_PACKAGES, NGRAM
+from scripts.prepare_models import AMATEUR, FULL, PYTHON
+from scripts.training_text import EXCLUDED_PACKAGES, NGRAM
 
 ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAKING = {
     PYTHON: """\
-A fine-tune of `{origin}` on Python source and documentation: a LoRA
-adapter of rank {rank} of all projections, stored in bfloat16. `scripts/prepare_models.py` merges it
-into `models/{base}` and writes `models/{name}`. Trained on the next token,
-cross-entropy.""",
+A fine-tune of `{origin}` on Python source and documentation. It is a
+LoRA adapter of rank {rank} on all projections, stored in bfloat16 and trained on the
+cross-entropy of the next token. `scripts/prepare_models.py` merges it into `models/{base}` and
+writes `models/{name}`.""",
     AMATEUR: """\
-Layers {layers} of `{origin}`, trained on to give the
-next-token distributions of the whole model, by KL(whole || this) over all of the vocabulary, on
-Python source and documentation. Stored are these layers and the last norm, matrices in eight bits
-with a scale per row; `scripts/prepare_models.py` adds embeddings and head of
-`models/{base}`, which stayed as they are, and writes `models/{name}`.""",
+Layers {layers} of `{origin}`, trained further to reproduce the
+next-token distributions of the whole model. The loss is KL(whole || this) over the whole
+vocabulary. The text is Python source and documentation. This folder stores these layers and the
+last norm, with matrices in eight bits and a scale per row. `scripts/prepare_models.py` adds the
+embeddings and the head of `models/{base}`, which were not trained, and writes
+`models/{name}`.""",
 }
 LIMITS = {
     PYTHON: """\
-It continues files; whether it still follows instructions as its base does was not measured. Nothing
-was done against wrong or unsafe code, nor against repeating text of its sources.""",
+The model continues files. Nobody measured whether it still follows instructions as its base does.
+Nothing was done against wrong or unsafe code, or against repeated text from its sources.""",
     AMATEUR: """\
-It is there to propose tokens that larger models check, and as the amateur of contrastive decoding;
-it is not meant to write alone. The figures hold for text of the kind it was trained on.""",
+The model has two uses: it proposes tokens that larger models check, and it is the amateur of
+contrastive decoding. It is not meant to write alone. The figures hold for text like its training
+text.""",
 }
 CARD = """\
 ---
@@ -40,28 +42,29 @@ base_model: {origin}
 
 {making}
 
-Written by `scripts/train_members.py` at the end of the run, from that run's measurements.
+`scripts/train_members.py` wrote this card at the end of the run, from that run's measurements.
 
 ## Training
 
 {training}
 
 Text: {num_documents} files of Python source and documentation (`.py`, `.rst`, `.md`, package
-descriptions) of the standard library and of installed packages, {num_blocks} blocks of {context}
-tokens; sha256 over them {digest}. Left out: the packages
+descriptions) of the standard library and of installed packages. They make {num_blocks} blocks of
+{context} tokens. The sha256 over the files begins with {digest}. Left out are the packages
 {excluded}, and {num_contaminated} files that share {ngram} words in a row with a
 prompt, solution or test of HumanEval.
 
 ## Measured
 
 On {num_measured} tokens of packages held out whole ({held_out}),
-in float32, of the weights as they are stored:
+in float32, with the weights as they are stored:
 
 {table}
 
-`shared` is the mean of `sum_x min(p(x), q(x))`: how often a token that one model draws is accepted
-by the other at temperature 1. `same top token` is how often both have the same most likely token.
-`KL` is KL(other || this) in nats a token.
+- `shared` is the mean of `sum_x min(p(x), q(x))`. It is how often one model accepts a token that
+  the other draws, at temperature 1.
+- `same top token` is how often both models have the same most likely token.
+- `KL` is KL(other || this) in nats per token.
 
 ## Limits
 
@@ -69,7 +72,7 @@ by the other at temperature 1. `same top token` is how often both have the same 
 
 ## Licence
 
-Apache-2.0, as SmolLM2-135M-Instruct. The text it learned from is under its packages' licences.
+Apache-2.0, as for SmolLM2-135M-Instruct. The training text is under the licences of its packages.
 """
 
 

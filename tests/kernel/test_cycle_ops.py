@@ -1,14 +1,16 @@
 """What a cycle does with its columns: the Triton kernels against their namesakes in torch.
 
-Both go through the same random cycles, step by step, in every order that turns have. After each
-function, everything that it may have changed must be the same.
+Both go through the same random cycles, call by call, in every order that turns have. `TurnRunner`
+tells the order. After each call, everything that it may have changed must be the same.
 """
 
 import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from compile_for_cuda import compile_launches, recorded
 from quick import quick
 from vllm.triton_utils import HAS_TRITON
 
+from vllm.chef.cycle import TokenReading, TurnRunner
 from vllm.chef.ops import eager, fused
 from vllm.chef.state import Candidates, Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
@@ -37,7 +40,10 @@ SEEDS = range(2)
 
 
 class World:
-    """Requests in the middle of their texts, and one way to compute on them."""
+    """Requests in the middle of their texts, and one way to compute on them.
+
+    Each public method after `compare` stands for the call of `TurnRunner` that has its name.
+    """
 
     def __init__(self, turns: Turns, ops: ModuleType, seed: int) -> None:
         self.turns, self.ops = turns, ops
@@ -47,6 +53,7 @@ class World:
         self.stats = TurnStats(turns, DEVICE)
         self.all_cycle = make_cycle(self.state, MAX_NUM_REQS)
         self.returned: list[torch.Tensor] = []
+        self.with_forbidden = False
         self.state.lengths.copy_(self.lengths())
         self.state.scored.copy_(self.numbers(0, 2 * MAX_MODEL_LEN, self.state.scored.shape))
         self.all_token_ids = self.numbers(0, VOCAB_SIZE, (MAX_NUM_REQS, MAX_MODEL_LEN)).int()
@@ -71,7 +78,7 @@ class World:
         found |= {f"returned {at}": tensor for at, tensor in enumerate(self.returned)}
         return copy.deepcopy(found)
 
-    def begin(self, with_forbidden: bool) -> None:
+    def begin_cycle(self) -> None:
         num_reqs = int(self.numbers(1, MAX_NUM_REQS, ()))
         slots = torch.randperm(MAX_NUM_REQS, generator=self.random)[:num_reqs].to(DEVICE)
         prefill_len = self.numbers(1, 30, (MAX_NUM_REQS,)).int()
@@ -83,7 +90,7 @@ class World:
         self.ops.load(self.all_cycle, slots.int(), states)
         # As in a CUDA graph: some rows may belong to no request.
         num_reqs = min(MAX_NUM_REQS, num_reqs + int(self.numbers(0, 3, ())))
-        self.cycle = self.begun = self.all_cycle.rows(num_reqs)
+        self.cycle = self.all_cycle.rows(num_reqs)
         # Some requests read their prompts. Of these and of some others, not all tokens have rows.
         num_drafts = self.numbers(0, self.turns.window + 1, (num_reqs,))
         query_lens = num_drafts + self.numbers(0, 3, (num_reqs,)).clamp(min=1)
@@ -92,7 +99,7 @@ class World:
         self.num_tokens = int(starts[0][-1])
         self.query_lens, self.is_decoding = query_lens, query_lens == num_drafts + 1
         input_ids = self.numbers(0, VOCAB_SIZE, (self.num_tokens,)).int()
-        forbidden = self.numbers(-1, 3, (num_reqs,)) if with_forbidden else None
+        forbidden = self.numbers(-1, 3, (num_reqs,)) if self.with_forbidden else None
         self.ops.begin_cycle(
             self.state, self.cycle, starts[0].int(), starts[1].int(), seq_lens.int(), input_ids,
             forbidden,
@@ -104,7 +111,7 @@ class World:
         candidates = self.ops.candidates(self.state, self.cycle, num_segments, num_columns)
         self.returned = list(candidates)
         for scales in (False, True):
-            self.returned += self.gather(candidates, num_segments, scales)
+            self.returned += self._gather(candidates, num_segments, scales)
         # What vLLM's verification returns: at most all candidates, then one more token.
         num_candidates = (candidates.proposed >= 0).sum(1)
         num_sampled = 1 + self.numbers(0, 100, num_candidates.shape) % (num_candidates + 1)
@@ -114,7 +121,9 @@ class World:
         draws = turn == self.turns.last_scorer and self.turns.draws
         self.ops.settle(self.state, self.cycle, sampled, num_sampled, num_segments, draws)
 
-    def gather(self, candidates: Candidates, num_segments: int, scales: bool) -> list[torch.Tensor]:
+    def _gather(
+        self, candidates: Candidates, num_segments: int, scales: bool
+    ) -> list[torch.Tensor]:
         """As the verifier asks for it, of members whose logits may differ in type."""
         step_rows, kept_rows = candidates.step_rows, candidates.kept_rows
         num_rows, proposers = int(step_rows.max()) + 1, []
@@ -135,9 +144,10 @@ class World:
         judged_by_token = self.cycle.temperature == 0
         return [members, proposal.masked_fill(judged_by_token[:, None, None], 0)]
 
-    def propose(self, turn: int, has_decided: bool = False) -> None:
-        if turn == 0:
-            self.returned = list(self.ops.last_scored(self.cycle))
+    def last_scored(self) -> None:
+        self.returned = list(self.ops.last_scored(self.cycle))
+
+    def append(self, turn: int, has_decided: bool = False) -> None:
         tokens = self.numbers(0, VOCAB_SIZE, (self.cycle.num_reqs,))
         self.ops.append(self.state, self.cycle, turn, self.gammas, tokens, has_decided)
 
@@ -153,40 +163,68 @@ class World:
         prepared = self.ops.prepare_tokens(
             self.state, self.cycle, self.all_token_ids, query_start_loc, *written, seq_lens
         )
-        count, read_start = self.turns.num_unscored(turn), prepared.read_start
-        places = self.ops.place_scores(
-            self.state, self.cycle, turn, count, query_start_loc, read_start
-        )
-        self.returned = [*written, seq_lens, *prepared, *places]
+        self.reading = query_start_loc, prepared.read_start
+        self.returned = [*written, seq_lens, *prepared]
 
-    def read_token(self, turn: int) -> None:
+    def place_scores(self, turn: int, count: int) -> None:
+        self.returned = list(
+            self.ops.place_scores(self.state, self.cycle, turn, count, *self.reading)
+        )
+
+    def read_token(self, turn: int, number: int) -> None:
         num_reqs = self.cycle.num_reqs
         written = [torch.zeros(num_reqs, dtype=torch.int64, device=DEVICE) for _ in range(3)]
         last = self.ops.prepare_token(self.state, self.cycle, self.all_token_ids, *written)
-        kept = self.ops.place_score(self.state, self.cycle, turn, self.gammas)
-        self.returned = [*written, last, kept]
+        self.returned = [*written, last]
 
-    def end(self) -> None:
+    def place_score(self, turn: int) -> None:
+        self.returned = [self.ops.place_score(self.state, self.cycle, turn, self.gammas)]
+
+    def outputs(self, num_tokens: int) -> None:
+        self.returned = list(self.ops.outputs(self.cycle, num_tokens))
+
+    def end_cycle(self) -> None:
         calls = torch.tensor(self.turns.num_calls(self.gammas.tolist()), device=DEVICE)
-        outputs = self.ops.outputs(self.cycle, self.turns.window + 1)
-        self.returned = [*outputs, self.ops.end_cycle(self.state, self.cycle, self.stats, calls)]
+        self.returned = [self.ops.end_cycle(self.state, self.cycle, self.stats, calls)]
+
+
+class Recorder:
+    """Stands in for the operations, the verifier and the passes of a `TurnRunner`.
+
+    It computes nothing. It notes each call with the numbers among its arguments: a turn, a count.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def note(*args: Any) -> Any:
+            self.calls.append((name, tuple(arg for arg in args if isinstance(arg, int))))
+            return TokenReading(MagicMock(), MagicMock()) if name == "read_token" else MagicMock()
+
+        return note
 
 
 def steps(turns: Turns) -> list[tuple[str, Callable[[World], None]]]:
-    """The steps of a cycle, in the speculator's order."""
-    found = [("decide 0", lambda w: w.decide(0))]
-    if not turns.draws:
-        found.append(("propose 0", lambda w: w.propose(0)))
-    for turn in range(1, len(turns)):
-        decides = turns.is_scorer(turn)
-        found.append((f"read {turn}", lambda w, t=turn: w.read(t)))
-        if decides:
-            found.append((f"decide {turn}", lambda w, t=turn: w.decide(t)))
-        found.append((f"propose {turn}", lambda w, t=turn, d=decides: w.propose(t, d)))
-        for number in range(turns[turn].gamma):
-            found.append((f"read token {turn} {number}", lambda w, t=turn: w.read_token(t)))
-            found.append((f"propose {turn} {number}", lambda w, t=turn: w.propose(t)))
-    return [*found, ("end", lambda w: w.end())]
+    """The calls of a cycle, in the order of `TurnRunner`."""
+    recorder, anything = Recorder(), MagicMock()
+    state = SimpleNamespace(turns=turns, kept_scores=MagicMock())
+    runner = TurnRunner(state, recorder, anything, recorder, anything, anything)
+
+    def take_turn(turn: int) -> Any:
+        return runner.take_turn(turn, anything, anything, recorder)
+
+    def propose_more(turn: int) -> None:
+        # One pass more than the turn has room for.
+        num_passes = turns.num_passes(turns[turn].gamma) + 1
+        runner.propose_more(turn, num_passes, anything, recorder)
+
+    runner.run(anything, take_turn, propose_more)
+    runner.finish(anything, propose_more, anything, anything)
+    return [
+        (f"{name}{numbers}", lambda w, n=name, given=numbers: getattr(w, n)(*given))
+        for name, numbers in recorder.calls
+    ]
 
 
 @pytest.mark.parametrize("seed", quick(SEEDS, 0))
@@ -197,10 +235,9 @@ def test_kernels_do_what_torch_does(case, seed, monkeypatch):
     turns = TURNS[case]
     worlds = [World(turns, ops, seed) for ops in (eager, fused)]
     for number in range(3):
-        with_forbidden = number == 1
-        cycle = [("begin", lambda w, f=with_forbidden: w.begin(f)), *steps(turns)]
-        for name, step in cycle:
+        for name, step in steps(turns):
             for world in worlds:
+                world.with_forbidden = number == 1
                 step(world)
             expected, found = (world.compare() for world in worlds)
             for key, tensor in expected.items():
@@ -232,7 +269,7 @@ def test_kernels_compile_for_a_gpu(monkeypatch, tmp_path):
     for case in ("three", "sd"):
         world = World(TURNS[case], fused, seed=0)
         for with_forbidden in (False, True):
-            world.begin(with_forbidden)
+            world.with_forbidden = with_forbidden
             for _, step in steps(TURNS[case]):
                 step(world)
     for where in (False, True):

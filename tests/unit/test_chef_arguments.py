@@ -1,14 +1,16 @@
 """`ensemble_args`: from members, function and turns to vLLM's engine arguments."""
 
+import re
 from pathlib import Path
 
 import pytest
 from tiny_models import llama_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
+from vllm.chef import config as chef_config
 from vllm.chef import ensemble_args
 from vllm.chef.arguments import CHEF_WORKER, ENSEMBLE_WORKER
-from vllm.chef.config import SCHEDULER, check_chef
+from vllm.chef.config import SCHEDULER, check_chef, engine_turns
 from vllm.ensemble_decode import ConfigFieldError
 from vllm.ensemble_decode.members import check_ensemble
 
@@ -134,6 +136,18 @@ def test_gamma_that_is_chosen_as_it_goes(made, asked, limit):
     check_chef(engine_config(found))
 
 
+def test_an_engine_derives_nothing_again(made, monkeypatch):
+    found = made("other", "small", gamma=3)
+    as_asked = {**found["additional_config"], "chef": {"gamma": 3}}
+    expected = engine_turns(engine_config({**found, "additional_config": as_asked}))
+    assert expected.max_gammas == (1, 1, 3)
+    monkeypatch.setattr(chef_config, "relative_cost", None)
+    config = engine_config(found)
+    assert check_chef(config)[2] == expected
+    monkeypatch.setattr(chef_config, "member_configs", None)
+    assert engine_turns(config) == expected
+
+
 @pytest.mark.parametrize("arguments_of", [EngineArgs, AsyncEngineArgs])
 def test_a_limit_that_turns_need_holds_whatever_starts_the_engine(made, arguments_of):
     two = made("other", gamma=5)
@@ -187,28 +201,34 @@ def test_the_arguments_are_plain_data_and_the_callers_are_left_alone(made):
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
-        (dict(policy="best", gamma=1), "chef.policy: unknown policy 'best'; choose one of"),
-        (dict(policy="chef"), "chef.gamma: None is out of range"),
-        (dict(gamma=0), "chef.gamma: 0 is out of range"),
-        (dict(gamma=[1, 2, 3]), "chef.gamma: [1, 2, 3] has 3 entries for 2 members"),
-        (dict(gamma=2, max_gamma=3), 'chef.max_gamma: 3 is of gamma "auto", and gamma is 2'),
-        (dict(policy="plain", gamma=2), "chef.gamma: 2 is for members that take turns"),
-        (dict(turn_order=[0, 1]), "chef.turn_order: [0, 1] is for members that take turns"),
-        (dict(gamma=1, turn_order=[0, 0]), "chef.turn_order: [0, 0] must name each"),
-        (dict(draft_model="small"), "chef.gamma: None is out of range; of a draft model"),
-        (dict(draft_model="small", gamma=[1, 2]), "chef.gamma: [1, 2] is out of range"),
-        (dict(draft_model="small", gamma=1, max_gamma=2), "chef.max_gamma: 2 is for members"),
+        (dict(policy="best", gamma=1), "policy: unknown policy 'best'; choose one of"),
+        (dict(policy="chef"), "gamma: None is out of range"),
+        (dict(gamma=0), "gamma: 0 is out of range"),
+        (dict(gamma=[1, 2, 3]), "gamma: [1, 2, 3] has 3 entries for 2 members"),
+        (dict(gamma=2, max_gamma=3), "max_gamma: 3 has no effect, because gamma is 2 and not"),
+        (
+            dict(policy="plain", gamma=2),
+            "gamma: 2 has no effect with policy 'plain', which has no turns",
+        ),
+        (dict(turn_order=[0, 1]), "turn_order: [0, 1] has no effect with policy 'plain'"),
+        (dict(gamma=1, turn_order=[0, 0]), "turn_order: [0, 0] must name each"),
+        (dict(draft_model="small"), "gamma: None is out of range; with a draft model"),
+        (dict(draft_model="small", gamma=[1, 2]), "gamma: [1, 2] is out of range"),
+        (
+            dict(draft_model="small", gamma=1, max_gamma=2),
+            "max_gamma: 2 has no effect with policy 'plain'",
+        ),
         (dict(draft_model="nope", gamma=1), "draft_model: '"),
         (dict(draft_model="small", policy="sd", gamma=1), "draft_model: '"),
-        (dict(alpha=0.1), "ensemble.alpha: the ensemble function 'weighted' has no"),
-        (dict(weights=[1]), "ensemble.weights: 1 weights for 2 members"),
-        (dict(ensemble_fn="no_such"), "ensemble.ensemble_fn: unknown function 'no_such'"),
-        (dict(ensemble_args=5), "ensemble.ensemble_args: 5 does not name parameters"),
-        (dict(gamma=1, weights=[1, 0]), "ensemble.weights: fewer than two members have a say"),
-        (dict(additional_config={"chef": {}}), "--additional-config.chef: the arguments of"),
+        (dict(alpha=0.1), "alpha: the ensemble function 'weighted' has no"),
+        (dict(weights=[1]), "weights: 1 weights for 2 members"),
+        (dict(ensemble_fn="no_such"), "ensemble_fn: unknown function 'no_such'"),
+        (dict(ensemble_args=5), "ensemble_args: 5 does not name parameters"),
+        (dict(gamma=1, weights=[1, 0]), "weights: only member 0 has a weight above 0"),
+        (dict(additional_config={"chef": {}}), "additional_config.chef: the arguments of"),
         (
             dict(gamma=2, speculative_config={"num_speculative_tokens": 3}),
-            "--speculative-config.num_speculative_tokens: 3 contradicts the ensemble, which sets 2",
+            "speculative_config.num_speculative_tokens: 3 contradicts the ensemble, which sets 2",
         ),
     ],
 )
@@ -217,11 +237,12 @@ def test_bad_input_is_told_in_one_line(made, asked, line):
         made("other", **asked)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+    assert not re.search(r"--\w|(?:ensemble|chef)\.\w", str(caught.value))
 
 
 @pytest.mark.parametrize("others", [[], ["nope"]])
 def test_members_that_are_not_there(made, others, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigFieldError, match=r"^ensemble\.extra_model: ") as caught:
+    with pytest.raises(ConfigFieldError, match=r"^extra_model: ") as caught:
         made(*others)
     assert "\n" not in str(caught.value)

@@ -222,7 +222,7 @@ def step(num_scheduled: dict[str, int], depth: int, drafts: int | None = None, n
 def scheduler(monkeypatch):
     monkeypatch.setattr(scheduler_module.time, "perf_counter", iter(range(100)).__next__)
     turns = chef_turns([1, 2], [2, 1], (True, True))
-    monkeypatch.setattr(scheduler_module, "check_chef", lambda _: (None, None, turns))
+    monkeypatch.setattr(scheduler_module, "engine_turns", lambda _: turns)
     scheduler = Scheduler(vllm_config=None)
     scheduler.observed = []
     monkeypatch.setattr(scheduler.depths, "observe", lambda *args: scheduler.observed.append(args))

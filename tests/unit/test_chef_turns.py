@@ -99,18 +99,47 @@ def test_what_cannot_be_meant_is_refused(config, message):
     [
         (dict(gamma=[1, 2]), ALL, r"^chef\.gamma: \[1, 2\] has 2 entries for 3 members"),
         (dict(gamma=[2, 2, 3]), ALL, r"^chef\.gamma: \[2, 2, 3\] has no 1"),
-        (dict(), (True, False, False), r"^ensemble\.weights: fewer than two members have a say"),
+        (dict(), (True, False, False), r"^ensemble\.weights: only member 0 has a weight above 0"),
         (dict(), (False, True, True), r"^ensemble\.weights: the first member has weight 0"),
         (
             dict(policy="sd"),
             (True, True, False),
-            r"^ensemble\.weights: with policy sd every member has a say",
+            r"^ensemble\.weights: member 2 has weight 0, which policy sd does not allow",
         ),
     ],
 )
 def test_turns_that_do_not_fit_the_members_are_refused(config, scores, message):
     with pytest.raises(ValueError, match=message):
-        ChefConfig(**config).make_turns([3.0, 2.0, 1.0], scores)
+        ChefConfig(**config).resolved([3.0, 2.0, 1.0], scores).make_turns(scores)
+    resolved = dict(gamma=1) if "policy" in config else dict(gamma=[1, 2], turn_order=[0, 1])
+    if scores != ALL or len(config.get("gamma", ())) == 2:
+        with pytest.raises(ValueError, match=message):
+            ChefConfig(**{**config, **resolved}).make_turns(scores)
+
+
+@pytest.mark.parametrize(
+    ("config", "is_resolved"),
+    [
+        (dict(gamma=5), False),
+        (dict(gamma=[1, 2, 3]), False),
+        (dict(gamma=3, turn_order=[0, 1, 2]), False),
+        (dict(gamma="auto"), False),
+        (dict(gamma="auto", max_gamma=[1, 1, 4]), False),
+        (dict(policy="sd", gamma="auto"), False),
+        (dict(policy="sd", gamma=3), True),
+        (dict(gamma=[1, 2, 3], turn_order=[0, 2, 1]), True),
+    ],
+)
+def test_a_resolved_configuration_needs_no_costs(config, is_resolved):
+    config = ChefConfig(**config)
+    assert config.is_resolved == is_resolved
+    resolved = config.resolved([3.0, 2.0, 1.0], ALL)
+    assert resolved.is_resolved
+    assert resolved.resolved([1.0, 2.0, 3.0], ALL) == resolved
+    again = ChefConfig.from_dict(resolved.to_dict())
+    turns = again.make_turns(ALL)
+    assert again == resolved and turns == resolved.make_turns(ALL)
+    assert sorted(member for turn in turns for member in turn.members) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -172,5 +201,5 @@ def test_experts_do_not_take_turns_in_parallel():
 
     check(True, 1)
     check(False, 2)
-    with pytest.raises(ValueError, match=r"^--data-parallel-size: 'm1' has experts"):
+    with pytest.raises(ValueError, match=r"^--data-parallel-size: 2 .*'m1' has experts"):
         check(True, 2)

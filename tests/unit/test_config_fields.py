@@ -12,7 +12,8 @@ from harness.engine_config import make_engine_config
 from harness.errors import ConfigError
 from harness.fields import Keys
 from harness.methods import make_spec
-from vllm.chef.arguments import CHEF_WORKER, ENSEMBLE_WORKER
+from vllm.chef import ensemble_args
+from vllm.chef.arguments import CHEF_WORKER, ENSEMBLE_WORKER, argument_name
 from vllm.chef.config import check_chef
 from vllm.ensemble_decode import ConfigFieldError
 from vllm.ensemble_decode.members import check_ensemble
@@ -72,6 +73,13 @@ def through_the_engine(root: Path, others: list[str], asked: dict[str, Any]) -> 
     (check_chef if chef else check_ensemble)(config)
 
 
+def through_the_arguments(root: Path, others: list[str], asked: dict[str, Any]) -> None:
+    paths = [str(root / name) for name in ("large", *others)]
+    asked = {**WEIGHTED, **asked}
+    llm = asked.pop("llm", {})
+    ensemble_args(paths[0], paths[1:], **{**asked, **llm})
+
+
 def through_the_harness(name: str, others: list[str], asked: dict[str, Any]) -> None:
     method = {"name": name, "model": "large", "generate": {}, **asked}
     method.pop("policy", None)
@@ -82,7 +90,8 @@ def through_the_harness(name: str, others: list[str], asked: dict[str, Any]) -> 
     make_engine_config(make_spec(method), seed=0, num_slots=4)
 
 
-# method, members after the first, what is asked, the engine's line up to its remedy, the harness's
+# method, members after the first, what is asked, and the line up to its remedy: the engine's, the
+# harness's, and that of `ensemble_args`, or None where it leaves the mistake to the engine
 TABLE = [
     (
         "ensemble",
@@ -90,6 +99,7 @@ TABLE = [
         {"weights": [1, 2, 3]},
         "ensemble.weights: 3 weights for 2 members; ",
         "method.weights: 3 weights for 2 members; ",
+        "weights: 3 weights for 2 members; ",
     ),
     (
         "ensemble",
@@ -99,6 +109,8 @@ TABLE = [
         "(takes weights); remove it or choose another ensemble.ensemble_fn",
         "method.alpha: the ensemble function 'weighted' has no parameter 'alpha' "
         "(takes weights); remove it or choose another method.llm.ensemble_fn",
+        "alpha: the ensemble function 'weighted' has no parameter 'alpha' "
+        "(takes weights); remove it or choose another ensemble_fn",
     ),
     (
         "cd",
@@ -106,6 +118,7 @@ TABLE = [
         {"alpha": 2, "llm": CONTRASTIVE},
         "ensemble.alpha: 2 is out of range; ",
         "method.alpha: 2 is out of range; ",
+        "alpha: 2 is out of range; ",
     ),
     (
         "ensemble",
@@ -113,6 +126,7 @@ TABLE = [
         {"llm": {"ensemble_fn": "nope"}},
         "ensemble.ensemble_fn: unknown function 'nope'; ",
         "method.llm.ensemble_fn: unknown function 'nope'; ",
+        "ensemble_fn: unknown function 'nope'; ",
     ),
     (
         "ensemble",
@@ -120,6 +134,7 @@ TABLE = [
         {"llm": {"ensemble_args": {"x": 1}}},
         "ensemble.ensemble_args.x: the ensemble function",
         "method.llm.ensemble_args.x: the ensemble function",
+        "ensemble_args.x: the ensemble function",
     ),
     (
         "ensemble",
@@ -127,6 +142,7 @@ TABLE = [
         {"llm": {"max_model_len": 128}},
         "--max-model-len: 128 is beyond '",
         "method.llm.max_model_len: 128 is beyond '",
+        None,
     ),
     (
         "ensemble",
@@ -135,6 +151,7 @@ TABLE = [
         "--enable-lora: LoRA adapters cannot be combined with an ensemble; leave the option out",
         "method.llm.enable_lora: LoRA adapters cannot be combined with an ensemble; leave the "
         "option out",
+        None,
     ),
     (
         "ensemble",
@@ -142,6 +159,7 @@ TABLE = [
         {},
         "--model/ensemble.extra_model: the tokenizers of '",
         "method.model/extra_model: the tokenizers of '",
+        None,
     ),
     (
         "cd",
@@ -149,6 +167,7 @@ TABLE = [
         {},
         "--model/ensemble.extra_model: the tokenizers of '",
         "method.model/amateur_model: the tokenizers of '",
+        None,
     ),
     (
         "ensemble_chef",
@@ -156,6 +175,7 @@ TABLE = [
         {"gamma": [2, 1]},
         "chef.gamma: [2, 1] has 2 entries for 3 members; ",
         "method.gamma: [2, 1] has 2 entries for 3 members; ",
+        "gamma: [2, 1] has 2 entries for 3 members; ",
     ),
     (
         "cd_chef",
@@ -163,28 +183,32 @@ TABLE = [
         {"gamma": [1, 2], "turn_order": [1, 0]},
         "chef.turn_order: member 1 cannot open the step",
         "method.turn_order: member 1 cannot open the step",
+        "turn_order: member 1 cannot open the step",
     ),
     (
         "ensemble_sd",
         ["other", "small"],
         {"gamma": 2, "policy": "sd", "weights": [1, 1, 0]},
-        "ensemble.weights: with policy sd every member has a say; leave a member of weight 0 out, "
-        "or propose with it through --speculative-config.model",
-        "method.weights: with policy sd every member has a say; leave a member of weight 0 out, or "
-        "propose with it through method.draft_model",
+        "ensemble.weights: member 2 has weight 0, which policy sd does not allow; leave the member "
+        "out, or let it propose with --speculative-config.model",
+        "method.weights: member 2 has weight 0, which policy sd does not allow; leave the member "
+        "out, or let it propose with method.draft_model",
+        "weights: member 2 has weight 0, which policy sd does not allow; leave the member out, or "
+        "let it propose with draft_model",
     ),
     (
         "ensemble_chef",
         ["other", "small"],
         {"gamma": 1, "llm": {"max_num_scheduled_tokens": 9999, "max_num_seqs": 4}},
-        "--max-num-scheduled-tokens: with these turns it may be ",
-        "method.llm.max_num_scheduled_tokens: with these turns it may be ",
+        "--max-num-scheduled-tokens: 9999 is too large for these turns; set it to ",
+        "method.llm.max_num_scheduled_tokens: 9999 is too large for these turns; set it to ",
+        None,
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "others", "asked", "line", "_"), TABLE)
-def test_the_engine_names_its_own_field(root, name, others, asked, line, _):
+@pytest.mark.parametrize(("name", "others", "asked", "line", "_", "__"), TABLE)
+def test_the_engine_names_its_own_field(root, name, others, asked, line, _, __):
     with pytest.raises(ConfigFieldError) as caught:
         through_the_engine(root, others, asked)
     text = str(caught.value)
@@ -193,10 +217,22 @@ def test_the_engine_names_its_own_field(root, name, others, asked, line, _):
     assert "method." not in text
 
 
-@pytest.mark.parametrize(("name", "others", "asked", "_", "line"), TABLE)
-def test_the_harness_names_the_key(name, others, asked, _, line):
+@pytest.mark.parametrize(("name", "others", "asked", "_", "line", "__"), TABLE)
+def test_the_harness_names_the_key(name, others, asked, _, line, __):
     with pytest.raises(ConfigError) as caught:
         through_the_harness(name, others, asked)
+    text = str(caught.value)
+    assert text.startswith(line)
+    assert "\n" not in text
+    assert not [word for word in text.split() if word.startswith(("--", "ensemble.", "chef."))]
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "asked", "line"), [(*row[:3], row[5]) for row in TABLE if row[5]]
+)
+def test_ensemble_args_names_its_argument(root, name, others, asked, line):
+    with pytest.raises(ConfigFieldError) as caught:
+        through_the_arguments(root, others, asked)
     text = str(caught.value)
     assert text.startswith(line)
     assert "\n" not in text
@@ -247,6 +283,27 @@ def test_keys_of_fields(field, key):
     error = ConfigFieldError(field, "see /models/--max-num-seqs and org/chef.gamma, or chef.gamma")
     told = "see /models/--max-num-seqs and org/chef.gamma, or method.gamma"
     assert keys.line(error) == f"{key}: {told}"
+
+
+@pytest.mark.parametrize(
+    ("field", "argument"),
+    [
+        ("--model", "model"),
+        ("--model/ensemble.extra_model", "model/extra_model"),
+        ("--max-num-seqs", "max_num_seqs"),
+        ("--speculative-config.num_speculative_tokens",) * 2,
+        ("--speculative-config.model", "draft_model"),
+        ("draft_model", "draft_model"),
+        ("ensemble.ensemble_args.plausibility", "ensemble_args.plausibility"),
+        ("chef.max_gamma", "max_gamma"),
+        ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER"),
+    ],
+)
+def test_arguments_of_fields(field, argument):
+    argument = argument.replace("--speculative-config", "speculative_config")
+    assert argument_name(field, has_draft_model=True) == argument
+    given = argument_name("--speculative-config.model", has_draft_model=False)
+    assert given == "speculative_config.model"
 
 
 def test_the_line_survives_on_its_way_between_processes():

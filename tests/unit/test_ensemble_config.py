@@ -4,6 +4,7 @@ import json
 
 import pytest
 from tiny_models import llama_config, save_model
+from vllm.config.watermarking import WatermarkConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm.ensemble_decode import EnsembleConfig
@@ -91,7 +92,7 @@ def test_a_model_and_its_second_self_are_compiled_apart(tmp_path):
 
 
 def test_traces_are_not_replayed_under_speculation(tmp_path):
-    """vLLM refuses that for each request; `allow_all_sampling_params` would let it through."""
+    """vLLM refuses that for each request; our front end would let it through."""
     path = save_model(tmp_path / "llama", llama_config(), seed=0)
     arguments = dict(
         skip_tokenizer_init=True, additional_config={"ensemble": {"extra_model": [path]}}
@@ -102,4 +103,15 @@ def test_traces_are_not_replayed_under_speculation(tmp_path):
         path, **arguments, enable_trace_replay=True, speculative_config=draft
     ).create_engine_config()
     with pytest.raises(ValueError, match=r"^--enable-trace-replay: .*; leave"):
+        check_ensemble(config)
+
+
+def test_watermarks_are_refused(tmp_path):
+    path = save_model(tmp_path / "llama", llama_config(), seed=0)
+    config = EngineArgs(
+        path, skip_tokenizer_init=True, additional_config={"ensemble": {"extra_model": [path]}}
+    ).create_engine_config()
+    check_ensemble(config)
+    config.watermark_config = WatermarkConfig(key=1)
+    with pytest.raises(ValueError, match=r"^--watermark-config: watermarks cannot be combined"):
         check_ensemble(config)

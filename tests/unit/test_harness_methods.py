@@ -234,7 +234,8 @@ def test_context_is_that_of_a_shorter_draft_model_and_a_line_says_so(name, caplo
     short = spec(name, *others, "method.draft_model=small")
     assert short.engine_args["max_model_len"] == 64
     (line,) = [r.getMessage() for r in caplog.records if r.name == "harness.methods"]
-    assert line.startswith("the context is 64 tokens, that of the draft model '")
+    assert line.startswith("the draft model '")
+    assert "limits the context to 64 tokens; for a longer context, choose another" in line
     caplog.clear()
     spec(name, *others, "method.draft_model=other")
     assert not [record for record in caplog.records if record.name == "harness.methods"]
@@ -333,11 +334,15 @@ def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch
         ),
         ("cd_sd", ["method.gamma=[1,2]"], r"^method\.gamma: \[1, 2\] is a list, .* one number"),
         ("cd_sd", ["+method.turn_order=[0,1]"], r"^method\.turn_order: cd_sd has no such key"),
-        ("ensemble_chef", ["method.weights=[1,0]"], r"^method\.weights: fewer than two members"),
+        (
+            "ensemble_chef",
+            ["method.weights=[1,0]"],
+            r"^method\.weights: only member 0 has a weight above 0",
+        ),
         (
             "ensemble_sd",
             ["method.extra_model=[other,third]", "method.weights=[1,1,0]"],
-            r"^method\.weights: with policy sd every member has a say; leave",
+            r"^method\.weights: member 2 has weight 0, which policy sd does not allow; leave",
         ),
     ],
 )

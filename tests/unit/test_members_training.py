@@ -16,8 +16,6 @@ from tiny_models import llama_config, load_reference, save_byte_tokenizer, save_
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from repository import ROOT
-
 PROBLEM = read_problems()["HumanEval/2"]
 SETTINGS = dict(steps=4, batch_size=4, micro_batch=2, context=32, learning_rate=1e-3)
 FLAGS = [
@@ -28,11 +26,8 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The scripts as they find each other: in a folder that is on the path."""
     names = ("training_text", "prepare_models", "train_members")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    return SimpleNamespace(**{name: importlib.import_module(f"scripts.{name}") for name in names})
 
 
 def source_file(seed: int, lines: int = 30) -> str:

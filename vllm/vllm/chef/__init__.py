@@ -1,5 +1,6 @@
 """Speculative ensembles by turns, and the plugin that vLLM loads in each of its processes."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,9 +21,17 @@ def __getattr__(name: str) -> Any:
 def register() -> None:
     """vLLM's general plugin. vLLM calls it once or more in every process.
 
-    On CPU, the plugin replaces Triton kernels that the interpreter runs slowly with torch and NumPy
-    code. On CUDA it does nothing.
+    It does two things:
+
+    - On a CPU, it replaces Triton kernels that the interpreter runs slowly with torch and NumPy
+      code.
+    - In a process that may be a front end, it lifts a refusal of sampling parameters for ensembles.
     """
     from vllm.cpu_kernels import register_cpu_kernels
+    from vllm.ensemble_decode.frontend import allow_all_sampling_params
 
     register_cpu_kernels()
+    # A front end makes EngineArgs, which load the plugins (`load_general_plugins`). Processes that
+    # inspect a model class have no EngineArgs. There, importing the front end would take seconds.
+    if "vllm.engine.arg_utils" in sys.modules:
+        allow_all_sampling_params()

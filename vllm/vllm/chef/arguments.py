@@ -4,8 +4,10 @@ The harness, the benchmarks and the tests use it too. It reads the models' confi
 and contexts. It loads no weights and starts no engine.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vllm.config import ModelConfig
@@ -15,12 +17,13 @@ from vllm.usage.usage_lib import UsageContext
 
 from vllm.chef import config as chef_config
 from vllm.chef.config import (
+    AUTO,
     POLICIES,
     SCHEDULER,
     ChefConfig,
     depth_schedule,
-    max_scheduled_tokens,
-    relative_cost,
+    resolve_turns,
+    scheduled_tokens,
 )
 from vllm.chef.turns import Turns
 from vllm.ensemble_decode import config as ensemble_config
@@ -93,35 +96,32 @@ def ensemble_args(
         `max_num_batched_tokens`: as given, or else those that vLLM has for `LLM`.
 
     Raises:
-        ConfigFieldError: one line that names the field and the remedy, as the engine names it:
+        ConfigFieldError: one line that names the argument and the remedy. An error that the engine
+            finds when it starts has the names of `additional_config` and of vLLM's flags:
             `ensemble.alpha` for `alpha`, `chef.gamma` for `gamma`.
     """
-    policy = policy or (PLAIN if gamma is None or draft_model is not None else POLICIES[0])
-    asked = {"gamma": gamma, "max_gamma": max_gamma, "turn_order": turn_order}
-    # Turns are checked before any file of a model is opened.
-    chef = draft = None
-    if policy != PLAIN:
-        chef = _chef(policy, draft_model, **asked)
-    elif draft_model is not None:
-        _check_no_turns({**asked, "gamma": None})
-        draft = draft_config(draft_model, gamma)
-    else:
-        _check_no_turns(asked)
-    parameters = {"alpha": alpha, "weights": weights, "ensemble_args": ensemble_args or {}}
-    target = ensemble_target or _default_target(ensemble_fn)
-    ensemble = EnsembleConfig(extra_model, ensemble_fn, target, **parameters)
-    resolved = resolve_ensemble(model, ensemble, chef, draft, engine_args)
-    if resolved.is_shortened:
-        logger.warning(
-            "The context is %d tokens, that of the draft model '%s'. --max-model-len sets it, and "
-            "a draft model of a longer context allows more.",
-            resolved.engine_args["max_model_len"],
-            draft_model,
-        )
-    arguments = {"model": model, **engine_args, **resolved.engine_args}
-    if resolved.turns is not None and arguments.get("max_num_scheduled_tokens") is None:
-        arguments |= _budget(arguments, resolved.turns)
-    return arguments
+    with _errors_of_arguments(engine_args):
+        policy = policy or (PLAIN if gamma is None or draft_model is not None else POLICIES[0])
+        asked = {"gamma": gamma, "max_gamma": max_gamma, "turn_order": turn_order}
+        # Turns are checked before any file of a model is opened.
+        chef = draft = None
+        if policy != PLAIN:
+            chef = _chef(policy, draft_model, **asked)
+        elif draft_model is not None:
+            _check_no_turns({**asked, "gamma": None})
+            draft = draft_config(draft_model, gamma)
+        else:
+            _check_no_turns(asked)
+        parameters = {"alpha": alpha, "weights": weights, "ensemble_args": ensemble_args or {}}
+        target = ensemble_target or _default_target(ensemble_fn)
+        ensemble = EnsembleConfig(extra_model, ensemble_fn, target, **parameters)
+        resolved = resolve_ensemble(model, ensemble, chef, draft, engine_args)
+        if resolved.is_shortened:
+            logger.warning(context_warning(resolved.engine_args["max_model_len"], draft_model))
+        arguments = {"model": model, **engine_args, **resolved.engine_args}
+        if resolved.turns is not None and arguments.get("max_num_scheduled_tokens") is None:
+            arguments |= _budget(arguments, resolved.turns)
+        return arguments
 
 
 def resolve_ensemble(
@@ -147,28 +147,26 @@ def resolve_ensemble(
     configs += [
         model_config(path, "ensemble.extra_model", engine_args) for path in ensemble.extra_model
     ]
-    made: dict[str, Any] = {"worker_cls": ENSEMBLE_WORKER}
+    own_args: dict[str, Any] = {"worker_cls": ENSEMBLE_WORKER}
     additional = {ensemble_config.CONFIG_KEY: ensemble.to_dict()}
     drafts, turns, speculative = [], None, draft
     if draft is not None:
         drafts = [model_config(draft["model"], "draft_model", engine_args)]
     if chef is not None:
-        costs = [relative_cost(config) for config in configs]
-        turns = chef.make_turns(costs, ensemble.make_function().counted)
-        chef = chef.resolved(turns)
-        made["worker_cls"] = CHEF_WORKER
+        chef, turns = resolve_turns(chef, ensemble, configs)
+        own_args["worker_cls"] = CHEF_WORKER
         additional[chef_config.CONFIG_KEY] = chef.to_dict()
         speculative = _carrier((model, *ensemble.extra_model), configs, turns)
         if chef.is_adaptive:
             speculative["num_speculative_tokens_per_batch_size"] = depth_schedule(turns)
-            made["scheduler_cls"] = SCHEDULER
-    made["additional_config"] = _additional_config(engine_args, additional)
+            own_args["scheduler_cls"] = SCHEDULER
+    own_args["additional_config"] = _additional_config(engine_args, additional)
     if speculative is not None:
-        made["speculative_config"] = _speculative_config(engine_args, speculative)
+        own_args["speculative_config"] = _speculative_config(engine_args, speculative)
     is_shortened = False
     if engine_args.get("max_model_len") is None:
-        made["max_model_len"], is_shortened = common_context(configs, drafts)
-    return ResolvedEnsemble(made, chef, turns, is_shortened)
+        own_args["max_model_len"], is_shortened = common_context(configs, drafts)
+    return ResolvedEnsemble(own_args, chef, turns, is_shortened)
 
 
 def model_config(path: str, field: str, engine_args: Mapping[str, Any]) -> ModelConfig:
@@ -195,6 +193,13 @@ def common_context(
     return longest, longest < of_members
 
 
+def context_warning(max_model_len: int, draft_model: str) -> str:
+    return (
+        f"the draft model '{draft_model}' limits the context to {max_model_len} tokens; for a "
+        "longer context, choose another draft model"
+    )
+
+
 def draft_config(draft_model: str, gamma: int | None) -> dict[str, Any]:
     """vLLM's `speculative_config` of a draft model outside of an ensemble.
 
@@ -203,15 +208,42 @@ def draft_config(draft_model: str, gamma: int | None) -> dict[str, Any]:
     """
     if type(gamma) is not int or gamma < 1:
         raise ConfigFieldError(
-            "chef.gamma", f"{gamma!r} is out of range; of a draft model it must be 1 or more"
+            "chef.gamma", f"{gamma!r} is out of range; with a draft model it must be 1 or more"
         )
-    return {
-        "method": "draft_model",
-        "model": draft_model,
-        "num_speculative_tokens": gamma,
-        # Where tokens are sampled, draws are accepted more often than the likeliest token.
-        "draft_sample_method": "probabilistic",
-    }
+    # Where tokens are sampled, draws are accepted more often than the likeliest token.
+    return {**speculation(draft_model, gamma), "draft_sample_method": "probabilistic"}
+
+
+def speculation(draft_model: str, num_tokens: int) -> dict[str, Any]:
+    """vLLM's `speculative_config` of a draft model, with vLLM's own defaults."""
+    return {"method": "draft_model", "model": draft_model, "num_speculative_tokens": num_tokens}
+
+
+@contextmanager
+def _errors_of_arguments(engine_args: Mapping[str, Any]) -> Iterator[None]:
+    """Let errors of bad input name the arguments of `ensemble_args`."""
+    try:
+        yield
+    except ConfigFieldError as error:
+        names_model = "model" in (engine_args.get("speculative_config") or {})
+        renamed = error.renamed(partial(argument_name, has_draft_model=not names_model))
+        raise renamed from error.__cause__
+
+
+def argument_name(field: str, has_draft_model: bool) -> str:
+    """The argument of `ensemble_args` that sets a field of the engine.
+
+    Args:
+        has_draft_model: whether the argument `draft_model` names a model that only proposes; else
+            it is the model of the user's `speculative_config`.
+    """
+    if field == "--speculative-config.model" and has_draft_model:
+        return "draft_model"
+    names = (name.removeprefix("ensemble.").removeprefix("chef.") for name in field.split("/"))
+    return "/".join(
+        name.removeprefix("--").replace("-", "_") if name.startswith("--") else name
+        for name in names
+    )
 
 
 def _default_target(ensemble_fn: object) -> str:
@@ -224,8 +256,8 @@ def _check_no_turns(asked: Mapping[str, Any]) -> None:
         if value is not None:
             raise ConfigFieldError(
                 f"chef.{name}",
-                f"{value!r} is for members that take turns, and those of policy '{PLAIN}' do not; "
-                "leave it out, or choose another policy",
+                f"{value!r} has no effect with policy '{PLAIN}', which has no turns; leave it out, "
+                f"or choose one of {', '.join(POLICIES)}",
             )
 
 
@@ -239,14 +271,14 @@ def _chef(
     if draft_model is not None:
         raise ConfigFieldError(
             "draft_model",
-            f"'{draft_model}' proposes to a plain ensemble, and policy '{policy}' has members take "
-            "turns; leave one of them out",
+            f"'{draft_model}' cannot be combined with policy '{policy}'; leave one of them out",
         )
     config = ChefConfig(gamma, policy, turn_order, max_gamma)
     if max_gamma is not None and not config.is_adaptive:
         raise ConfigFieldError(
             "chef.max_gamma",
-            f'{max_gamma!r} is of gamma "auto", and gamma is {gamma!r}; leave it out',
+            f'{max_gamma!r} has no effect, because gamma is {gamma!r} and not "{AUTO}"; '
+            "leave it out",
         )
     return config
 
@@ -257,11 +289,7 @@ def _carrier(paths: Sequence[str], configs: Sequence[ModelConfig], turns: Turns)
     carrier = turns[-1].members[0]
     if configs[carrier].get_vocab_size() != configs[0].get_vocab_size():
         carrier = 0
-    return {
-        "method": "draft_model",
-        "model": paths[carrier],
-        "num_speculative_tokens": turns.window,
-    }
+    return speculation(paths[carrier], turns.window)
 
 
 def _additional_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,6 +327,5 @@ def _budget(arguments: Mapping[str, Any], turns: Turns) -> dict[str, int]:
     return {
         "max_num_seqs": scheduler.max_num_seqs,
         "max_num_batched_tokens": scheduler.max_num_batched_tokens,
-        # A limit below 1 is refused by the engine's check, which says why.
-        "max_num_scheduled_tokens": max(1, max_scheduled_tokens(config, turns)),
+        "max_num_scheduled_tokens": scheduled_tokens(config, turns),
     }

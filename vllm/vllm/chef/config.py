@@ -7,10 +7,10 @@ from typing import ClassVar, Self
 from vllm.config import ModelConfig, VllmConfig
 
 from vllm.chef.synthetic import common_rate
-from vllm.chef.turns import Turns, chef_turns, sd_turns, spread_gamma
+from vllm.chef.turns import Turns, chef_turns, default_order, sd_turns, spread_gamma
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.errors import ConfigFieldError
-from vllm.ensemble_decode.members import check_ensemble
+from vllm.ensemble_decode.members import check_ensemble, member_configs
 from vllm.ensemble_decode.plain_data import PlainData
 
 CONFIG_KEY = "chef"
@@ -31,7 +31,10 @@ CARRIER_OPTIONS = {
 
 @dataclass(frozen=True)
 class ChefConfig(PlainData):
-    """Turns as the user asks for them.
+    """Turns as the user asks for them, or resolved: with all that follows from the members.
+
+    Resolved, it has a gamma for each member and the order of their calls. Turns are made from that
+    alone. `ensemble_args` and the harness pass it on like this, so an engine derives nothing again.
 
     Args:
         policy: `chef`: members take turns. `sd`: the last member always proposes.
@@ -80,15 +83,28 @@ class ChefConfig(PlainData):
         """The most tokens that a member proposes in its turn."""
         return self.max_gamma or DEFAULT_MAX_GAMMA if self.is_adaptive else self.gamma
 
-    def resolved(self, turns: Turns) -> Self:
-        """The same, with all that `make_turns` derived for `turns` written out."""
+    @property
+    def is_resolved(self) -> bool:
         if self.policy == "sd":  # one number, and an order that is always the same
-            return replace(self, max_gamma=self.gamma_limit) if self.is_adaptive else self
-        gammas = {member: turn.gamma for turn in turns for member in turn.members}
+            return not self.is_adaptive or self.max_gamma is not None
+        return isinstance(self.gamma_limit, tuple) and self.turn_order is not None
+
+    def resolved(self, costs: Sequence[float], scores: Sequence[bool]) -> Self:
+        """The same for members with these relative costs. For `scores`, see `Turns`.
+
+        Raises:
+            ConfigFieldError: one line that names the field and the remedy.
+        """
+        self._check_scores(scores)
         name = "max_gamma" if self.is_adaptive else "gamma"
-        by_member = tuple(gammas[member] for member in sorted(gammas))
-        order = tuple(member for turn in turns for member in turn.members)
-        return replace(self, **{name: by_member}, turn_order=order)
+        limit, order = self.gamma_limit, self.turn_order
+        if self.policy == "sd":
+            return replace(self, **{name: limit})
+        gammas = tuple(spread_gamma(limit, costs)) if isinstance(limit, int) else limit
+        self._check_length(gammas, len(scores))
+        if order is None:
+            order = tuple(default_order(gammas, costs, scores))
+        return replace(self, **{name: gammas}, turn_order=order)
 
     def _checked_gamma(self, name: str) -> int | tuple[int, ...]:
         value = getattr(self, name)
@@ -119,38 +135,39 @@ class ChefConfig(PlainData):
             )
         object.__setattr__(self, "turn_order", tuple(order))
 
-    def make_turns(self, costs: Sequence[float], scores: Sequence[bool]) -> Turns:
-        """The turns of members with these relative costs. For `scores`, see `Turns`.
+    def make_turns(self, scores: Sequence[bool]) -> Turns:
+        """The turns of a resolved configuration. For `scores`, see `Turns`.
 
         Raises:
             ConfigFieldError: one line that names the field and the remedy.
         """
-        num_members = len(costs)
+        assert self.is_resolved
+        self._check_scores(scores)
+        if self.policy == "sd":
+            return sd_turns(len(scores), self.gamma_limit)
+        self._check_length(self.gamma_limit, len(scores))
+        return chef_turns(self.gamma_limit, None, scores, self.turn_order)
+
+    def _check_scores(self, scores: Sequence[bool]) -> None:
         if sum(scores) < 2:
             raise ConfigFieldError(
                 "ensemble.weights",
-                "fewer than two members have a say; take turns with those that have, or run the "
-                "one that has without an ensemble, with --speculative-config.model",
+                f"only member {scores.index(True)} has a weight above 0, and turns need two such "
+                "members; raise another weight",
             )
         if not scores[0]:
             raise ConfigFieldError(
                 "ensemble.weights",
-                "the first member has weight 0, and decides where the others "
-                "leave no token; put it in another place",
+                "the first member has weight 0; put a member with a weight above 0 first",
             )
-        if self.policy == "sd":
-            if not all(scores):
-                raise ConfigFieldError(
-                    "ensemble.weights",
-                    "with policy sd every member has a say; leave a member of weight 0 "
-                    "out, or propose with it through --speculative-config.model",
-                )
-            return sd_turns(num_members, self.gamma_limit)
-        gammas = (
-            spread_gamma(self.gamma_limit, costs)
-            if isinstance(self.gamma_limit, int)
-            else self.gamma_limit
-        )
+        if self.policy == "sd" and not all(scores):
+            raise ConfigFieldError(
+                "ensemble.weights",
+                f"member {scores.index(False)} has weight 0, which policy sd does not allow; leave "
+                "the member out, or let it propose with --speculative-config.model",
+            )
+
+    def _check_length(self, gammas: Sequence[int], num_members: int) -> None:
         if len(gammas) != num_members:
             key = "max_gamma" if self.is_adaptive else "gamma"
             raise ConfigFieldError(
@@ -158,7 +175,6 @@ class ChefConfig(PlainData):
                 f"{list(gammas)} has {len(gammas)} entries for {num_members} "
                 "members; give one each, in the order of the members",
             )
-        return chef_turns(gammas, costs, scores, self.turn_order)
 
 
 def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfig], Turns]:
@@ -169,11 +185,33 @@ def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfi
     """
     ensemble, members = check_ensemble(vllm_config)
     config = ChefConfig.from_additional_config(vllm_config.additional_config)
-    turns = config.make_turns([relative_cost(m) for m in members], ensemble.make_function().counted)
+    config, turns = resolve_turns(config, ensemble, members)
     _check_carrier(vllm_config, turns, config.is_adaptive)
     _check_parallel(vllm_config, members)
     _check_budget(vllm_config, turns)
     return ensemble, members, turns
+
+
+def engine_turns(vllm_config: VllmConfig) -> Turns:
+    """The turns of an engine whose worker has checked its configuration (`check_chef`)."""
+    ensemble = EnsembleConfig.from_additional_config(vllm_config.additional_config)
+    config = ChefConfig.from_additional_config(vllm_config.additional_config)
+    members = [] if config.is_resolved else member_configs(vllm_config, ensemble)
+    return resolve_turns(config, ensemble, members)[1]
+
+
+def resolve_turns(
+    config: ChefConfig, ensemble: EnsembleConfig, members: Sequence[ModelConfig]
+) -> tuple[ChefConfig, Turns]:
+    """The configuration, resolved for these members, and the turns that it means.
+
+    Raises:
+        ConfigFieldError: one line that names the field and the remedy.
+    """
+    scores = ensemble.make_function().counted
+    if not config.is_resolved:
+        config = config.resolved([relative_cost(member) for member in members], scores)
+    return config, config.make_turns(scores)
 
 
 def relative_cost(member: ModelConfig) -> float:
@@ -198,6 +236,20 @@ def max_scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
     scheduler = vllm_config.scheduler_config
     more = turns.num_new(len(turns) - 1) - 1
     return scheduler.max_num_batched_tokens - scheduler.max_num_seqs * more
+
+
+def scheduled_tokens(vllm_config: VllmConfig, turns: Turns) -> int:
+    """The `max_num_scheduled_tokens` of an engine whose user leaves it open.
+
+    It is 1 where no value is possible. `check_chef` then says why.
+    """
+    limit = max(1, max_scheduled_tokens(vllm_config, turns))
+    return min(_configured_tokens(vllm_config), limit)
+
+
+def _configured_tokens(vllm_config: VllmConfig) -> int:
+    scheduler = vllm_config.scheduler_config
+    return scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
 
 
 def depth_schedule(turns: Turns) -> list[list[int]]:
@@ -265,20 +317,23 @@ def _check_parallel(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
     if experts and parallel.data_parallel_size > 1:
         raise ConfigFieldError(
             "--data-parallel-size",
-            f"'{experts[0]}' has experts, whose ranks go in step, "
-            "and members that take turns do not; set it to 1",
+            f"{parallel.data_parallel_size} is too large for turns, because '{experts[0]}' has "
+            "experts; set it to 1",
         )
 
 
 def _check_budget(vllm_config: VllmConfig, turns: Turns) -> None:
-    scheduler = vllm_config.scheduler_config
-    limit = max_scheduled_tokens(vllm_config, turns)
-    scheduled = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-    if limit < 1 or scheduled > max(limit, 0):
+    limit, scheduled = max_scheduled_tokens(vllm_config, turns), _configured_tokens(vllm_config)
+    if limit < 1:
+        batched = vllm_config.scheduler_config.max_num_batched_tokens
         raise ConfigFieldError(
             "--max-num-scheduled-tokens",
-            f"with these turns it may be {max(limit, 0)} at "
-            "most (--max-num-batched-tokens less --max-num-seqs times what the members before the "
-            "last propose, less one); set it, lower --max-num-seqs or raise "
-            "--max-num-batched-tokens",
+            "no value is possible with these turns, because --max-num-batched-tokens is "
+            f"{batched}; raise that above {batched - limit}, or lower --max-num-seqs",
+        )
+    if scheduled > limit:
+        raise ConfigFieldError(
+            "--max-num-scheduled-tokens",
+            f"{scheduled} is too large for these turns; set it to {limit} or less, lower "
+            "--max-num-seqs or raise --max-num-batched-tokens",
         )

@@ -13,7 +13,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm.chef.config import check_chef
+from vllm.chef.config import engine_turns
 from vllm.chef.depth import DepthChooser
 
 
@@ -22,7 +22,7 @@ class _AdaptiveDepth:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _, _, turns = check_chef(self.vllm_config)
+        turns = engine_turns(self.vllm_config)
         places = [turns.places(depth) for depth in range(turns.window + 1)]
         self.depths = self.dynamic_sd_lookup = DepthChooser(places)
         self._last: tuple[int, int] | None = None  # requests and depth of the previous step

@@ -158,24 +158,22 @@ def sd_turns(num_members: int, gamma: int) -> Turns:
 
 def chef_turns(
     gammas: Sequence[int],
-    costs: Sequence[float],
+    costs: Sequence[float] | None,
     scores: Sequence[bool],
     order: Sequence[int] | None = None,
 ) -> Turns:
     """Turns of one member each.
 
     Args:
-        gammas, costs, scores: by member, in the user's order. `costs` are relative.
-        order: the members in the order of their calls. None: `primary` chooses the first. The
-            others follow by the tokens they propose, fewest first.
+        gammas, costs, scores: by member, in the user's order. `costs` are relative. They may be
+            None if there is an order.
+        order: the members in the order of their calls. None: `default_order`.
 
     Raises:
         ConfigFieldError: one line that names the field and the remedy.
     """
     if order is None:
-        opens = primary(gammas, costs, scores)
-        others = [member for member in range(len(gammas)) if member != opens]
-        order = [opens, *sorted(others, key=lambda member: gammas[member])]
+        order = default_order(gammas, costs, scores)
     elif sorted(order) != list(range(len(gammas))):
         raise ConfigFieldError(
             "chef.turn_order",
@@ -188,6 +186,19 @@ def chef_turns(
             "ensemble with gamma 1 must do; begin with another, or set its gamma to 1",
         )
     return Turns(tuple(Turn((member,), gammas[member]) for member in order), tuple(scores))
+
+
+def default_order(
+    gammas: Sequence[int], costs: Sequence[float], scores: Sequence[bool]
+) -> list[int]:
+    """The members in the order of their calls: `primary`, then those that propose fewest tokens.
+
+    Raises:
+        ConfigFieldError: one line that names the field and the remedy.
+    """
+    opens = primary(gammas, costs, scores)
+    others = [member for member in range(len(gammas)) if member != opens]
+    return [opens, *sorted(others, key=lambda member: gammas[member])]
 
 
 def primary(gammas: Sequence[int], costs: Sequence[float], scores: Sequence[bool]) -> int:

@@ -7,7 +7,6 @@ An engine names `EnsembleDecodeWorker` (in `worker.py`) in `worker_cls`, and car
 
 from vllm.ensemble_decode.config import ENSEMBLE_TARGETS, EnsembleConfig
 from vllm.ensemble_decode.errors import ConfigFieldError
-from vllm.ensemble_decode.frontend import allow_all_sampling_params
 from vllm.ensemble_decode.functions import ENSEMBLE_FUNCTIONS
 
 __all__ = [
@@ -15,5 +14,4 @@ __all__ = [
     "ENSEMBLE_TARGETS",
     "ConfigFieldError",
     "EnsembleConfig",
-    "allow_all_sampling_params",
 ]

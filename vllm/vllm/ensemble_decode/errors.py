@@ -1,4 +1,16 @@
-"""Bad input of an engine: one line that names the field as the engine's user wrote it."""
+"""Bad input of an engine: one line that names the field as the engine's user wrote it.
+
+Other users reach the same engine through other doors: a Python function, a configuration file. They
+know its fields by other names. `ConfigFieldError.renamed` puts an error into their words.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Self
+
+# `--flag`, `ensemble.field` or `chef.field`, with inner names after a dot. Names in a path do not
+# count.
+_FIELD = re.compile(r"(?<![\w./-])(?:--[a-z][\w-]*|(?:ensemble|chef)\.\w+)(?:\.\w+)*")
 
 
 class ConfigFieldError(ValueError):
@@ -21,6 +33,11 @@ class ConfigFieldError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}"
+
+    def renamed(self, name_of: Callable[[str], str]) -> Self:
+        """The same error, with other names for its field and for the fields in its message."""
+        message = _FIELD.sub(lambda match: name_of(match[0]), self.message)
+        return type(self)(name_of(self.field), message)
 
 
 def reason(error: Exception) -> str:

@@ -1,20 +1,36 @@
 """What an engine's front end must know about ensembles under speculation."""
 
-from typing import TYPE_CHECKING
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm import LLM
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.config import VllmConfig
+
+# Packages with workers that make an engine an ensemble.
+OUR_PACKAGES = ("vllm.ensemble_decode.", "vllm.chef.")
 
 
-def allow_all_sampling_params(engine: "LLM | LLMEngine | AsyncLLM") -> None:
-    """Accept `min_p` and `logit_bias`, which vLLM refuses beside any speculation.
+@cache
+def allow_all_sampling_params() -> None:
+    """Make front ends accept `min_p` and `logit_bias` beside speculation, for ensembles only.
 
-    Call it for ensembles only, before the first request. The refusal is older than Model Runner V2,
-    whose sampler applies both at every verified position. vLLM decides it from the input
-    processor's `speculative_config`, and has no hook there. That configuration serves only one
-    other refusal there, the replay of traces. `check_ensemble` makes that refusal for the whole
-    engine.
+    vLLM refuses both. The refusal is older than Model Runner V2, whose sampler applies both at
+    every verified position. vLLM decides it from the input processor's `speculative_config`, and
+    has no hook there. That configuration serves only one other refusal there, the replay of traces.
+    `check_ensemble` makes that refusal for the whole engine.
+
+    Our plugin calls this function in each process, before an engine is made.
     """
-    engine.input_processor.speculative_config = None
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    init = InputProcessor.__init__
+
+    @wraps(init)
+    def init_with_all_params(
+        self: InputProcessor, vllm_config: "VllmConfig", *args: Any, **kwargs: Any
+    ) -> None:
+        init(self, vllm_config, *args, **kwargs)
+        if vllm_config.parallel_config.worker_cls.startswith(OUR_PACKAGES):
+            self.speculative_config = None
+
+    InputProcessor.__init__ = init_with_all_params

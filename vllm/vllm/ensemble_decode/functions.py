@@ -57,7 +57,7 @@ class EnsembleFunction:
     def __call__(
         self,
         scores: torch.Tensor,  # [num_members, num_rows, vocab_size]
-        probs: bool,  # scores are probabilities; otherwise logits, -inf where removed
+        are_probs: bool,  # scores are probabilities; otherwise logits, -inf where removed
     ) -> torch.Tensor:  # [num_rows, vocab_size]
         raise NotImplementedError
 
@@ -100,7 +100,7 @@ class Weighted(EnsembleFunction):
     def coefficients(self) -> tuple[float, ...]:
         return self.weights
 
-    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
+    def __call__(self, scores: torch.Tensor, are_probs: bool) -> torch.Tensor:
         return _weighted_sum(scores, self.weights)
 
 
@@ -112,7 +112,7 @@ class Mean(EnsembleFunction):
     def coefficients(self) -> tuple[float, ...]:
         return (1.0 / self.num_members,) * self.num_members
 
-    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
+    def __call__(self, scores: torch.Tensor, are_probs: bool) -> torch.Tensor:
         return _weighted_sum(scores, self.coefficients)
 
 
@@ -149,11 +149,11 @@ class Contrastive(EnsembleFunction):
         num_amateurs = self.num_members - 1
         return (1.0, *(-self.alpha / num_amateurs,) * num_amateurs)
 
-    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
+    def __call__(self, scores: torch.Tensor, are_probs: bool) -> torch.Tensor:
         expert, amateurs = scores[0], scores[1:]
         if self.alpha == 0:
             return expert.clone()
-        if not probs:
+        if not are_probs:
             amateurs = _floor_removed(amateurs)
         return expert.sub(amateurs.mean(dim=0), alpha=self.alpha)
 
@@ -176,13 +176,13 @@ class ContrastivePlausible(Contrastive):
     def coefficients(self) -> None:
         return None
 
-    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
-        contrast = super().__call__(scores, probs)
+    def __call__(self, scores: torch.Tensor, are_probs: bool) -> torch.Tensor:
+        contrast = super().__call__(scores, are_probs)
         expert = scores[0]
         best = expert.amax(dim=-1, keepdim=True)
         # p >= c * max p  <=>  logit >= max logit + log c
-        bar = best * self.plausibility if probs else best + math.log(self.plausibility)
-        return contrast.masked_fill(expert < bar, 0.0 if probs else NEG_INF)
+        bar = best * self.plausibility if are_probs else best + math.log(self.plausibility)
+        return contrast.masked_fill(expert < bar, 0.0 if are_probs else NEG_INF)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Custom(EnsembleFunction):
 
     function: Callable[..., torch.Tensor] = None  # type: ignore[assignment]
 
-    def __call__(self, scores: torch.Tensor, probs: bool) -> torch.Tensor:
+    def __call__(self, scores: torch.Tensor, are_probs: bool) -> torch.Tensor:
         return self.function(scores)
 
 

@@ -34,8 +34,7 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     """
     ensemble = EnsembleConfig.from_additional_config(vllm_config.additional_config)
     _check_engine(vllm_config)
-    members = [vllm_config.model_config]
-    members += [_member_model_config(vllm_config, path) for path in ensemble.extra_model]
+    members = member_configs(vllm_config, ensemble)
     for member in members:
         _check_supported(member)
     check_tokenizers(members)
@@ -48,6 +47,12 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     _check_experts(vllm_config, members)
     _check_function(ensemble, members[0].get_vocab_size())
     return ensemble, members
+
+
+def member_configs(vllm_config: VllmConfig, ensemble: EnsembleConfig) -> list[ModelConfig]:
+    """The model configs of all members, in the user's order. They are not checked."""
+    others = [_member_model_config(vllm_config, path) for path in ensemble.extra_model]
+    return [vllm_config.model_config, *others]
 
 
 def load_members(vllm_config: VllmConfig, members: list[ModelConfig]) -> list[nn.Module]:
@@ -146,9 +151,7 @@ def _check_engine(vllm_config: VllmConfig) -> None:
         ("--hf-overrides", "overrides of one model's config"): bool(
             vllm_config.model_config.hf_overrides
         ),
-        ("--watermark-config", "watermarks"): (
-            getattr(vllm_config, "watermark_config", None) is not None
-        ),
+        ("--watermark-config", "watermarks"): vllm_config.watermark_config is not None,
         ("--enable-trace-replay", "replay of traces under speculation"): (
             vllm_config.speculative_config is not None
             and vllm_config.model_config.enable_trace_replay
@@ -286,7 +289,7 @@ def _check_function(ensemble: EnsembleConfig, vocab_size: int) -> None:
     scores = torch.full((ensemble.num_members, 2, vocab_size), 1.0 / vocab_size)
     function = ensemble.make_function()
     try:
-        shape = function(scores, probs=ensemble.combines_probs).shape
+        shape = function(scores, are_probs=ensemble.combines_probs).shape
         combine(function, scores, ensemble.combines_probs)
     except Exception as error:  # the user's function may raise anything
         raise ConfigFieldError(

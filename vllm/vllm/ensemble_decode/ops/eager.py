@@ -30,7 +30,7 @@ def combine(
 
 
 def _combine_logits(function: EnsembleFunction, logits: torch.Tensor) -> torch.Tensor:
-    combined = function(logits, probs=False)
+    combined = function(logits, are_probs=False)
     # -inf minus -inf is NaN: a token that no member offers.
     combined = combined.masked_fill(combined.isnan(), NEG_INF)
     # If the members' top-k or top-p share no token, nothing is left to sample from. The first
@@ -41,7 +41,7 @@ def _combine_logits(function: EnsembleFunction, logits: torch.Tensor) -> torch.T
 def _combine_probs(function: EnsembleFunction, logits: torch.Tensor) -> torch.Tensor:
     probs = logits.softmax(dim=-1)
     # A difference of probabilities can be negative. Such a token gets no probability.
-    combined = function(probs, probs=True).nan_to_num(nan=0.0).clamp_(min=0.0)
+    combined = function(probs, are_probs=True).nan_to_num(nan=0.0).clamp_(min=0.0)
     combined = _or_first(combined, combined > 0, probs[0])
     return (combined / combined.sum(dim=-1, keepdim=True)).log_()
 

@@ -1,0 +1,95 @@
+"""vLLM's OpenAI-compatible server with members that take turns, started from its command line."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tiny_models import llama_config, save_byte_tokenizer, save_model, save_noisy_copy
+
+from vllm.chef import ensemble_args
+
+START_S = 240
+PROMPT = [5, 6, 7, 8]
+# One after another: greedy, then the two that vLLM refuses beside speculation. A min_p of 1 leaves
+# the likeliest token only.
+REQUESTS = [
+    dict(temperature=0),
+    dict(temperature=1, min_p=1, seed=0),
+    dict(temperature=0, logit_bias={"97": 100}),
+]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    root = tmp_path_factory.mktemp("models")
+    first = save_model(root / "0", llama_config(vocab_size=257), seed=0)
+    other = save_noisy_copy(root / "1", first, 1, 0.02)
+    for folder in (first, other):
+        save_byte_tokenizer(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = ensemble_args(
+        first, other, ensemble_fn="contrastive", alpha=0.3, gamma=3, dtype="float32",
+        max_num_seqs=4, kv_cache_memory_bytes=32 << 20, gpu_memory_utilization=0.05,
+    )  # fmt: skip
+    flags = [
+        word
+        for name, value in found.items()
+        for word in (
+            f"--{name.replace('_', '-')}",
+            json.dumps(value) if isinstance(value, dict) else str(value),
+        )
+    ]
+    module = ["-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
+    command = [sys.executable, *module, "--port", str(port), "--enforce-eager", *flags]
+    log = root / "log"
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(server, f"{url}/health", log)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def wait_for(server: subprocess.Popen, url: str, log: Any) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end:
+        assert server.poll() is None, log.read_text()[-4000:]
+        try:
+            urllib.request.urlopen(url, timeout=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+def complete(url: str, **params: Any) -> list[int]:
+    data = json.dumps(
+        {"prompt": PROMPT, "max_tokens": 8, "return_token_ids": True, **params}
+    ).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/completions", data, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["choices"][0]["token_ids"]
+
+
+@pytest.mark.slow
+def test_the_server_takes_the_sampling_parameters_that_vllm_refuses(url):
+    greedy, likeliest, biased = (complete(url, **params) for params in REQUESTS)
+    assert likeliest == greedy
+    assert len(greedy) == 8
+    assert biased == [97] * 8 != greedy
