@@ -488,18 +488,18 @@ def measured(monkeypatch) -> Iterator[list[str]]:
             yield {"error": "RuntimeError: out of memory"}
 
     class Engine(nullcontext):
-        def __init__(self, plan, args, root):
-            self.plan = plan
-            seen.append(plan.run)
+        def __init__(self, command, request, timeout, root):
+            self.run = request["plan"]["run"]
+            seen.append(self.run)
 
         def __enter__(self):
             return self
 
         def lines(self):
-            return lines(self.plan.run)
+            return lines(self.run)
 
         def end(self):
-            ended.append(self.plan.run)
+            ended.append(self.run)
 
     seen, ended = [], []
     monkeypatch.setattr(bench_decode, "EngineProcess", Engine)
@@ -577,7 +577,7 @@ def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
 
 
 def lines_of(args, tmp_path: Path) -> list[dict]:
-    with bench_decode.EngineProcess(plans_of(args)[0], args, tmp_path) as engine:
+    with bench_decode.engine_process(plans_of(args)[0], args, tmp_path) as engine:
         return list(engine.lines())
 
 
