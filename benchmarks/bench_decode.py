@@ -24,7 +24,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import documents
-from benchmarks.plans import GRAMMAR, PRESETS, Plan, Run, Target
+from benchmarks.plans import GRAMMAR, MIN_CYCLES, PRESETS, Plan, Run, Target
 from benchmarks.processes import EngineProcess, measure_all
 from benchmarks.ratios import complete
 from benchmarks.shapes import SHAPES
@@ -103,7 +103,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.dtype, args.enforce_eager = "float32", True
         args.num_tokens, args.repeats = 32, 2
     if args.min_cycles is None:
-        args.min_cycles = {"design": 1000, "smoke": 60}.get(args.preset, 200)
+        args.min_cycles = MIN_CYCLES.get(args.preset, 200)
     try:
         check_models(plans_of(args), args.models)
     except ValueError as error:

@@ -252,8 +252,33 @@ REAL = [
     Plan(AMATEUR),
 ]
 
+# Pairs and triples of the paper by shape. Its contrastive pairs have gammas of their own.
+PAPER_BATCH_SIZES = (1, 32)
+
+
+def by_turns(plain: str, gammas: str) -> list[Plan]:
+    """The plain ensemble and the same by turns, as the paper's shapes are measured."""
+    return [
+        Plan(plain, batch_sizes=PAPER_BATCH_SIZES),
+        Plan(f"{plain}@{gammas}", (0.9,), PAPER_BATCH_SIZES),
+    ]
+
+
+QWEN_SMALL, QWEN = "qwen-1.5b", "qwen-3b"
+PAPER = [
+    *by_turns("cd0.1:llama-8b+llama-1b", "1,3"),
+    *by_turns(f"{QWEN_SMALL}+{QWEN_SMALL}", "1,1"),
+    *by_turns(f"{QWEN_SMALL}+{QWEN_SMALL}+{QWEN_SMALL}", "1,1,1"),
+    *by_turns(f"{QWEN}+{QWEN}", "1,1"),
+    *by_turns(TWO, "1,1"),
+    *by_turns(f"cd0.1:{BIG}+{SMALL}", "1,5"),
+]
+
 PRESETS: dict[str, tuple[list[Plan], list[Target]]] = {
     "design": (DESIGN, DESIGN_TARGETS),
     "real": (REAL, []),
     "smoke": (SMOKE, SMOKE_TARGETS),
+    "paper": (PAPER, []),
 }
+# Of a cell, at least; 200 without a preset.
+MIN_CYCLES = {"design": 1000, "paper": 1000, "smoke": 60}

@@ -25,11 +25,13 @@ from benchmarks.bench_engine import (
     merged,
     summary,
 )
+from benchmarks.inflate import Shape
 from benchmarks.plans import PRESETS, Plan, Run, Target
 from benchmarks.ratios import complete
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, make_shape
 from benchmarks.simulate_turns import simulate
 from benchmarks.theory import one_token_each, run_of, tokens_per_cycle, two_members
+from vllm.chef.arguments import model_config
 from vllm.chef.graphs import CycleGraphs
 from vllm.chef.turns import Turn
 
@@ -617,5 +619,35 @@ def test_one_engine_measures_after_all_have_started(monkeypatch, capfd, tmp_path
 
 
 def test_shapes_have_a_common_vocabulary():
-    for family in (("llama-7b", "llama-68m"), ("llama-tiny",)):
-        assert len({SHAPES[name].get("vocab_size", 32000) for name in family}) == 1
+    families = [
+        ("llama-7b", "llama-68m"),
+        ("llama-8b", "llama-1b"),
+        ("qwen-1.5b", "qwen-3b"),
+        ("llama-tiny",),
+    ]
+    for family in families:
+        assert len({SHAPES[name]["vocab_size"] for name in family}) == 1
+    assert {name for family in families for name in family} == set(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters", "num_biases"),
+    [
+        ("llama-7b", 6_738_415_616, 0),
+        ("llama-68m", 68_030_208, 0),
+        ("llama-8b", 8_030_261_248, 0),
+        ("llama-1b", 1_235_814_400, 0),
+        # Query, key and value have biases: 28 * (1536 + 2 * 256) and 36 * (2048 + 2 * 256).
+        ("qwen-1.5b", 1_543_714_304, 57_344),
+        ("qwen-3b", 3_085_938_688, 92_160),
+    ],
+)
+def test_shapes_have_the_public_models_parameters(name, num_parameters, num_biases):
+    assert Shape.of(SHAPES[name]).num_parameters == num_parameters - num_biases
+
+
+def test_shapes_have_the_public_models_positions():
+    for name, factor in (("llama-8b", 8.0), ("llama-1b", 32.0), ("qwen-3b", None)):
+        rope = model_config(make_shape(name, arguments.root), "model", {}).hf_config.rope_parameters
+        assert rope["rope_theta"] == (1e6 if factor is None else 5e5)
+        assert rope.get("factor") == factor
