@@ -24,10 +24,12 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import documents
+from benchmarks.kinds import KINDS, name_of
 from benchmarks.plans import GRAMMAR, MIN_CYCLES, PRESETS, Plan, Run, Target
 from benchmarks.processes import EngineProcess, measure_all
 from benchmarks.ratios import complete
 from benchmarks.shapes import SHAPES
+from benchmarks.tables import requests_table
 from repository import ROOT
 
 ENGINE = [sys.executable, "-m", "benchmarks.bench_engine"]
@@ -56,6 +58,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="batch sizes of the acceptances after the first",
     )
     add("--temperature", nargs="+", type=float, default=[0.0])
+    add(
+        "--requests",
+        choices=KINDS,
+        help="sets of requests in place of --temperature and --sampling; the preset `requests` "
+        "has `all`",
+    )
     add(
         "--sampling",
         nargs="+",
@@ -104,6 +112,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.num_tokens, args.repeats = 32, 2
     if args.min_cycles is None:
         args.min_cycles = MIN_CYCLES.get(args.preset, 200)
+    if args.requests and (args.temperature != [0.0] or args.sampling != [{}]):
+        parser.error("--requests: brings its own --temperature and --sampling; leave them out")
+    if args.preset == "requests" and not args.requests:
+        args.requests = "all"
     try:
         check_models(plans_of(args), args.models)
     except ValueError as error:
@@ -175,7 +187,8 @@ def engine_process(plan: Plan, args: argparse.Namespace, root: Path) -> EnginePr
 def shown(row: dict[str, Any]) -> str:
     rate = "" if row["acceptance_set"] is None else f" a={row['acceptance_set']}"
     speed = row.get("speed_over_plain")
-    asked = f" {json.dumps(row['sampling'])}" if row["sampling"] else ""
+    is_bare = row["temperature"] == 0 and not row["sampling"]
+    asked = "" if is_bare else f" ({name_of(row['temperature'], row['sampling'])})"
     return (
         f"{row['run']}{rate}{asked} batch {row['batch_size']}: "
         f"{row['ms_per_token']:.3f} ms per token, {row['ms_per_cycle']:.3f} per cycle, "
@@ -194,6 +207,8 @@ def main() -> None:
         lambda run, root: engine_process(plans[run], args, root),
         shown,
     )
+    if text := requests_table(document.content["results"]):
+        print(text)
     print(json.dumps(document.content))
 
 

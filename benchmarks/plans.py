@@ -274,11 +274,24 @@ PAPER = [
     *by_turns(f"cd0.1:{BIG}+{SMALL}", "1,5"),
 ]
 
+# One engine measures all kinds of requests.
+REQUESTS_BATCH_SIZES = (1, 32)
+REQUESTS = [
+    Plan(TWO, batch_sizes=REQUESTS_BATCH_SIZES),
+    Plan(f"{TWO}@1,1", (0.8,), REQUESTS_BATCH_SIZES),
+    Plan(f"cd0.1:{BIG}+{SMALL}", batch_sizes=REQUESTS_BATCH_SIZES),
+    Plan(CHEF_CD, (0.8,), REQUESTS_BATCH_SIZES),
+    Plan(OUTSIDE[0], (0.8,), REQUESTS_BATCH_SIZES),
+    Plan(BIG, batch_sizes=REQUESTS_BATCH_SIZES),
+    Plan(STOCK, (0.8,), REQUESTS_BATCH_SIZES),
+]
+
 PRESETS: dict[str, tuple[list[Plan], list[Target]]] = {
     "design": (DESIGN, DESIGN_TARGETS),
     "real": (REAL, []),
     "smoke": (SMOKE, SMOKE_TARGETS),
     "paper": (PAPER, []),
+    "requests": (REQUESTS, []),
 }
 # Of a cell, at least; 200 without a preset.
 MIN_CYCLES = {"design": 1000, "paper": 1000, "smoke": 60}

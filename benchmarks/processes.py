@@ -172,6 +172,8 @@ def record(
             print(f"{run}: {content['error']}", flush=True)
         else:
             entry |= content
+            for asked in content.get("refused", []):
+                print(f"{run}: refuses {json.dumps(asked)}", flush=True)
     if entry["status"] == "running":
         entry["status"] = "done"
     entry["seconds"] = round(time.monotonic() - started, 1)
