@@ -295,3 +295,24 @@ PRESETS: dict[str, tuple[list[Plan], list[Target]]] = {
 }
 # Of a cell, at least; 200 without a preset.
 MIN_CYCLES = {"design": 1000, "paper": 1000, "smoke": 60}
+
+# Runs under load: the plain ensemble first, because its capacity sets the rates of all others.
+LOADS: dict[str, list[str]] = {
+    "two-7b": [TWO, f"{TWO}@1,1", OUTSIDE[0], BIG, STOCK],
+    "7b-68m": [f"cd0.1:{BIG}+{SMALL}", CHEF_CD, BIG, STOCK],
+    "three-7b": [THREE, f"{THREE}@1,1,1", BIG],
+    "real": [
+        f"{EXPERT}+{PYTHON}",
+        f"{EXPERT}+{PYTHON}@1,1",
+        f"{EXPERT}+{PYTHON}+{AMATEUR}:0@1,1,5",
+        EXPERT,
+        f"{EXPERT}/{AMATEUR}@5",
+    ],
+    "smoke": [
+        f"{TINY}+{TINY}",
+        f"{TINY}+{TINY}@1,1",
+        f"{TINY}+{TINY}+{TINY}:0@1,1,3",
+        TINY,
+        f"{TINY}/{TINY}@3",
+    ],
+}

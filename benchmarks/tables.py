@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.kinds import name_of
+from benchmarks.loads import load_of
 
 Row = Mapping[str, Any]
+
+TIME_NAMES = {"TTFT": "ttft_ms", "TPOT": "tpot_ms"}
+KINDS_OF_TIME = ("mean", "p50", "p99")
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -45,3 +49,29 @@ def requests_table(rows: Sequence[Row]) -> str:
 def with_share(row: Row) -> str:
     share = row["share_of_bare_speed"]
     return f"{row['speed_over_plain']:.2f}" + (f" ({share:.2f})" if share else "")
+
+
+def load_table(rows: Sequence[Row]) -> str:
+    """Throughput and latencies by load and run, the ratio to the plain ensemble in brackets."""
+    lines = [["load", "run", "tokens/s", *(f"{n} {k}" for n in TIME_NAMES for k in KINDS_OF_TIME)]]
+    for load in dict.fromkeys(map(load_of, rows)):
+        for row in rows:
+            if load_of(row) == load:
+                lines.append([str(load), row["run"], *_cells(row)])
+    note = "In brackets: how many times as good as the plain ensemble under the same load."
+    return f"{aligned(lines)}\nTTFT and TPOT in ms. {note}"
+
+
+def _cells(row: Row) -> list[str]:
+    over = row["over_plain"] or {}
+    cells = [f"{row['tokens_per_s']:.0f}" + _ratio(over.get("tokens_per_s"))]
+    for name in TIME_NAMES.values():
+        times, ratios = row[name] or {}, over.get(name) or {}
+        for kind in KINDS_OF_TIME:
+            value = f"{times[kind]:.1f}" if times else "-"
+            cells.append(value + _ratio(ratios.get(kind)))
+    return cells
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f" ({value:.2f})"
