@@ -13,43 +13,27 @@ of the output is JSON. `--out FILE` saves this JSON after each measured cell.
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 if __name__ == "__main__" and not __package__:
     # Started by its path, Python looks for modules beside this file; they are one folder up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.plans import GRAMMAR, PRESETS, Plan, Run, Target
+from benchmarks import documents
+from benchmarks.kinds import KINDS, name_of
+from benchmarks.plans import GRAMMAR, MIN_CYCLES, PRESETS, Plan, Run, Target
+from benchmarks.processes import EngineProcess, measure_all
 from benchmarks.ratios import complete
 from benchmarks.shapes import SHAPES
-from repository import ROOT, search_path
+from benchmarks.tables import requests_table
+from repository import ROOT
 
 ENGINE = [sys.executable, "-m", "benchmarks.bench_engine"]
 DEFAULT_RUNS = ["llama-7b", "llama-7b+llama-7b"]
-# Settings that do not change what is measured. All others must be the same in a resumed run.
-OF_THE_CALL = {
-    "out",
-    "trace",
-    "resume",
-    "time_limit",
-    "engine_timeout",
-    "engines_at_once",
-    "preset",
-    "runs",
-}
-POLL_S = 0.2
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -74,6 +58,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="batch sizes of the acceptances after the first",
     )
     add("--temperature", nargs="+", type=float, default=[0.0])
+    add(
+        "--requests",
+        choices=KINDS,
+        help="sets of requests in place of --temperature and --sampling; the preset `requests` "
+        "has `all`",
+    )
     add(
         "--sampling",
         nargs="+",
@@ -121,7 +111,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.dtype, args.enforce_eager = "float32", True
         args.num_tokens, args.repeats = 32, 2
     if args.min_cycles is None:
-        args.min_cycles = {"design": 1000, "smoke": 60}.get(args.preset, 200)
+        args.min_cycles = MIN_CYCLES.get(args.preset, 200)
+    if args.requests and (args.temperature != [0.0] or args.sampling != [{}]):
+        parser.error("--requests: brings its own --temperature and --sampling; leave them out")
+    if args.preset == "requests" and not args.requests:
+        args.requests = "all"
     try:
         check_models(plans_of(args), args.models)
     except ValueError as error:
@@ -173,178 +167,28 @@ def check_models(plans: Sequence[Plan], models: Path) -> None:
                 )
 
 
-class Document:
-    """The one JSON document, which is saved to disk after every cell."""
+class Document(documents.Document):
+    """The rows with their ratios, and what became of the targets."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.out, self.targets = args.out, targets_of(args)
-        self.content = {
-            "benchmark": "bench_decode",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": None,
-            "versions": None,
-            "settings": settings_of(args),
-            "configurations": [],
-            "results": [],
-            "targets": [],
-        }
-        if args.resume and args.out.exists():
-            self._resume(json.loads(args.out.read_text()))
+        self.targets = targets_of(args)
+        super().__init__("bench_decode", args)
 
-    def _resume(self, old: dict[str, Any]) -> None:
-        if old["settings"] != self.content["settings"]:
-            changed = sorted(
-                key
-                for key, value in self.content["settings"].items()
-                if old["settings"].get(key) != value
-            )
-            raise SystemExit(f"--resume: {self.out} was measured with other {', '.join(changed)}")
-        done = [entry for entry in old["configurations"] if entry["status"] == "done"]
-        runs = {entry["run"] for entry in done}
-        rows = [row for row in old["results"] if row["run"] in runs]
-        self.content = old | {"configurations": done, "results": rows}
-
-    def is_done(self, plan: Plan) -> bool:
-        return any(entry["run"] == plan.run for entry in self.content["configurations"])
-
-    def start(self, plan: Plan) -> dict[str, Any]:
-        entry = {"run": plan.run, "status": "running"}
-        self.content["configurations"].append(entry)
-        return entry
-
-    def describe(self, entry: dict[str, Any], engine: dict[str, Any]) -> None:
-        """Record what an engine reports. Device and versions must be the same for all engines."""
-        where = {key: engine.pop(key) for key in ("device", "versions")}
-        for key, value in where.items():
-            if self.content[key] not in (None, value):
-                raise SystemExit(f"{key}: {value}, but {self.out} has {self.content[key]}")
-            self.content[key] = value
-        entry |= engine
-
-    def save(self) -> None:
+    def complete(self) -> None:
         complete(self.content)
         self.content["targets"] = [t.judge(self.content["results"]) for t in self.targets]
-        if self.out:
-            # The file on disk is always whole, even if the process is killed.
-            part = self.out.with_suffix(".part")
-            part.write_text(json.dumps(self.content, indent=2) + "\n")
-            os.replace(part, self.out)
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings as they look after a round trip through JSON."""
-    settings = {key: value for key, value in vars(args).items() if key not in OF_THE_CALL}
-    return json.loads(json.dumps(settings | {"models": None}, default=str))
-
-
-class EngineProcess:
-    """`bench_engine.py` in a process of its own, which starts at once.
-
-    The end of the process frees all its memory, and an error in it breaks no other run. The process
-    begins to measure when the caller asks for its second line.
-    """
-
-    def __init__(self, plan: Plan, args: argparse.Namespace, root: Path) -> None:
-        self.plan, self.timeout = plan, args.engine_timeout
-        folder = Path(tempfile.mkdtemp(dir=root))
-        request, self.path = folder / "request.json", folder / "lines.jsonl"
-        request.write_text(json.dumps({"plan": asdict(plan), "args": vars(args)}, default=str))
-        self.path.touch()
-        # vLLM writes to the standard output, which is for the document. The process gets its own
-        # session, so that vLLM's further processes end with it.
-        self.process = subprocess.Popen(
-            [*ENGINE, str(request), str(self.path)],
-            env={**os.environ, "PYTHONPATH": search_path()},
-            stdin=subprocess.PIPE,
-            stdout=sys.stderr,
-            start_new_session=True,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        if not self.process.stdin.closed:
-            # Kill the group even if the process has ended: its child processes may still run.
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.communicate()  # closes its input
-
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """The lines that the process writes, as they come.
-
-        The first line is `engine`. It comes when the engine is ready. The process measures only
-        after the caller has taken this line. An `error` is always the last line.
-        """
-        deadline, rest = time.monotonic() + self.timeout, ""
-        with self.path.open() as file:
-            while True:
-                ended = self.process.poll() is not None
-                *whole, rest = (rest + file.read()).split("\n")
-                for content in map(json.loads, whole):
-                    yield content
-                    if "error" in content:
-                        return
-                    if "engine" in content:
-                        self._let_it_measure()
-                        deadline = time.monotonic() + self.timeout
-                if ended:
-                    break
-                if time.monotonic() > deadline:
-                    yield {"error": f"took more than {self.timeout:g} s"}
-                    return
-                time.sleep(POLL_S)
-        if self.process.returncode:
-            yield {"error": f"the engine's process ended with {self.process.returncode}"}
-
-    def _let_it_measure(self) -> None:
-        with suppress(BrokenPipeError):  # the process has died; the next poll finds that
-            self.process.stdin.write(b"\n")
-            self.process.stdin.flush()
-
-
-def run_plans(
-    plans: Sequence[Plan], args: argparse.Namespace, document: Document, root: Path
-) -> None:
-    """Start the engines of all plans. When all are ready, measure one after another."""
-    with ExitStack() as stack:
-        engines = [stack.enter_context(EngineProcess(plan, args, root)) for plan in plans]
-        lines = [engine.lines() for engine in engines]
-        silent = {"error": "the engine's process ended without a word"}
-        firsts = [next(of_engine, silent) for of_engine in lines]
-        for engine, first, others in zip(engines, firsts, lines, strict=True):
-            record(engine.plan, chain([first], others), document)
-            engine.end()  # frees its memory before the next engine is measured
-
-
-def record(plan: Plan, lines: Iterator[dict[str, Any]], document: Document) -> None:
-    entry, started = document.start(plan), time.monotonic()
-    entry["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-    for content in lines:
-        if "engine" in content:
-            document.describe(entry, content["engine"])
-        elif "graph_ms" in content:
-            entry |= content
-        elif "row" in content:
-            document.content["results"].append(content["row"])
-            document.save()
-            print(shown(content["row"]), flush=True)
-        else:
-            entry |= {"status": "failed", "error": content["error"]}
-            print(f"{plan.run}: {content['error']}", flush=True)
-    if entry["status"] == "running":
-        entry["status"] = "done"
-    entry["seconds"] = round(time.monotonic() - started, 1)
-    document.save()
+def engine_process(plan: Plan, args: argparse.Namespace, root: Path) -> EngineProcess:
+    request = {"plan": asdict(plan), "args": vars(args)}
+    return EngineProcess(ENGINE, request, args.engine_timeout, root)
 
 
 def shown(row: dict[str, Any]) -> str:
     rate = "" if row["acceptance_set"] is None else f" a={row['acceptance_set']}"
     speed = row.get("speed_over_plain")
-    asked = f" {json.dumps(row['sampling'])}" if row["sampling"] else ""
+    is_bare = row["temperature"] == 0 and not row["sampling"]
+    asked = "" if is_bare else f" ({name_of(row['temperature'], row['sampling'])})"
     return (
         f"{row['run']}{rate}{asked} batch {row['batch_size']}: "
         f"{row['ms_per_token']:.3f} ms per token, {row['ms_per_cycle']:.3f} per cycle, "
@@ -355,20 +199,16 @@ def shown(row: dict[str, Any]) -> str:
 
 def main() -> None:
     args = parse_args()
-    # A plain `kill` must end the engine's process as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    started, document = time.monotonic(), Document(args)
-    left = [plan for plan in plans_of(args) if not document.is_done(plan)]
-    with tempfile.TemporaryDirectory() as root:
-        for first in range(0, len(left), args.engines_at_once):
-            plans = left[first : first + args.engines_at_once]
-            if args.time_limit and time.monotonic() - started > args.time_limit:
-                for plan in plans:
-                    entry = document.start(plan)
-                    entry |= {"status": "skipped", "error": f"after {args.time_limit:g} s"}
-                continue
-            run_plans(plans, args, document, Path(root))
-    document.save()
+    plans, document = {plan.run: plan for plan in plans_of(args)}, Document(args)
+    measure_all(
+        list(plans),
+        args,
+        document,
+        lambda run, root: engine_process(plans[run], args, root),
+        shown,
+    )
+    if text := requests_table(document.content["results"]):
+        print(text)
     print(json.dumps(document.content))
 
 

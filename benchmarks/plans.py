@@ -252,8 +252,67 @@ REAL = [
     Plan(AMATEUR),
 ]
 
+# Pairs and triples of the paper by shape. Its contrastive pairs have gammas of their own.
+PAPER_BATCH_SIZES = (1, 32)
+
+
+def by_turns(plain: str, gammas: str) -> list[Plan]:
+    """The plain ensemble and the same by turns, as the paper's shapes are measured."""
+    return [
+        Plan(plain, batch_sizes=PAPER_BATCH_SIZES),
+        Plan(f"{plain}@{gammas}", (0.9,), PAPER_BATCH_SIZES),
+    ]
+
+
+QWEN_SMALL, QWEN = "qwen-1.5b", "qwen-3b"
+PAPER = [
+    *by_turns("cd0.1:llama-8b+llama-1b", "1,3"),
+    *by_turns(f"{QWEN_SMALL}+{QWEN_SMALL}", "1,1"),
+    *by_turns(f"{QWEN_SMALL}+{QWEN_SMALL}+{QWEN_SMALL}", "1,1,1"),
+    *by_turns(f"{QWEN}+{QWEN}", "1,1"),
+    *by_turns(TWO, "1,1"),
+    *by_turns(f"cd0.1:{BIG}+{SMALL}", "1,5"),
+]
+
+# One engine measures all kinds of requests.
+REQUESTS_BATCH_SIZES = (1, 32)
+REQUESTS = [
+    Plan(TWO, batch_sizes=REQUESTS_BATCH_SIZES),
+    Plan(f"{TWO}@1,1", (0.8,), REQUESTS_BATCH_SIZES),
+    Plan(f"cd0.1:{BIG}+{SMALL}", batch_sizes=REQUESTS_BATCH_SIZES),
+    Plan(CHEF_CD, (0.8,), REQUESTS_BATCH_SIZES),
+    Plan(OUTSIDE[0], (0.8,), REQUESTS_BATCH_SIZES),
+    Plan(BIG, batch_sizes=REQUESTS_BATCH_SIZES),
+    Plan(STOCK, (0.8,), REQUESTS_BATCH_SIZES),
+]
+
 PRESETS: dict[str, tuple[list[Plan], list[Target]]] = {
     "design": (DESIGN, DESIGN_TARGETS),
     "real": (REAL, []),
     "smoke": (SMOKE, SMOKE_TARGETS),
+    "paper": (PAPER, []),
+    "requests": (REQUESTS, []),
+}
+# Of a cell, at least; 200 without a preset.
+MIN_CYCLES = {"design": 1000, "paper": 1000, "smoke": 60}
+
+# Runs under load: the plain ensemble first, because its capacity sets the rates of all others.
+LOADS: dict[str, list[str]] = {
+    "two-7b": [TWO, f"{TWO}@1,1", OUTSIDE[0], BIG, STOCK],
+    "7b-68m": [f"cd0.1:{BIG}+{SMALL}", CHEF_CD, BIG, STOCK],
+    "three-7b": [THREE, f"{THREE}@1,1,1", BIG],
+    "real": [
+        f"{EXPERT}+{PYTHON}",
+        f"{EXPERT}+{PYTHON}@1,1",
+        f"{EXPERT}+{PYTHON}+{AMATEUR}:0@1,1,5",
+        EXPERT,
+        f"{EXPERT}/{AMATEUR}@5",
+    ],
+    "smoke": [
+        f"{TINY}+{TINY}",
+        f"{TINY}+{TINY}@1,1",
+        f"{TINY}+{TINY}+{TINY}:0@1,1,3",
+        TINY,
+        f"{TINY}/{TINY}@3",
+    ],
 }

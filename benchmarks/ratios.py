@@ -23,6 +23,7 @@ def complete(document: dict[str, Any]) -> None:
         row |= compared(row, run, index)
         row |= in_graphs(row, run, engine)
         row["theory"] = expected(row, run, engine, index)
+    add_shares(rows)
 
 
 class Index:
@@ -73,6 +74,27 @@ def compared(row: Row, run: Run, index: Index) -> Row:
         plain = index.plain(run, row)
         found["speed_over_plain"] = plain and plain / cost
     return found
+
+
+def add_shares(rows: Sequence[Row]) -> None:
+    """What remains of the speed over the plain ensemble if requests ask for more.
+
+    It is the speed over that of the bare request: temperature 0 and nothing else, of the same run
+    and batch. A value is None if a speed is missing.
+    """
+    bare = {
+        _but_request(row): row.get("speed_over_plain")
+        for row in rows
+        if row["temperature"] == 0 and not row["sampling"]
+    }
+    for row in rows:
+        if "speed_over_plain" in row:
+            speed, whole = row["speed_over_plain"], bare.get(_but_request(row))
+            row["share_of_bare_speed"] = speed / whole if speed and whole else None
+
+
+def _but_request(row: Row) -> tuple[str, int, float | None]:
+    return row["run"], row["batch_size"], row["acceptance_set"]
 
 
 def turns_of(engine: Mapping[str, Any]) -> Turns | None:

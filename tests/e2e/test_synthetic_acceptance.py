@@ -38,6 +38,7 @@ def settings() -> Namespace:
         enforce_eager=True,
         engine_args={"gpu_memory_utilization": 0.05},  # vLLM wants that much to be free
         engines_at_once=1,
+        requests=None,
         sampling=[{}],
         kv_cache_gib=0.0625,
         models=Path("models"),

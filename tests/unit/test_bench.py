@@ -7,15 +7,17 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_decode, bench_kernels, bench_worker, plot
+from benchmarks import bench_decode, bench_kernels, bench_worker, kinds, plot
 from benchmarks.bench_decode import Document, parse_args, plans_of
 from benchmarks.bench_engine import (
+    BenchEngine,
     Sample,
     decode,
     draft_counts,
@@ -23,14 +25,18 @@ from benchmarks.bench_engine import (
     kv_cache_bytes,
     max_model_len,
     merged,
+    sampling_params,
     summary,
 )
+from benchmarks.inflate import Shape
 from benchmarks.plans import PRESETS, Plan, Run, Target
 from benchmarks.ratios import complete
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, make_shape
 from benchmarks.simulate_turns import simulate
+from benchmarks.tables import requests_table
 from benchmarks.theory import one_token_each, run_of, tokens_per_cycle, two_members
-from vllm.chef.sampling import Processing
+from vllm.chef.arguments import model_config
+from vllm.chef.graphs import CycleGraphs
 from vllm.chef.turns import Turn
 
 SETTINGS = dict(
@@ -42,6 +48,7 @@ SETTINGS = dict(
     models=None,
     num_tokens=128,
     prompt_len=64,
+    requests=None,
     skip=4,
     target="probs",
     sampling=[{}],
@@ -505,18 +512,18 @@ def measured(monkeypatch) -> Iterator[list[str]]:
             yield {"error": "RuntimeError: out of memory"}
 
     class Engine(nullcontext):
-        def __init__(self, plan, args, root):
-            self.plan = plan
-            seen.append(plan.run)
+        def __init__(self, command, request, timeout, root):
+            self.run = request["plan"]["run"]
+            seen.append(self.run)
 
         def __enter__(self):
             return self
 
         def lines(self):
-            return lines(self.plan.run)
+            return lines(self.run)
 
         def end(self):
-            ended.append(self.plan.run)
+            ended.append(self.run)
 
     seen, ended = [], []
     monkeypatch.setattr(bench_decode, "EngineProcess", Engine)
@@ -594,7 +601,7 @@ def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
 
 
 def lines_of(args, tmp_path: Path) -> list[dict]:
-    with bench_decode.EngineProcess(plans_of(args)[0], args, tmp_path) as engine:
+    with bench_decode.engine_process(plans_of(args)[0], args, tmp_path) as engine:
         return list(engine.lines())
 
 
@@ -634,5 +641,114 @@ def test_one_engine_measures_after_all_have_started(monkeypatch, capfd, tmp_path
 
 
 def test_shapes_have_a_common_vocabulary():
-    for family in (("llama-7b", "llama-68m"), ("llama-tiny",)):
-        assert len({SHAPES[name].get("vocab_size", 32000) for name in family}) == 1
+    families = [
+        ("llama-7b", "llama-68m"),
+        ("llama-8b", "llama-1b"),
+        ("qwen-1.5b", "qwen-3b"),
+        ("llama-tiny",),
+    ]
+    for family in families:
+        assert len({SHAPES[name]["vocab_size"] for name in family}) == 1
+    assert {name for family in families for name in family} == set(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters", "num_biases"),
+    [
+        ("llama-7b", 6_738_415_616, 0),
+        ("llama-68m", 68_030_208, 0),
+        ("llama-8b", 8_030_261_248, 0),
+        ("llama-1b", 1_235_814_400, 0),
+        # Query, key and value have biases: 28 * (1536 + 2 * 256) and 36 * (2048 + 2 * 256).
+        ("qwen-1.5b", 1_543_714_304, 57_344),
+        ("qwen-3b", 3_085_938_688, 92_160),
+    ],
+)
+def test_shapes_have_the_public_models_parameters(name, num_parameters, num_biases):
+    assert Shape.of(SHAPES[name]).num_parameters == num_parameters - num_biases
+
+
+def test_shapes_have_the_public_models_positions():
+    for name, factor in (("llama-8b", 8.0), ("llama-1b", 32.0), ("qwen-3b", None)):
+        rope = model_config(make_shape(name, arguments.root), "model", {}).hf_config.rope_parameters
+        assert rope["rope_theta"] == (1e6 if factor is None else 5e5)
+        assert rope.get("factor") == factor
+
+
+# Kinds of requests
+
+
+def test_kinds_replace_temperatures_and_sampling():
+    args = Namespace(requests=None, temperature=[0.0, 1.0], sampling=[{}, {"top_p": 0.9}])
+    assert kinds.requests_of(args) == [
+        *({"temperature": 0.0}, {"temperature": 0.0, "top_p": 0.9}),
+        *({"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}),
+    ]
+    args.requests, args.num_tokens = "all", 96
+    found = kinds.requests_of(args)
+    assert found[: len(kinds.BASIC)] == kinds.BASIC
+    assert [kind["min_tokens"] for kind in found if "min_tokens" in kind] == [144]
+    names = [kinds.name_of(k["temperature"], but_temperature(k)) for k in found]
+    assert len(set(names)) == len(names)
+    assert names[3] == "temperature 0, repetition_penalty 1.05"
+
+
+def but_temperature(kind: dict) -> dict:
+    return {name: value for name, value in kind.items() if name != "temperature"}
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS["all"], ids=lambda kind: kinds.name_of(0, kind))
+def test_kinds_are_sampling_params(kind):
+    kind = json.loads(json.dumps(kind | ({"min_tokens": 3} if "min_tokens" in kind else {})))
+    params = sampling_params(kind, seed=1, max_tokens=9)
+    assert (params.ignore_eos, params.seed, params.max_tokens) == (True, 1, 9)
+    if "logit_bias" in kind:
+        assert params.logit_bias == {100: 2.0, 200: -2.0}
+    if "structured_outputs" in kind:
+        assert params.structured_outputs.json == kinds.ENDLESS
+
+
+def test_the_preset_of_requests_measures_all_kinds(capsys):
+    assert parse_args(["--preset", "requests"]).requests == "all"
+    assert parse_args("--preset requests --requests basic".split()).requests == "basic"
+    with pytest.raises(SystemExit):
+        parse_args("--preset requests --requests all --temperature 1".split())
+    assert "error: --requests" in capsys.readouterr().err
+    found = arguments("llama-7b/llama-68m@5", requests="basic")
+    assert found["speculative_config"]["draft_sample_method"] == "probabilistic"
+
+
+def test_requests_that_an_engine_refuses_are_left_out():
+    def add_request(request_id, prompt, params):
+        if params.logit_bias:
+            raise ValueError("no bias")
+        added.append(request_id)
+
+    engine, added, aborted = object.__new__(BenchEngine), [], []
+    engine.run, engine.plan = Run.parse("llama-7b/llama-68m@5"), Plan("llama-7b/llama-68m@5")
+    engine.args = Namespace(**SETTINGS)
+    engine.args.sampling = [{}, {"logit_bias": {"5": 1.0}}, {"bad_words": ["x"]}, {"top_p": 2.0}]
+    engine.prompts, engine.seeds, engine.refused = [[1]], count(), []
+    engine.engine = SimpleNamespace(add_request=add_request, abort_request=aborted.extend)
+    engine.cell = lambda asked, acceptance, batch_size: (asked, batch_size)
+    assert list(engine.cells()) == [
+        ({"temperature": 0.0}, size) for size in engine.plan.batch_sizes
+    ]
+    assert added == aborted == ["tried"]
+    why = [entry["why"] for entry in engine.refused]
+    assert why[0] == "no bias" and "tokenizer" in why[1] and "top_p" in why[2]
+
+
+def test_speeds_are_compared_with_the_bare_request():
+    asked = [{}, {"logprobs": 5}]
+    plain = [row("a+b", ms, sampling=kind) for ms, kind in zip((6.0, 6.0), asked, strict=True)]
+    turns = [turns_row(ms) | {"sampling": k} for ms, k in zip((4.0, 8.0), asked, strict=True)]
+    large = turns_row(1.0, size=8)
+    complete({"results": [*plain, *turns, large], "configurations": [ENTRY]})
+    assert [r["share_of_bare_speed"] for r in (*turns, large)] == [1.0, 0.5, None]
+    assert "share_of_bare_speed" not in plain[0]
+    header, bare, logprobs = requests_table([*plain, *turns]).splitlines()
+    assert header.split() == ["batch", "1", "a+b@1,1", "a=0.8"]
+    assert bare.split()[-2:] == ["1.50", "(1.00)"]
+    assert logprobs.split()[-2:] == ["0.75", "(0.50)"] and "temperature 0, logprobs 5" in logprobs
+    assert requests_table([*plain[:1], *turns[:1]]) == ""
