@@ -118,10 +118,6 @@ class BenchEngine:
             EngineArgs(**engine_arguments(plan, args, root)), UsageContext.LLM_CLASS
         )
         self.startup_s = time.perf_counter() - started
-        if len(self.run.members) > 1:
-            from vllm.ensemble_decode import allow_all_sampling_params
-
-            allow_all_sampling_params(self.engine)
         self.rpc = self.engine.collective_rpc
         tokenizer = None if is_dummy(self.run) else self.engine.get_tokenizer()
         self.prompts = make_prompts(args, max(plan.batch_sizes), tokenizer)

@@ -97,10 +97,6 @@ class LoadEngine:
         arguments, started = load_arguments(plan, args, root), time.perf_counter()
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         found = cls(plan, args, engine)
-        if len(found.run.members) > 1:
-            from vllm.ensemble_decode import allow_all_sampling_params
-
-            allow_all_sampling_params(engine)
         kv_cache = arguments["kv_cache_memory_bytes"]
         per_token = kv_bytes_per_token(model_folders(found.run, args, root), args.dtype)
         return found, {

@@ -36,7 +36,7 @@ from benchmarks.simulate_turns import simulate
 from benchmarks.tables import requests_table
 from benchmarks.theory import one_token_each, run_of, tokens_per_cycle, two_members
 from vllm.chef.arguments import model_config
-from vllm.chef.graphs import CycleGraphs
+from vllm.chef.sampling import Processing
 from vllm.chef.turns import Turn
 
 SETTINGS = dict(
