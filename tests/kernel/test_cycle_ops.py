@@ -211,16 +211,18 @@ def steps(turns: Turns) -> list[tuple[str, Callable[[World], None]]]:
     state = SimpleNamespace(turns=turns, kept_scores=MagicMock())
     runner = TurnRunner(state, recorder, anything, recorder, anything, anything)
 
-    def take_turn(turn: int) -> Any:
-        return runner.take_turn(turn, anything, anything, recorder)
-
-    def propose_more(turn: int) -> None:
+    step = MagicMock(scores=SimpleNamespace(logits=anything, bitmask=None))
+    parts = SimpleNamespace(
+        open=lambda: runner.open(anything, step),
+        read=lambda turn: recorder.read(turn, anything),
+        judge=lambda turn: runner.judge(turn, anything, step, anything),
         # One pass more than the turn has room for.
-        num_passes = turns.num_passes(turns[turn].gamma) + 1
-        runner.propose_more(turn, num_passes, anything, recorder)
-
-    runner.run(anything, take_turn, propose_more)
-    runner.finish(anything, propose_more, anything, anything)
+        propose_more=lambda turn: runner.propose_more(
+            turn, turns.num_passes(turns[turn].gamma) + 1, anything, recorder
+        ),
+    )
+    runner.run(anything, parts)
+    runner.finish(anything, parts, anything, anything)
     return [
         (f"{name}{numbers}", lambda w, n=name, given=numbers: getattr(w, n)(*given))
         for name, numbers in recorder.calls
