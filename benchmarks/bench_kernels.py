@@ -121,19 +121,20 @@ def of_cycle(
     turn_gammas = torch.tensor(turns.gammas(window), device=device)
     calls = torch.tensor(turns.num_calls(turns.gammas(window)), device=device)
     tokens = torch.ones(num_reqs, dtype=torch.int64, device=device)
-    num_segments, num_columns = turns.num_decidable(last), turns.max_decided(last) + 1
+    segments = range(turns.num_decidable(last))
+    num_columns = turns.max_tokens(segments) + 1
     sampled = torch.ones(num_reqs, num_columns, dtype=torch.int64, device=device)
     num_sampled = torch.full((num_reqs,), 2, dtype=torch.int32, device=device)
     ops.begin_cycle(state, cycle, starts, starts, seq_lens, ids)
     read_start = cycle.step_start.clone()
     columns = torch.arange(num_reqs * num_columns, device=device).view(num_reqs, num_columns)
     logits = torch.randn(len(columns.flatten()), vocab_size, dtype=torch.bfloat16, device=device)
-    proposers = [turns[turn].members[0] for turn in turns.in_window[:num_segments]]
-    segment = columns % num_columns % num_segments
+    proposers = [turns[turn].members[0] for turn in turns.in_window[: segments.stop]]
+    segment = columns % num_columns % len(segments)
     return {
         "load": lambda: ops.load(all_cycle, slots, states),
         "begin_cycle": lambda: ops.begin_cycle(state, cycle, starts, starts, seq_lens, ids),
-        "candidates": lambda: ops.candidates(state, cycle, num_segments, num_columns),
+        "candidates": lambda: ops.candidates(state, cycle, segments, num_columns),
         "gather_scores": lambda: ops.gather_scores(
             cycle,
             [logits] * len(gammas),
@@ -143,7 +144,7 @@ def of_cycle(
             torch.float32,
             scales=True,
         ),
-        "settle": lambda: ops.settle(state, cycle, sampled, num_sampled, num_segments, False),
+        "settle": lambda: ops.settle(state, cycle, sampled, num_sampled, segments, False),
         "last_scored": lambda: ops.last_scored(cycle),
         "append": lambda: ops.append(state, cycle, last, turn_gammas, tokens),
         "prepare_tokens": lambda: ops.prepare_tokens(

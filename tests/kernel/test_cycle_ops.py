@@ -54,6 +54,8 @@ class World:
         self.all_cycle = make_cycle(self.state, MAX_NUM_REQS)
         self.returned: list[torch.Tensor] = []
         self.with_forbidden = False
+        self.judges_again = False
+        """Whether a decision judges all columns, also those that were decided before"""
         self.state.lengths.copy_(self.lengths())
         self.state.scored.copy_(self.numbers(0, 2 * MAX_MODEL_LEN, self.state.scored.shape))
         self.all_token_ids = self.numbers(0, VOCAB_SIZE, (MAX_NUM_REQS, MAX_MODEL_LEN)).int()
@@ -106,28 +108,30 @@ class World:
         )  # fmt: skip
 
     def decide(self, turn: int) -> None:
-        num_segments = self.turns.num_decidable(turn)
-        num_columns = self.turns.max_decided(turn) + 1
-        candidates = self.ops.candidates(self.state, self.cycle, num_segments, num_columns)
+        segments = self.turns.decidable(turn)
+        if self.judges_again:
+            segments = range(segments.stop)
+        num_columns = self.turns.max_tokens(segments) + 1
+        candidates = self.ops.candidates(self.state, self.cycle, segments, num_columns)
         self.returned = list(candidates)
         for scales in (False, True):
-            self.returned += self._gather(candidates, num_segments, scales)
+            self.returned += self._gather(candidates, segments, scales)
         # What vLLM's verification returns: at most all candidates, then one more token.
         num_candidates = (candidates.proposed >= 0).sum(1)
         num_sampled = 1 + self.numbers(0, 100, num_candidates.shape) % (num_candidates + 1)
-        # Tokens that were accepted before are accepted again.
-        num_sampled = num_sampled.maximum(self.cycle.num_accepted + 1).int()
+        if self.judges_again:
+            # Tokens that were accepted before are accepted again.
+            num_sampled = num_sampled.maximum(self.cycle.num_accepted + 1)
+        num_sampled = num_sampled.int()
         sampled = self.numbers(0, VOCAB_SIZE, (self.cycle.num_reqs, num_columns))
         draws = turn == self.turns.last_scorer and self.turns.draws
-        self.ops.settle(self.state, self.cycle, sampled, num_sampled, num_segments, draws)
+        self.ops.settle(self.state, self.cycle, sampled, num_sampled, segments, draws)
 
-    def _gather(
-        self, candidates: Candidates, num_segments: int, scales: bool
-    ) -> list[torch.Tensor]:
+    def _gather(self, candidates: Candidates, segments: range, scales: bool) -> list[torch.Tensor]:
         """As the verifier asks for it, of members whose logits may differ in type."""
         step_rows, kept_rows = candidates.step_rows, candidates.kept_rows
         num_rows, proposers = int(step_rows.max()) + 1, []
-        for turn in self.turns.in_window[:num_segments]:
+        for turn in self.turns.in_window[segments.start : segments.stop]:
             proposers.append(self.turns[turn].members[0])
         sources, rows = [], []
         for member, turn in sorted(self.turns.turn_of.items()):
@@ -240,6 +244,7 @@ def test_kernels_do_what_torch_does(case, seed, monkeypatch):
         for name, step in steps(turns):
             for world in worlds:
                 world.with_forbidden = number == 1
+                world.judges_again = number == 2
                 step(world)
             expected, found = (world.compare() for world in worlds)
             for key, tensor in expected.items():

@@ -149,24 +149,21 @@ class World:
     def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> None:
         """A random decision in place of the verifier's; its scores must be there."""
         turns = self.turns
-        num_segments = turns.num_decidable(turn)
-        num_columns = turns.max_decided(turn) + 1
-        candidates = ops.candidates(self.state, cycle, num_segments, num_columns)
+        segments = turns.decidable(turn)
+        num_columns = turns.max_tokens(segments) + 1
+        candidates = ops.candidates(self.state, cycle, segments, num_columns)
         num_candidates = (candidates.proposed >= 0).sum(1).tolist()
         draws = turns.draws and turn == turns.last_scorer
         num_sampled = []
         for at, max_accepted in enumerate(num_candidates):
-            accepted = int(cycle.num_accepted[at])
-            if max_accepted > accepted:
-                accepted = self.rng.randint(accepted, max_accepted)
-            else:
-                accepted = max_accepted
-            num_sampled.append(1 + accepted)
+            num_sampled.append(1 + self.rng.randint(0, max_accepted))
             if not cycle.active[at] or cycle.settled[at]:
                 continue
-            text, first_position = self.text(at), int(cycle.first_position[at])
+            text = self.text(at)
+            first_position = int(cycle.first_position[at] + cycle.num_decided[at])
             for column in range(max_accepted + draws):
-                proposer = turns.in_window[int(candidates.segment[at, column])]
+                at_segment = segments.start + int(candidates.segment[at, column])
+                proposer = turns.in_window[at_segment]
                 for used in range(1, len(turns)):
                     if turns.is_scorer(used) or (used == proposer and column < max_accepted):
                         kept = self.state.kept_scores[used - 1][candidates.kept_rows[at, column]]
@@ -174,7 +171,7 @@ class World:
                         assert has_read, f"turn {used} has not read what comes before {column}"
                         self.num_used += 1
         sampled = torch.randint(VOCAB_SIZE, (NUM_REQS, num_columns))
-        ops.settle(self.state, cycle, sampled, torch.tensor(num_sampled), num_segments, draws)
+        ops.settle(self.state, cycle, sampled, torch.tensor(num_sampled), segments, draws)
         self.num_replaced += int(cycle.just_settled.sum())
 
     def commit(

@@ -14,7 +14,8 @@ TURNS = chef_turns([1, 3], [2, 1], (True, True))
 
 
 def carrier(**options) -> SimpleNamespace:
-    speculative = {**CARRIER_OPTIONS, "method": "draft_model", "num_speculative_tokens": 3}
+    speculative = {**CARRIER_OPTIONS, "rejection_sample_method": "standard"}
+    speculative |= {"method": "draft_model", "num_speculative_tokens": 3}
     return SimpleNamespace(**speculative | {"synthetic_acceptance_rates": None} | options)
 
 
@@ -48,9 +49,13 @@ def test_a_length_is_one_rate_only_at_its_ends():
 
 
 def test_all_other_options_are_refused_as_before():
-    for options in ({"rejection_sample_method": "block"}, {"quantization": "fp8"}):
-        with pytest.raises(ValueError, match="turns make no use of it"):
-            _check_carrier(SimpleNamespace(speculative_config=carrier(**options)), TURNS, False)
+    _check_carrier(
+        SimpleNamespace(speculative_config=carrier(rejection_sample_method="block")), TURNS, False
+    )
+    with pytest.raises(ValueError, match="turns make no use of it"):
+        _check_carrier(
+            SimpleNamespace(speculative_config=carrier(quantization="fp8")), TURNS, False
+        )
     options = vars(synthetic(unconditional_rates(0.5, 3))) | {"kv_cache_dtype": "fp8"}
     with pytest.raises(
         ValueError, match=r"^--speculative-config\.kv_cache_dtype: turns make no use"
@@ -69,6 +74,6 @@ def test_rates_cover_all_that_a_decision_may_judge(monkeypatch):
     assert configured(None) is None
     assert configured(carrier()) is None
     rates = configured(synthetic(unconditional_rates(0.8, 3)))
-    most = max(TURNS.max_decided(turn) for turn in range(len(TURNS)))
+    most = TURNS.max_tokens(range(len(TURNS)))
     assert rates.tolist() == pytest.approx([0.8] * most)
     assert rates.dtype == torch.float32

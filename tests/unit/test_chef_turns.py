@@ -50,7 +50,8 @@ def test_three_members():
     # Each call decides the segment of the turn after it; the last call decides the opener's
     # proposal.
     assert [turns.num_decidable(t) for t in range(3)] == [1, 2, 3]
-    assert [turns.max_decided(t) for t in range(3)] == [2, 5, 6]
+    assert [turns.decidable(t) for t in range(3)] == [range(1), range(1, 2), range(2, 3)]
+    assert [turns.max_tokens(turns.decidable(t)) for t in range(3)] == [2, 3, 1]
     assert [turns.num_new(t) for t in (1, 2)] == [1, 3]
     assert [turns.num_unscored(t) for t in range(3)] == [6, 5, 4]
     assert [turns.num_passes(turns[t].gamma) for t in (1, 2)] == [1, 2]
@@ -63,14 +64,15 @@ def test_a_proposer_outside_the_ensemble_is_never_waited_for():
     # After the second call, everything that the third member proposed is decided, and the first's
     # token.
     assert [turns.num_decidable(t) for t in range(3)] == [1, 3, 0]
-    assert turns.max_decided(1) == 6
+    assert [turns.decidable(t) for t in range(2)] == [range(1), range(1, 3)]
+    assert turns.max_tokens(turns.decidable(1)) == 5
 
 
 def test_sd():
     turns = sd_turns(3, 4)
     assert tuple(turns) == (Turn((0, 1), 0), Turn((2,), 4))
     assert (turns.window, turns.draws, turns.last_scorer) == (4, True, 1)
-    assert [turns.max_decided(t) for t in range(2)] == [4, 4]
+    assert [turns.max_tokens(turns.decidable(t)) for t in range(2)] == [4, 0], "then it draws"
     assert turns.num_new(1) == 1
     # One pass more: the drawn token goes through before anything is proposed.
     assert turns.num_passes(turns[1].gamma) == 4
@@ -147,13 +149,13 @@ def test_a_resolved_configuration_needs_no_costs(config, is_resolved):
     [
         {"num_speculative_tokens": 3},
         {"kv_cache_dtype": "fp8"},
-        {"rejection_sample_method": "block"},
         {"num_speculative_tokens_per_batch_size": [(1, 8, 2)]},
         {"quantization": "fp8"},
     ],
 )
 def test_speculation_that_turns_do_not_do_is_refused(options):
-    speculative = SimpleNamespace(method="draft_model", num_speculative_tokens=2, **CARRIER_OPTIONS)
+    asked = dict(num_speculative_tokens=2, rejection_sample_method="standard")
+    speculative = SimpleNamespace(method="draft_model", **asked, **CARRIER_OPTIONS)
     turns = chef_turns([1, 2], [2, 1], ALL[:2])
     _check_carrier(SimpleNamespace(speculative_config=speculative), turns, False)
     vars(speculative).update(options)

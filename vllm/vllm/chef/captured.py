@@ -60,7 +60,6 @@ class StepInputs:
         # Rows without a request have no rows of logits.
         self.cu_num_logits[num_reqs + 1 :] = step.cu_num_logits[-1]
         if processing == Processing.ALL:
-            self.states.load()
             self._load_grammar(step)
 
     def _load_grammar(self, step: EngineStep) -> None:

@@ -22,7 +22,6 @@ CARRIER_OPTIONS = {
     "parallel_drafting": False,
     "use_local_argmax_reduction": False,
     "use_heterogeneous_vocab": False,
-    "rejection_sample_method": "standard",
     "num_speculative_tokens_per_batch_size": None,
     "kv_cache_dtype": None,
     "quantization": None,
@@ -278,12 +277,10 @@ def _check_carrier(vllm_config: VllmConfig, turns: Turns, is_adaptive: bool) -> 
         )
     if is_adaptive:
         _check_adaptive(vllm_config, turns)
-    is_synthetic = common_rate(speculative) is not None
+    common_rate(speculative)  # raises
     for option, default in CARRIER_OPTIONS.items():
         if is_adaptive and option == "num_speculative_tokens_per_batch_size":
             continue
-        if is_synthetic and option == "rejection_sample_method":
-            continue  # for benchmarks
         if getattr(speculative, option) != default:
             raise ConfigFieldError(
                 f"--speculative-config.{option}", "turns make no use of it; leave it out"

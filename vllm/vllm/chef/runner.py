@@ -14,7 +14,7 @@ from vllm.chef.cycle import EngineStep
 from vllm.chef.grammar import allowed_tokens
 from vllm.chef.graphs import offer_every_length
 from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
-from vllm.chef.sampling import AllParams, Processing, needed_processing
+from vllm.chef.sampling import AllParams, Processing, StepParams, needed_processing
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.state import Outputs
 from vllm.chef.turns import Turns
@@ -94,12 +94,14 @@ class ChefRunner(MemberRunner):
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         prompt_logprobs = self.prompt_logprobs_worker
-        engine_step = self._engine_step(hidden_states, input_batch, grammar_output)
+        processing = self._processing(input_batch, grammar_output)
+        params = self.speculator.step_params(input_batch, processing)
+        engine_step = self._engine_step(hidden_states, input_batch, params, grammar_output)
         prompt_logprobs.take_up_first(hidden_states, input_batch)
         step = self.speculator.begin(
             input_batch,
             engine_step,
-            self._processing(input_batch, grammar_output),
+            processing,
             self.num_tokens_to_propose,
             prompt_logprobs.is_asked,
         )
@@ -136,6 +138,7 @@ class ChefRunner(MemberRunner):
         self,
         hidden_states: torch.Tensor,  # [num_tokens, sum of the first turn's hidden sizes]
         batch: InputBatch,
+        params: StepParams,
         grammar_output: GrammarOutput | None,
     ) -> EngineStep:
         """The step as vLLM has run it, with the first turn's logits and what grammars allow."""
@@ -144,7 +147,7 @@ class ChefRunner(MemberRunner):
         if grammar_output is not None:
             bitmask = allowed_tokens(batch, grammar_output, self.device)
             forbidden = self.speculator.forbidden_tokens(batch, bitmask)
-        scores = StepScores(logits, AllParams(self.sampler, batch), bitmask)
+        scores = StepScores(logits, params, bitmask)
         return EngineStep.of_batch(batch, scores, forbidden)
 
 

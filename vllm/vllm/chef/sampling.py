@@ -55,6 +55,11 @@ class StepParams(Protocol):
     """Whether the processor expects the members' logits divided by the temperature"""
     needs_float32: bool
     """Whether the processor expects the members' logits in float32"""
+    needs_all_columns: bool
+    """Whether the processor needs all columns of a request, from the first one on
+
+    Penalties count the tokens in the columns before.
+    """
 
     def processor(
         self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout
@@ -193,6 +198,7 @@ class DeviceParams:
         # Penalties and biases come before the temperature.
         self.scales = samples_members and processing < Processing.ALL
         self.needs_float32 = samples_members
+        self.needs_all_columns = processing == Processing.ALL
 
     def processor(
         self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout
@@ -236,9 +242,10 @@ class DeviceParams:
 
 
 class AllParams:
-    """All sampling parameters, applied by vLLM's sampler."""
+    """All sampling parameters, applied by vLLM's sampler. Only this runs processors of a user."""
 
     scales = needs_float32 = False
+    needs_all_columns = True
 
     def __init__(self, sampler: Sampler, batch: InputBatch) -> None:
         self.sampler, self.batch = sampler, batch

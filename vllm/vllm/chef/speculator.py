@@ -27,7 +27,15 @@ from vllm.chef.graphs import CycleGraphs, StepGraphs, obstacle_to_graphs
 from vllm.chef.ops import ops_for
 from vllm.chef.passes import EagerPasses, MemberCaller
 from vllm.chef.prompt_logprobs import LogitsFn
-from vllm.chef.sampling import Processing, ProcessorStates, draw_proposals, reserve_buffers
+from vllm.chef.sampling import (
+    AllParams,
+    DeviceParams,
+    Processing,
+    ProcessorStates,
+    StepParams,
+    draw_proposals,
+    reserve_buffers,
+)
 from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.step import CycleStep, uniform_step_len
@@ -113,6 +121,7 @@ class ChefSpeculator(StandaloneARSpeculator):
     def set_sampler(self, sampler: Sampler) -> None:
         """Build the objects that need vLLM's sampler. vLLM makes it after the members."""
         self.sampler = sampler
+        self.processor_states = ProcessorStates(sampler)
         self.verifier = Verifier(self.ensemble, self.turns, self.state, sampler)
         self.caller = MemberCaller(self, self.state, self.req_states.all_token_ids.gpu)
         draw = partial(draw_proposals, requests=self.arange_gpu, use_fp64=sampler.use_fp64_gumbel)
@@ -209,7 +218,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             max_num_reqs,
             max_num_reqs * (1 + self.turns.window),
             self.ensemble.samples_members,
-            ProcessorStates(self.sampler),
+            self.processor_states,
         )
         readings = ReadingBuffers(
             [sum(model.hidden_sizes) for model in self.model],
@@ -288,6 +297,17 @@ class ChefSpeculator(StandaloneARSpeculator):
             for group in groups:
                 tables = self.block_tables.input_block_tables[group.kv_cache_group_id]
                 group.map_to_kernel_block_table(tables)
+
+    def step_params(self, batch: InputBatch, processing: Processing | None) -> StepParams:
+        """The sampling parameters of a step, which passes through `processing`.
+
+        None: more than `DeviceParams` can do.
+        """
+        if processing is None:
+            return AllParams(self.sampler, batch)
+        if processing == Processing.ALL:
+            self.processor_states.load()
+        return DeviceParams(self.ensemble.samples_members, processing, self.processor_states)
 
     def forbidden_tokens(
         self,

@@ -141,7 +141,7 @@ class Candidates(NamedTuple):
     """Tokens as vLLM's verification needs them: the token of column k stands in place k + 1. -1:
     none
     """
-    segment: torch.Tensor  # the segment that each column lies in
+    segment: torch.Tensor  # which of the judged segments each column lies in
     positions: torch.Tensor  # of the token before each column
     step_rows: torch.Tensor
     """Rows of each column's scores in the engine step

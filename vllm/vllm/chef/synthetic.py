@@ -56,10 +56,19 @@ def configured_rates(
     None if verification is real. A benchmark may fill the tensor with another rate between any two
     steps.
     """
-    config = get_current_vllm_config_or_none()
-    if config is None or config.speculative_config is None:
-        return None
-    rate = common_rate(config.speculative_config)
+    speculative = _current_config()
+    rate = None if speculative is None else common_rate(speculative)
     if rate is None:
         return None
     return torch.full((turns.window + 1,), rate, dtype=torch.float32, device=device)
+
+
+def uses_blocks() -> bool:
+    """Whether vLLM's current configuration asks for block verification."""
+    speculative = _current_config()
+    return speculative is not None and speculative.rejection_sample_method == "block"
+
+
+def _current_config() -> SpeculativeConfig | None:
+    config = get_current_vllm_config_or_none()
+    return None if config is None else config.speculative_config

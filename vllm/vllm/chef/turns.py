@@ -145,9 +145,14 @@ class Turns:
         later = [at for at in range(turn + 1, len(self)) if self.is_scorer(at)]
         return later[0] if later else len(self)
 
-    def max_decided(self, turn: int) -> int:
-        """The most tokens that are decided by the end of this turn."""
-        return sum(self.max_gammas[at] for at in self.in_window[: self.num_decidable(turn)])
+    def decidable(self, turn: int) -> range:
+        """The segments that become decidable with this turn, see `num_decidable`."""
+        before = max((self.num_decidable(at) for at in range(turn)), default=0)
+        return range(before, self.num_decidable(turn))
+
+    def max_tokens(self, segments: range) -> int:
+        """The most tokens that these segments of the window hold."""
+        return sum(self.max_gammas[self.in_window[at]] for at in segments)
 
 
 def sd_turns(num_members: int, gamma: int) -> Turns:

@@ -3,7 +3,8 @@
 This module knows distributions and runs no model. Let q be the distribution that a member drew
 token x from, and r the ensemble's distribution. Token x is accepted with probability min(1, r(x) /
 q(x)). A rejected token is replaced by a draw from norm(max(0, r - q)) (Leviathan et al. 2023, arXiv
-2211.17192, algorithm 1).
+2211.17192, algorithm 1). With block verification, the tokens of a decision are judged together (Sun
+et al. 2024, arXiv 2403.10444). Both are vLLM's `rejection_sample`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sam
 from vllm.chef.ops import ops_for
 from vllm.chef.sampling import Layout, Process, StepParams
 from vllm.chef.state import Candidates, Cycle, GatheredScores, ProposalState
-from vllm.chef.synthetic import configured_rates
+from vllm.chef.synthetic import configured_rates, uses_blocks
 from vllm.chef.turns import Turns
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.ops import combine
@@ -38,12 +39,7 @@ class StepScores(NamedTuple):
 
 
 class Verifier:
-    """Decides the columns of a cycle.
-
-    Each call judges all columns, from the first one on. Columns that were decided before get the
-    same result again, because the noise of a draw depends only on the request's seed and the
-    position.
-    """
+    """Decides the columns of a cycle."""
 
     def __init__(
         self, ensemble: EnsembleConfig, turns: Turns, state: ProposalState, sampler: Sampler
@@ -61,15 +57,19 @@ class Verifier:
         """By number of columns"""
         # Only a benchmark sets the acceptance. Otherwise this is None.
         self.synthetic_rates = configured_rates(turns, state.scores.device)
+        self.uses_blocks = uses_blocks()
 
     def decide(self, turn: int, scores: StepScores, cycle: Cycle) -> None:
-        """Decide the segments that all scorers have scored once `turn` has run."""
-        num_segments = self.turns.num_decidable(turn)
-        num_columns = self.turns.max_decided(turn) + 1
-        candidates = self.ops.candidates(self.state, cycle, num_segments, num_columns)
+        """Decide the segments that become decidable with `turn`."""
+        segments = self.turns.decidable(turn)
+        if scores.params.needs_all_columns:
+            # They get the same result again: the noise of a draw depends only on the request's seed
+            # and the position.
+            segments = range(segments.stop)
+        candidates = self._candidates(cycle, segments)
         verdicts = [
-            self._judge(part, candidates.part(part), scores, cycle, num_segments)
-            for part in self._chunks(cycle.num_reqs, num_columns)
+            self._judge(part, candidates.part(part), scores, cycle, segments)
+            for part in self._chunks(*candidates.segment.shape)
         ]
         sampled, num_sampled = zip(*verdicts, strict=True)
         self.ops.settle(
@@ -77,7 +77,7 @@ class Verifier:
             cycle,
             _joined(sampled),
             _joined(num_sampled),
-            num_segments,
+            segments,
             draws=turn == self.turns.last_scorer and self.turns.draws,
         )
 
@@ -89,9 +89,8 @@ class Verifier:
         The cycle's last decision has been made. vLLM reads only the decided columns. The last two
         arguments are the result of vLLM's `Sampler.get_logprobs_dims`.
         """
-        num_columns = self.turns.max_decided(self.turns.last_scorer) + 1
-        candidates = self.ops.candidates(self.state, cycle, len(self.turns), num_columns)
-        parts = []
+        candidates = self._candidates(cycle, self._all_segments)
+        num_columns, parts = candidates.segment.shape[1], []
         for part in self._chunks(cycle.num_reqs, num_columns):
             logits = self._reported(part, candidates.part(part), scores, cycle)
             parts.append(
@@ -108,39 +107,58 @@ class Verifier:
         offsets = (np.arange(cycle.num_reqs + 1) * num_columns).tolist()
         return LogprobsTensors.cat(parts, cu_num_generated_tokens=offsets)
 
+    @property
+    def _all_segments(self) -> range:
+        return range(len(self.turns))
+
+    def _candidates(self, cycle: Cycle, segments: range) -> Candidates:
+        num_columns = self.turns.max_tokens(segments) + 1
+        return self.ops.candidates(self.state, cycle, segments, num_columns)
+
     def _judge(
         self,
         part: slice,
         candidates: Candidates,
         scores: StepScores,
         cycle: Cycle,
-        num_segments: int,
+        segments: range,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs, num_columns], [num_reqs]
         """A decision on the requests in `part`: accepted tokens and one more, and their number.
 
         `candidates` belong to the part. All other arguments belong to the whole step.
         """
-        members, proposal = self._gather(cycle.part(part), candidates, scores, num_segments)
+        of_part, params = cycle.part(part), scores.params
+        members, proposal = self._gather(of_part, candidates, scores, segments, params.scales)
         layout = self._layout(*candidates.segment.shape)
-        process = scores.params.processor(part, cycle, candidates, layout)
+        process = params.processor(part, cycle, candidates, layout)
         target = self._target(members.flatten(1, 2), process)
-        return self._verify(part, layout, target, proposal, candidates, cycle)
+        # Tokens that were judged before cannot be judged again as a part of a block.
+        is_block = self.uses_blocks and not params.needs_all_columns
+        return self._verify(part, layout, target, proposal, candidates, cycle, is_block)
 
     def _reported(
         self, part: slice, candidates: Candidates, scores: StepScores, cycle: Cycle
     ) -> torch.Tensor:  # [num_reqs * num_columns, vocab_size]
         """The logits from which log-probabilities of the requests in `part` are reported."""
-        members, _ = self._gather(cycle.part(part), candidates, scores, len(self.turns))
+        params, of_part = scores.params, cycle.part(part)
+        is_processed = self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+        scales = is_processed and params.scales
+        members, _ = self._gather(of_part, candidates, scores, self._all_segments, scales)
         members = members.flatten(1, 2)
-        if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+        if is_processed:
             layout = self._layout(*candidates.segment.shape)
-            return self._target(members, scores.params.processor(part, cycle, candidates, layout))
+            return self._target(members, params.processor(part, cycle, candidates, layout))
         return combine(self.function, members, self.ensemble.combines_probs)
 
     def _gather(
-        self, cycle: Cycle, candidates: Candidates, scores: StepScores, num_segments: int
+        self,
+        cycle: Cycle,
+        candidates: Candidates,
+        scores: StepScores,
+        segments: range,
+        scales: bool,
     ) -> GatheredScores:
-        """The scores, in the form that the step's sampling parameters need.
+        """The scores that judge some segments, if `scales` divided by the temperature.
 
         Past the segments that a member has scored, its scores may be anything.
         """
@@ -153,16 +171,15 @@ class Verifier:
             else:
                 sources.append(self.state.kept_scores[turn - 1])
                 rows.append(candidates.kept_rows)
-        params = scores.params
         dtype = reduce(torch.promote_types, (source.dtype for source in sources))
         gathered = self.ops.gather_scores(
             cycle,
             sources,
             rows,
             candidates.segment,
-            self.proposers[:num_segments],
-            torch.float32 if params.needs_float32 else dtype,
-            params.scales,
+            self.proposers[segments.start : segments.stop],
+            torch.float32 if scores.params.needs_float32 else dtype,
+            scales,
         )
         if scores.bitmask is not None:
             step_rows = candidates.step_rows.flatten()
@@ -170,7 +187,8 @@ class Verifier:
                 self.ops.mask_scores(member, scores.bitmask, step_rows)
             # The first turn proposes after the grammar's mask. The other turns do not know the
             # mask.
-            is_first = (candidates.segment == self.turns.in_window.index(0)).flatten()
+            first = self.turns.in_window.index(0) - segments.start
+            is_first = (candidates.segment == first).flatten()
             proposal = gathered.proposal.flatten(0, 1)
             self.ops.mask_scores(proposal, scores.bitmask, step_rows, is_first)
         return gathered
@@ -194,6 +212,7 @@ class Verifier:
         proposal: torch.Tensor,  # [num_reqs, num_columns, vocab_size]
         candidates: Candidates,
         cycle: Cycle,
+        is_block: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_reqs, num_columns], [num_reqs]
         return rejection_sample(
             target,
@@ -209,6 +228,7 @@ class Verifier:
             candidates.segment.shape[1] - 1,
             self.synthetic_rates,
             use_fp64=self.sampler.use_fp64_gumbel,
+            use_block_verification=is_block,
         )
 
     def _layout(self, num_reqs: int, num_columns: int) -> Layout:

@@ -107,20 +107,25 @@ def begin_cycle(
 def candidates(
     state: ProposalState,
     cycle: Cycle,
-    num_segments: int,
+    segments: range,
     num_columns: int,
 ) -> Candidates:
-    """What a decision over the first columns judges: the tokens of the first segments."""
-    lengths = cycle.segments[:, :num_segments]
-    columns = torch.arange(num_columns, device=lengths.device)
-    proposed = cycle.tokens.new_full((cycle.num_reqs, num_columns), -1)
-    proposed[:, 1:] = cycle.tokens[:, : num_columns - 1].masked_fill(
-        columns[:-1] >= lengths.sum(1)[:, None], -1
-    )
+    """What a decision judges: the tokens of some segments, which follow one another.
+
+    The first of the `num_columns` columns is the first of these segments. In a request that is
+    settled already, the columns may be any.
+    """
+    lengths = cycle.segments[:, segments.start : segments.stop]
+    first_column = _first_column(cycle, segments)[:, None]
+    offsets = torch.arange(num_columns, device=lengths.device)
+    columns = first_column + offsets
+    before = cycle.tokens.gather(1, (columns - 1).clamp(0, cycle.tokens.shape[1] - 1))
+    is_proposed = (offsets > 0) & (offsets <= lengths.sum(1)[:, None])
+    proposed = before.masked_fill(~is_proposed, -1)
     step_rows = cycle.first_step_row[:, None] + torch.minimum(columns, cycle.num_drafts[:, None])
     positions = cycle.first_position[:, None] + columns
     kept_rows = kept_row(state, cycle, positions, torch.ones_like(positions, dtype=torch.bool))
-    segment = segment_of(columns, lengths)
+    segment = segment_of(offsets, lengths)
     return Candidates(proposed, segment, positions - 1, step_rows, kept_rows)
 
 
@@ -129,7 +134,7 @@ def gather_scores(
     sources: Sequence[torch.Tensor],  # num_members x [any number of rows, vocab_size], raw logits
     rows: Sequence[torch.Tensor],  # num_members x [num_reqs, num_columns], rows of `sources`
     segment: torch.Tensor,  # [num_reqs, num_columns]
-    proposers: Sequence[int],  # by segment, the member that proposed it
+    proposers: Sequence[int],  # by judged segment, the member that proposed it
     dtype: torch.dtype,
     scales: bool,
 ) -> GatheredScores:
@@ -174,17 +179,19 @@ def settle(
     cycle: Cycle,
     sampled: torch.Tensor,  # [num_reqs, num_columns] accepted tokens, then a token of the ensemble
     num_sampled: torch.Tensor,  # [num_reqs]
-    num_segments: int,
+    segments: range,
     draws: bool,
 ) -> None:
     """Commit the accepted columns and, if there is one, the ensemble's token after them.
 
+    The columns are those of `candidates` for the same segments.
+
     The ensemble's token is committed where a proposal was rejected, and everywhere if `draws`. It
     drops all tokens behind it.
     """
-    num_accepted = num_sampled.long() - 1
+    num_accepted = _first_column(cycle, segments) + num_sampled.long() - 1
     live = cycle.active & ~cycle.settled
-    replaced = live & (num_accepted < cycle.segments[:, :num_segments].sum(1))
+    replaced = live & (num_accepted < cycle.segments[:, : segments.stop].sum(1))
     settled = live if draws else replaced
     cycle.num_accepted.copy_(torch.where(live, num_accepted, cycle.num_accepted))
     cycle.num_decided.copy_(torch.where(live, num_accepted + settled, cycle.num_decided))
@@ -192,7 +199,7 @@ def settle(
     cycle.settled |= settled
     cycle.just_settled.copy_(settled)
     column = num_accepted.masked_fill(~settled, cycle.tokens.shape[1] - 1)
-    token = sampled.gather(1, num_accepted[:, None])
+    token = sampled.gather(1, num_sampled.long()[:, None] - 1)
     cycle.tokens.scatter_(1, column[:, None], token)
     cycle.end.copy_(torch.where(settled, column + 1, cycle.end))
     cycle.new_lengths.masked_fill_(settled[:, None], 0)
@@ -380,6 +387,11 @@ def segment_of(
 ) -> torch.Tensor:  # [num_reqs, num_columns]
     """The segment of each column: the number of segments that end at or before the column."""
     return (columns >= segments.cumsum(1)[:, :-1, None]).sum(1)
+
+
+def _first_column(cycle: Cycle, segments: range) -> torch.Tensor:  # [num_reqs]
+    """The column where the first of some segments begins."""
+    return cycle.segments[:, : segments.start].sum(1)
 
 
 def _mark_scored(

@@ -51,6 +51,17 @@ def _nobodys_row(slot, RING_SIZE: tl.constexpr):
     return slot * (RING_SIZE + 1) + RING_SIZE
 
 
+@triton.jit
+def _segments_len(
+    lengths_ptr, row, FIRST: tl.constexpr, END: tl.constexpr, NUM_TURNS: tl.constexpr
+):
+    """Tokens in some segments of the window, in the order of `Turns.in_window`."""
+    total = tl.zeros((), tl.int64)
+    for at in tl.static_range(FIRST, END):
+        total += tl.load(lengths_ptr + row * NUM_TURNS + (at + 1) % NUM_TURNS)
+    return total
+
+
 def load(
     cycle: Cycle,
     slots: torch.Tensor,
@@ -273,9 +284,7 @@ def _begin_cycle_kernel(
     tl.store(just_settled_ptr + row, no)
 
 
-def candidates(
-    state: ProposalState, cycle: Cycle, num_segments: int, num_columns: int
-) -> Candidates:
+def candidates(state: ProposalState, cycle: Cycle, segments: range, num_columns: int) -> Candidates:
     out = cycle.tokens.new_empty(5, cycle.num_reqs, num_columns)
     _candidates_kernel[(cycle.num_reqs,)](
         cycle.slots,
@@ -288,7 +297,8 @@ def candidates(
         out.stride(0),
         len(state.lengths) - 1,
         NUM_TURNS=len(state.turns),
-        NUM_SEGMENTS=num_segments,
+        FIRST_SEGMENT=segments.start,
+        END_SEGMENT=segments.stop,
         WIDTH=cycle.tokens.shape[1],
         NUM_COLUMNS=num_columns,
         COLUMN_BLOCK=triton.next_power_of_2(num_columns),
@@ -310,7 +320,8 @@ def _candidates_kernel(
     out_stride,
     spare_slot,
     NUM_TURNS: tl.constexpr,
-    NUM_SEGMENTS: tl.constexpr,
+    FIRST_SEGMENT: tl.constexpr,
+    END_SEGMENT: tl.constexpr,
     WIDTH: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
@@ -319,22 +330,24 @@ def _candidates_kernel(
     row = tl.program_id(0)
     slot = _slot(slots_ptr, row, spare_slot)
     first_position = tl.load(first_position_ptr + row)
-    column = tl.arange(0, COLUMN_BLOCK).to(tl.int64)
-    is_column = column < NUM_COLUMNS
+    offset = tl.arange(0, COLUMN_BLOCK).to(tl.int64)
+    is_column = offset < NUM_COLUMNS
+    first_column = _segments_len(lengths_ptr, row, 0, FIRST_SEGMENT, NUM_TURNS)
     end = tl.zeros((), tl.int64)
-    segment = tl.zeros_like(column)
-    for at in tl.static_range(NUM_SEGMENTS):
+    segment = tl.zeros_like(offset)
+    for at in tl.static_range(FIRST_SEGMENT, END_SEGMENT):
         end += tl.load(lengths_ptr + row * NUM_TURNS + (at + 1) % NUM_TURNS)
-        if at < NUM_SEGMENTS - 1:
-            segment += tl.where(column >= end, 1, 0)
-    is_proposed = (column > 0) & (column <= end)
+        if at < END_SEGMENT - 1:
+            segment += tl.where(offset >= end, 1, 0)
+    is_proposed = (offset > 0) & (offset <= end)
+    column = first_column + offset
     proposed = tl.load(
         tokens_ptr + row * WIDTH + column - 1, mask=is_column & is_proposed, other=-1
     )
     first_step_row = tl.load(first_step_row_ptr + row)
     step_rows = first_step_row + tl.minimum(column, tl.load(num_drafts_ptr + row))
     position = first_position + column
-    out_ptr += row * NUM_COLUMNS + column
+    out_ptr += row * NUM_COLUMNS + offset
     tl.store(out_ptr, proposed, mask=is_column)
     tl.store(out_ptr + out_stride, segment, mask=is_column)
     tl.store(out_ptr + 2 * out_stride, position - 1, mask=is_column)
@@ -461,7 +474,7 @@ def settle(
     cycle: Cycle,
     sampled: torch.Tensor,
     num_sampled: torch.Tensor,
-    num_segments: int,
+    segments: range,
     draws: bool,
 ) -> None:
     num_turns = len(state.turns)
@@ -485,7 +498,8 @@ def settle(
         len(state.lengths) - 1,
         NUM_TURNS=num_turns,
         TURN_BLOCK=triton.next_power_of_2(num_turns),
-        NUM_SEGMENTS=num_segments,
+        FIRST_SEGMENT=segments.start,
+        END_SEGMENT=segments.stop,
         WIDTH=cycle.tokens.shape[1],
         DRAWS=draws,
         num_warps=1,
@@ -513,17 +527,18 @@ def _settle_kernel(
     spare_slot,
     NUM_TURNS: tl.constexpr,
     TURN_BLOCK: tl.constexpr,
-    NUM_SEGMENTS: tl.constexpr,
+    FIRST_SEGMENT: tl.constexpr,
+    END_SEGMENT: tl.constexpr,
     WIDTH: tl.constexpr,
     DRAWS: tl.constexpr,
 ):
     row = tl.program_id(0)
     was_settled = tl.load(settled_ptr + row)
     is_live = tl.load(active_ptr + row) & (was_settled == 0)
-    num_accepted = tl.load(num_sampled_ptr + row).to(tl.int64) - 1
-    num_candidates = tl.zeros((), tl.int64)
-    for at in tl.static_range(NUM_SEGMENTS):
-        num_candidates += tl.load(lengths_ptr + row * NUM_TURNS + (at + 1) % NUM_TURNS)
+    last = tl.load(num_sampled_ptr + row).to(tl.int64) - 1
+    first_column = _segments_len(lengths_ptr, row, 0, FIRST_SEGMENT, NUM_TURNS)
+    num_candidates = _segments_len(lengths_ptr, row, 0, END_SEGMENT, NUM_TURNS)
+    num_accepted = first_column + last
     is_replaced = is_live & (num_accepted < num_candidates)
     is_settled = is_live if DRAWS else is_replaced
     tl.store(just_settled_ptr + row, is_settled)
@@ -534,7 +549,7 @@ def _settle_kernel(
         tl.store(replaced_ptr + row, is_replaced)
     if is_settled:
         tl.store(settled_ptr + row, is_settled)
-        token = tl.load(sampled_ptr + row * sampled_stride + num_accepted)
+        token = tl.load(sampled_ptr + row * sampled_stride + last)
         tl.store(tokens_ptr + row * WIDTH + num_accepted, token)
         tl.store(end_ptr + row, num_accepted + 1)
         slot = _slot(slots_ptr, row, spare_slot)
