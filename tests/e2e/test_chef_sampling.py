@@ -146,6 +146,28 @@ def test_turns_sample_from_the_ensemble(case, models, references):
     assert min(p_values(case, models, references)) > P_VALUE
 
 
+BLOCK = {"rejection_sample_method": "block"}
+# Decisions that judge several tokens.
+BLOCK_CASES = ["raw-logits", "probs", "probs-3", "outside", "sd", "sd-3"]
+
+
+@pytest.mark.parametrize("case", quick(BLOCK_CASES, "outside"))
+def test_blocks_leave_the_distribution_what_it_is(case, models, references):
+    """Requests with penalties are judged token by token, so these ask for filters only."""
+    found = p_values(case, models, references, FILTERS, speculative_config=BLOCK)
+    assert min(found) > P_VALUE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["raw-logits", "probs-3", "outside", "sd"])
+def test_blocks_in_half_precision_and_cuda_graphs(case, models, references, monkeypatch):
+    replays = counted_replays(monkeypatch)
+    arguments = dict(dtype="bfloat16", enforce_eager=False, when_started=replays.clear)
+    arguments["speculative_config"] = BLOCK
+    assert min(p_values(case, models, references, FILTERS, 60, **arguments)) > P_VALUE
+    assert replays["decisions"] == replays["steps"]
+
+
 @pytest.mark.gpu
 # vLLM filters few rows with other kernels than many rows. A batch of three fills a graph up.
 # Without filters there are graphs of their own.
