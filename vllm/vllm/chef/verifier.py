@@ -133,7 +133,8 @@ class Verifier:
         process = params.processor(part, cycle, candidates, layout)
         target = self._target(members.flatten(1, 2), process)
         # Tokens that were judged before cannot be judged again as a part of a block.
-        is_block = self.uses_blocks and not params.needs_all_columns
+        has_block = candidates.segment.shape[1] > 2
+        is_block = self.uses_blocks and has_block and not params.needs_all_columns
         return self._verify(part, layout, target, proposal, candidates, cycle, is_block)
 
     def _reported(
