@@ -58,7 +58,9 @@ class SlotCoefficients:
     def add_request(self, slot: int, params: "SamplingParams | None") -> None:
         row = self._default
         try:
-            row = requested_coefficients(self.function, params and params.extra_args) or row
+            asked = requested_coefficients(self.function, params and params.extra_args)
+            if asked is not None:
+                row = np.array(asked, dtype=np.float32)
         except ConfigFieldError as error:
             # The front end has refused such a request, unless it runs without our plugin. No
             # request may end the engine.
