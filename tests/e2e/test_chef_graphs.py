@@ -43,6 +43,8 @@ PROCESSORS = [
     dict(min_tokens=20, stop_token_ids=list(range(30))),
     dict(bad_words=[[9], [5, 6], [4, 4, 4]], repetition_penalty=0.9),
 ]
+# Of two members; a third one's weight is 1.
+WEIGHTS = [[1, 0], None, [0, 1], [0.2, 0.8], [3, 1]]
 REPORTS = [
     dict(logprobs=3),
     dict(logprobs=0, repetition_penalty=1.2),
