@@ -30,6 +30,7 @@ from tiny_models import (
     save_noisy_copy,
 )
 from vllm import LLM
+from vllm.exceptions import VLLMValidationError
 
 NUM_TOKENS = 12
 PROMPTS = [[1, 2, 3, 4], [9], [20, 21, 22, 20, 21, 22], list(range(30, 50))]
@@ -265,7 +266,7 @@ def test_a_bad_value_ends_its_request_only(case, models, references):
     with engine(model, settings, max_num_seqs=4, **turns) as llm:
         for bad in BAD:
             (key,) = bad
-            with pytest.raises(ValueError, match=f"^{key}: ") as error:
+            with pytest.raises(VLLMValidationError, match=f"^{key}: ") as error:
                 generate(llm, [prompt], greedy(4, extra_args=bad))
             assert "\n" not in str(error.value)
             (out,) = generate(llm, [prompt], greedy(4, **extra_args(case, asked)))

@@ -26,6 +26,7 @@ OWN = make_function("operator:itemgetter", 2, {})
         (WEIGHTED, {}, None),
         (WEIGHTED, {"kv_transfer_params": {"a": 1}, "ensembles": "not ours"}, None),
         (OWN, {"mine": 1}, None),
+        (OWN, {1: 2}, None),
         (WEIGHTED, {"ensemble_weights": [1, 0, 0]}, (1, 0, 0)),
         (WEIGHTED, {"ensemble_weights": [0.0, 2, 0], "mine": 1}, (0, 2, 0)),
         (CONTRASTIVE, {"ensemble_alpha": 0.5}, (1, -0.25, -0.25)),

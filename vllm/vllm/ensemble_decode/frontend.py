@@ -48,11 +48,14 @@ def also_checking_overrides(
 ) -> Callable[["SamplingParams"], None]:
     """vLLM's check of a request, and a check of the keys `ensemble_*` in its `extra_args`.
 
-    The check raises ConfigFieldError, a ValueError. vLLM refuses that request, and goes on.
+    The check raises VLLMValidationError, which the server answers with HTTP 400. Only that request
+    fails.
     """
+    from vllm.exceptions import VLLMValidationError
 
     from vllm.ensemble_decode.config import EnsembleConfig
-    from vllm.ensemble_decode.request_args import PREFIX, requested_coefficients
+    from vllm.ensemble_decode.errors import ConfigFieldError
+    from vllm.ensemble_decode.request_args import overrides, requested_coefficients
 
     @cache
     def function() -> Any:
@@ -62,7 +65,10 @@ def also_checking_overrides(
 
     def check(params: "SamplingParams") -> None:
         validate(params)
-        if any(key.startswith(PREFIX) for key in params.extra_args or ()):
-            requested_coefficients(function(), params.extra_args)
+        if overrides(params.extra_args):
+            try:
+                requested_coefficients(function(), params.extra_args)
+            except ConfigFieldError as error:
+                raise VLLMValidationError(str(error)) from None
 
     return check

@@ -7,6 +7,7 @@ request other coefficients. This module knows no batch and no model.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -88,6 +89,12 @@ class SlotCoefficients:
         return RowCoefficients(self.table, slots, rows_per_slot) if self.is_used else None
 
 
+def overrides(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The part of a request's `extra_args` that is ours."""
+    items = (extra_args or {}).items()
+    return {key: value for key, value in items if isinstance(key, str) and key.startswith(PREFIX)}
+
+
 def requested_coefficients(
     function: EnsembleFunction, extra_args: Mapping[str, Any] | None
 ) -> tuple[float, ...] | None:  # [num_members]
@@ -100,7 +107,7 @@ def requested_coefficients(
     Raises:
         ConfigFieldError: one line that names the key, for a request that must be refused.
     """
-    asked = {key: value for key, value in (extra_args or {}).items() if key.startswith(PREFIX)}
+    asked = overrides(extra_args)
     if not asked:
         return None
     for key, value in asked.items():
@@ -148,6 +155,6 @@ def _check_numbers(key: str, value: Any) -> None:
     values = value if isinstance(value, list | tuple) else [value]
     for number in values:
         if not isinstance(number, int | float) or isinstance(number, bool):
-            raise ConfigFieldError(key, f"{number!r} is not a number")
+            raise ConfigFieldError(key, f"{shortened(number)} is not a number")
         if isinstance(number, int) and abs(number) > LARGEST:
             raise ConfigFieldError(key, f"out of range; numbers must be at most {LARGEST}")
