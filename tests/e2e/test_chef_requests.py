@@ -26,6 +26,7 @@ from transformers import MistralConfig
 from vllm import LLM
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from vllm.chef.prompts import PromptGate
 from vllm.chef.reference import Chef
 
 CHEF, WINDOW = dict(gamma=[1, 2, 1]), 3
@@ -194,6 +195,23 @@ def test_a_window_depends_on_no_other_request(llm):
         assert {n: request[n] for n in common} == {n: expected_windows[n] for n in common}
     lengths = {len(window) for request in alone for window in request.values()}
     assert len(lengths) > 2, "some windows fell and others did not"
+
+
+def test_prompts_that_wait_for_others_change_nothing(llm, expected):
+    steps, gate = Steps(llm), PromptGate()
+    gate.per_step, waits, found = 10.0, gate.waits, []
+    gate.waits = lambda num_tokens: found.append(waits(num_tokens)) or found[-1]
+    steps.scheduler.prompt_gate = gate
+    try:
+        for prompt in PROMPTS:
+            steps.add(prompt)
+            steps.step()
+        while steps.engine.has_unfinished_requests():
+            steps.step()
+    finally:
+        steps.scheduler.prompt_gate = None
+    assert list(steps.outputs.values()) == expected
+    assert sum(found) >= 3, "some prompts waited"
 
 
 def test_counts_are_those_of_the_committed_tokens(llm, expected):

@@ -109,12 +109,15 @@ def test_turns_travel_as_resolved(root, made, others, asked, chef, window, carri
     assert found["worker_cls"] == CHEF_WORKER
     policy = asked.get("policy", "chef")
     assert found["additional_config"]["chef"] == {"policy": policy, **chef}
-    assert found["speculative_config"] == {
+    expected = {
         "method": "draft_model",
         "model": str(root / carrier),
         "num_speculative_tokens": window,
     }
-    assert "scheduler_cls" not in found
+    if window > len(others) or policy == "sd":
+        expected["rejection_sample_method"] = "block"
+    assert found["speculative_config"] == expected
+    assert found["scheduler_cls"] == SCHEDULER
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ def test_turns(root, name, others, gamma, gammas, order, window, carrier):
         "method": "draft_model",
         "model": str(root / carrier),
         "num_speculative_tokens": window,
+        "rejection_sample_method": "block",
     }
     assert result.engine_args["max_model_len"] == 64
     assert result.turns.window == window

@@ -156,9 +156,9 @@ def resolve_ensemble(
         own_args["worker_cls"] = CHEF_WORKER
         additional[chef_config.CONFIG_KEY] = chef.to_dict()
         speculative = _carrier((model, *ensemble.extra_model), configs, turns)
+        own_args["scheduler_cls"] = SCHEDULER
         if chef.is_adaptive:
             speculative["num_speculative_tokens_per_batch_size"] = depth_schedule(turns)
-            own_args["scheduler_cls"] = SCHEDULER
     own_args["additional_config"] = _additional_config(engine_args, additional)
     if speculative is not None:
         own_args["speculative_config"] = _speculative_config(engine_args, speculative)
@@ -288,7 +288,11 @@ def _carrier(paths: Sequence[str], configs: Sequence[ModelConfig], turns: Turns)
     carrier = turns[-1].members[0]
     if configs[carrier].get_vocab_size() != configs[0].get_vocab_size():
         carrier = 0
-    return speculation(paths[carrier], turns.window)
+    found = speculation(paths[carrier], turns.window)
+    if any(turns.max_tokens(turns.decidable(turn)) > 1 for turn in range(len(turns))):
+        # At temperatures above 0, more is accepted if tokens are judged together.
+        found["rejection_sample_method"] = "block"
+    return found
 
 
 def _additional_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,7 +309,7 @@ def _speculative_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any])
     """The speculation that carries proposals, with further options of the user's."""
     given = engine_args.get("speculative_config") or {}
     for key in given:
-        is_set = key in ours and key != "draft_sample_method"
+        is_set = key in ours and key not in ("draft_sample_method", "rejection_sample_method")
         if is_set and given[key] != ours[key]:
             raise ConfigFieldError(
                 f"--speculative-config.{key}",

@@ -141,7 +141,8 @@ class Verifier:
         rows = self.coefficients.of(of_part.slots, candidates.segment.shape[1])
         target = self._target(members.flatten(1, 2), process, rows)
         # Tokens that were judged before cannot be judged again as a part of a block.
-        is_block = self.uses_blocks and not params.needs_all_columns
+        has_block = candidates.segment.shape[1] > 2
+        is_block = self.uses_blocks and has_block and not params.needs_all_columns
         return self._verify(part, layout, target, proposal, candidates, cycle, is_block)
 
     def _reported(
