@@ -43,6 +43,8 @@ PROCESSORS = [
     dict(min_tokens=20, stop_token_ids=list(range(30))),
     dict(bad_words=[[9], [5, 6], [4, 4, 4]], repetition_penalty=0.9),
 ]
+# Of the first two members.
+WEIGHTS = [[1, 0], None, [0, 1], [0.2, 0.8], [0.7, 0.6]]
 REPORTS = [
     dict(logprobs=3),
     dict(logprobs=0, repetition_penalty=1.2),
@@ -61,6 +63,15 @@ def requests(asked: list[dict[str, Any]]) -> list[SamplingParams]:
         made.append(SamplingParams(**settings, ignore_eos="stop_token_ids" not in more, **more))
         # vLLM makes these from words, with a tokenizer.
         made[-1]._bad_words_token_ids = bad_words
+    return made
+
+
+def with_weights(params: list[SamplingParams], num_members: int) -> list[SamplingParams]:
+    """The requests, with `WEIGHTS`. A third member has weight 0.4."""
+    made = [request.clone() for request in params]
+    for request, weights in zip(made, WEIGHTS, strict=True):
+        if weights is not None:
+            request.extra_args = {"ensemble_weights": [*weights, 0.4][:num_members]}
     return made
 
 
@@ -200,20 +211,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
     num_members, chef, window = CASES[case]
     target = "raw-logits" if case == "sd" else "logits"
-    settings = dict(extra_model=models[1:num_members], ensemble_fn="mean", ensemble_target=target)
+    settings = dict(extra_model=models[1:num_members], ensemble_target=target)
+    greedy_params = with_weights([greedy(NUM_TOKENS)] * len(PROMPTS), num_members)
     with engine(models[0], settings) as llm:
-        expected = generate(llm, PROMPTS, greedy(NUM_TOKENS))
+        expected = generate(llm, PROMPTS, greedy_params)
+        without = generate(llm, PROMPTS, greedy(NUM_TOKENS))
+    assert sum(a.token_ids != b.token_ids for a, b in zip(expected, without, strict=True)) > 1
     with engine(models[0], settings, chef, window) as llm:
 
         def run() -> tuple[list[Any], list[Any], dict[str, Any]]:
             llm.reset_prefix_cache()
             llm.collective_rpc("reset_turn_stats")
-            outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS))
+            outputs = generate(llm, PROMPTS, greedy_params)
             stats = llm.collective_rpc("turn_stats")[0]
-            sampled = generate(llm, PROMPTS, REPORTED)
+            sampled = generate(llm, PROMPTS, with_weights(REPORTED, num_members))
             for processing, params in BATCHES.items():
                 before = Manager.num_replays.copy()
                 sampled += generate(llm, PROMPTS, params)
+                sampled += generate(llm, PROMPTS, with_weights(params, num_members))
                 used = Manager.num_replays - before
                 # A batch may end with requests that ask for less.
                 kinds = [key[2] for key in used if key[0] == "decide"]

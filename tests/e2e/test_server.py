@@ -88,6 +88,23 @@ def complete(url: str, **params: Any) -> list[int]:
 
 
 @pytest.mark.slow
+def test_a_request_may_override_alpha_and_a_bad_value_ends_that_request_only(url):
+    default, same, alone = (
+        complete(url, temperature=0, vllm_xargs=xargs)
+        for xargs in ({}, {"ensemble_alpha": 0.3}, {"ensemble_alpha": 1})
+    )
+    assert same == default != alone
+    for xargs in ({"ensemble_alpha": 2}, {"ensemble_alpha": "0.5"}, {"ensemble_weights": [1, 0]}):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            complete(url, temperature=0, vllm_xargs=xargs)
+        assert error.value.code == 400
+        (key,) = xargs
+        message = json.load(error.value)["error"]["message"]
+        assert message.startswith(f"{key}: ") and "\n" not in message
+        assert complete(url, temperature=0) == default
+
+
+@pytest.mark.slow
 def test_the_server_takes_the_sampling_parameters_that_vllm_refuses(url):
     greedy, likeliest, biased = (complete(url, **params) for params in REQUESTS)
     assert likeliest == greedy

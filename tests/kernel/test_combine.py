@@ -9,6 +9,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from vllm.ensemble_decode.functions import make_function
 from vllm.ensemble_decode.ops import eager, fused
+from vllm.ensemble_decode.request_args import RowCoefficients
 
 if not HAS_TRITON:
     pytest.skip("no Triton", allow_module_level=True)
@@ -25,7 +26,16 @@ FUNCTIONS = {
     "contrastive": ("contrastive", 2, {"alpha": 0.3}),
     "contrastive-3": ("contrastive", 3, {"alpha": 1.0}),
     "target alone": ("contrastive", 2, {"alpha": 0.0}),
+    "proxy": ("proxy_tuning", 3, {"scale": 1.5}),
 }
+# By slot: what requests ask for.
+ASKED = {
+    "weighted": [{}, {"weights": [0.0, 0.1, 0.9]}, {"weights": [2.0, 0.0, 0.0]}],
+    "product": [{"weights": [1.0, 0.5, 0.25]}, {}, {"weights": [0.0, 1.0, 0.0]}],
+    "contrastive": [{"alpha": 0.0}, {"alpha": 1.0}, {}],
+    "proxy_tuning": [{"scale": 0.0}, {"scale": 0.5}, {"scale": 2.0}],
+}
+SLOTS = [2, 0, 1, 2, 1]  # of the rows
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +64,15 @@ def logits(num_members: int, vocab_size: int, removed: bool, dtype: torch.dtype)
 @pytest.mark.parametrize("probs", [False, True])
 @pytest.mark.parametrize("removed", [False, True])
 @pytest.mark.parametrize("vocab_size", [7, fused.BLOCK, 2 * fused.BLOCK + 100])
-@pytest.mark.parametrize("case", quick(FUNCTIONS, "weights", "contrastive-3"))
+@pytest.mark.parametrize("case", quick(FUNCTIONS, "weights", "contrastive-3", "proxy"))
 def test_kernels_combine_as_torch_does(case, vocab_size, removed, probs, dtype):
     name, num_members, args = FUNCTIONS[case]
     function = make_function(name, num_members, args)
     scores = logits(num_members, vocab_size, removed, dtype)
-    expected = eager.combine(function, scores, probs)
-    found = fused.combine(function, scores, probs)
+    check(fused.combine(function, scores, probs), eager.combine(function, scores, probs), probs)
+
+
+def check(found: torch.Tensor, expected: torch.Tensor, probs: bool) -> None:
     assert found.dtype == torch.float32
     if probs:
         # Logarithms of differences that are close to nothing say little.
@@ -68,6 +80,40 @@ def test_kernels_combine_as_torch_does(case, vocab_size, removed, probs, dtype):
     else:
         assert found.isneginf().equal(expected.isneginf())
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-7 if probs else 2e-5)
+
+
+def rows_of(name: str, slots: list[int], rows_per_slot: int) -> RowCoefficients:
+    functions = [make_function(name, 3, args) for args in ASKED[name]]
+    table = torch.tensor([function.coefficients for function in functions], device=DEVICE)
+    return RowCoefficients(table, torch.tensor(slots, device=DEVICE).int(), rows_per_slot)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("vocab_size", [7, fused.BLOCK + 100])
+@pytest.mark.parametrize("name", ASKED)
+def test_each_row_has_coefficients_of_its_own(name, vocab_size, removed, probs, dtype):
+    scores = logits(3, vocab_size, removed, dtype)
+    rows = rows_of(name, SLOTS, 1)
+    # The configuration subtracts nothing, which says nothing about the requests.
+    function = make_function(name, 3, {"alpha": 0.0} if name == "contrastive" else {})
+    found, expected = (ops.combine(function, scores, probs, rows) for ops in (fused, eager))
+    check(found, expected, probs)
+    for row, slot in enumerate(SLOTS):
+        own = make_function(name, 3, ASKED[name][slot])
+        check(found[row : row + 1], eager.combine(own, scores[:, row : row + 1], probs), probs)
+
+
+@pytest.mark.parametrize("ops", [eager, fused], ids=["torch", "Triton"])
+def test_a_request_may_have_several_rows(ops):
+    function = make_function("weighted", 3, {})
+    scores = logits(3, 50, False, torch.float32)[:, :4]
+    found = ops.combine(function, scores, True, rows_of("weighted", [1, 2], 2))
+    assert found.equal(ops.combine(function, scores, True, rows_of("weighted", [1, 1, 2, 2], 1)))
+    # Rows without a request fill up the batch of a CUDA graph.
+    padded = ops.combine(function, scores, True, rows_of("weighted", [1, -1], 2))
+    assert padded[:2].equal(found[:2])
 
 
 def test_rows_may_lie_apart():
@@ -95,4 +141,8 @@ def test_kernels_compile_for_a_gpu(monkeypatch, tmp_path):
         for name, probs in (("weighted", True), ("product", True), ("contrastive", False)):
             function = make_function(name, num_members, {})
             fused.combine(function, logits(num_members, 50, False, dtype), probs)
+    for name, probs in (("weighted", True), ("contrastive", False), ("proxy_tuning", True)):
+        function = make_function(name, 3, {})
+        scores = logits(3, 50, False, torch.float32)[:, :4]
+        fused.combine(function, scores, probs, rows_of(name, [0, 1], 2))
     compile_launches(launches, fused, tmp_path)

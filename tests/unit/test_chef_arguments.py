@@ -75,13 +75,15 @@ def test_one_extra_model_may_be_a_name(root):
         ("mean", "probs"),
         ("contrastive", "raw-logits"),
         ("contrastive_plausible", "raw-logits"),
+        ("proxy_tuning", "raw-logits"),
         ("math:prod", "probs"),
     ],
 )
 def test_the_target_is_by_default_the_functions(made, function, target):
-    found = made("other", ensemble_fn=function)["additional_config"]["ensemble"]
+    others = ["other", "small"] if function == "proxy_tuning" else ["other"]
+    found = made(*others, ensemble_fn=function)["additional_config"]["ensemble"]
     assert found["ensemble_target"] == target
-    found = made("other", ensemble_fn=function, ensemble_target="logits")
+    found = made(*others, ensemble_fn=function, ensemble_target="logits")
     assert found["additional_config"]["ensemble"]["ensemble_target"] == "logits"
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vllm.ensemble_decode.errors import ConfigFieldError
 from vllm.ensemble_decode.functions import ENSEMBLE_FUNCTIONS, make_function
 from vllm.ensemble_decode.ops import combine
 
@@ -69,6 +70,8 @@ def test_only_plausible_tokens_keep_probability(probs):
 def test_removed_tokens_leave_a_distribution(name, probs):
     """Members may have lost tokens, even all that the others kept."""
     logits = LOGITS.clone()
+    if name == "proxy_tuning":
+        logits = torch.cat([logits, LOGITS[1:] + 1])
     logits[0, 0, 2:] = NEG_INF
     logits[1, 0, :2] = NEG_INF
     result = distribution(name, logits, probs)
@@ -87,6 +90,31 @@ def test_a_token_removed_from_the_amateur_only_does_not_take_all():
     # As if the amateur gave it its lowest remaining logit, 1.0.
     expected = (logits[0, 0] - 0.5 * torch.tensor([1.0, 1.0, 2.0, 3.0])).softmax(-1)
     torch.testing.assert_close(result[0], expected)
+
+
+@pytest.mark.parametrize("probs", [False, True])
+def test_proxy_tuning_adds_what_tuning_changed(probs):
+    logits = torch.cat([LOGITS, LOGITS[:1].flip(-1)])
+    logits[2, 0, 0] = NEG_INF  # gets the lowest logit that is left
+    floored = logits[2].masked_fill(logits[2] == NEG_INF, 0.0)
+    for scale in (0.0, 1.0, 2.5):
+        expected = (logits[0] + scale * (logits[1] - floored)).softmax(-1)
+        found = distribution("proxy_tuning", logits, probs, scale=scale)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("num_members", "args", "message"),
+    [
+        (2, {}, "ensemble.extra_model: proxy_tuning takes three members, not 2"),
+        (3, {"scale": -1}, "ensemble.ensemble_args.scale: -1 is out of range"),
+        (3, {"scale": math.inf}, "ensemble.ensemble_args.scale: inf is out of range"),
+        (3, {"scale": "1"}, "ensemble.ensemble_args.scale: '1' is not a number"),
+    ],
+)
+def test_proxy_tuning_refuses_what_it_cannot_mean(num_members, args, message):
+    with pytest.raises(ConfigFieldError, match=message):
+        make_function("proxy_tuning", num_members, args)
 
 
 def test_a_member_of_weight_zero_has_no_say():

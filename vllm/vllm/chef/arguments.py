@@ -29,14 +29,13 @@ from vllm.chef.turns import Turns
 from vllm.ensemble_decode import config as ensemble_config
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.errors import ConfigFieldError, reason
+from vllm.ensemble_decode.functions import ENSEMBLE_FUNCTIONS
 
 logger = init_logger(__name__)
 
 ENSEMBLE_WORKER = "vllm.ensemble_decode.worker.EnsembleDecodeWorker"
 CHEF_WORKER = "vllm.chef.worker.ChefWorker"
 PLAIN = "plain"
-# Functions that subtract, for which raw logits are meant.
-CONTRASTIVE = "contrastive"
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ def ensemble_args(
     Args:
         model, extra_model: the members, paths or hub ids; `extra_model` is a name or a list.
         ensemble_fn, alpha, weights, ensemble_args: as `EnsembleConfig` has them.
-        ensemble_target: as `EnsembleConfig` has it. None: `raw-logits` for contrastive functions,
-            else `probs`.
+        ensemble_target: as `EnsembleConfig` has it. None: `raw-logits` for functions that
+            subtract, else `probs`.
         policy: `plain`, all members run on every token; `chef`, members take turns to propose;
             `sd`, the last member always proposes. None: `chef` where gamma is given without a draft
             model, else `plain`.
@@ -247,8 +246,8 @@ def argument_name(field: str, has_draft_model: bool) -> str:
 
 
 def _default_target(ensemble_fn: object) -> str:
-    is_contrast = isinstance(ensemble_fn, str) and ensemble_fn.startswith(CONTRASTIVE)
-    return "raw-logits" if is_contrast else "probs"
+    known = ENSEMBLE_FUNCTIONS.get(ensemble_fn) if isinstance(ensemble_fn, str) else None
+    return "raw-logits" if known is not None and known.subtracts else "probs"
 
 
 def _check_no_turns(asked: Mapping[str, Any]) -> None:

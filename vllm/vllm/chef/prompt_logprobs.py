@@ -5,18 +5,18 @@ from typing import Any
 
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
 from vllm.chef.cycle import Reading
 from vllm.chef.state import Cycle
-from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.ops import combine
+from vllm.ensemble_decode.request_args import SlotCoefficients
+from vllm.ensemble_decode.sampler import RowsPromptLogprobsWorker
 
 LogitsFn = Callable[[torch.Tensor], list[torch.Tensor]]
 
 
-class TurnPromptLogprobsWorker(PromptLogprobsWorker):
-    """vLLM's worker for prompt log-probabilities, on the hidden states of all turns.
+class TurnPromptLogprobsWorker(RowsPromptLogprobsWorker):
+    """Log-probabilities of the prompt, from the hidden states of all turns.
 
     vLLM gives it those of the first turn only. `take_up_first` and `take_up` keep those of all
     turns.
@@ -27,21 +27,18 @@ class TurnPromptLogprobsWorker(PromptLogprobsWorker):
 
     def __init__(
         self,
-        ensemble: EnsembleConfig,
+        coefficients: SlotCoefficients,
+        combines_probs: bool,
         heads: Sequence[tuple[tuple[int, ...], LogitsFn]],
         *args: Any,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.ensemble = ensemble
-        self.function = ensemble.make_function()
+        self.coefficients = coefficients
+        self.combines_probs = combines_probs
         self.heads = heads
         self.hidden_states: list[torch.Tensor] = []
         """num_turns x [num_tokens, hidden_size] of the step; empty if no request asks"""
-
-    @property
-    def is_asked(self) -> bool:
-        return bool(self.in_progress_prompt_logprobs or self.token_id_scores)
 
     def take_up_first(
         self,
@@ -66,31 +63,15 @@ class TurnPromptLogprobsWorker(PromptLogprobsWorker):
         if self.is_asked:
             self.hidden_states += at_step_tokens(readings, cycle, batch)
 
-    def compute_prompt_logprobs(
-        self, logits_fn: Any, hidden_states: torch.Tensor, *args: Any
-    ) -> dict[str, Any]:
-        return super().compute_prompt_logprobs(self._logits, self._all(hidden_states), *args)
-
-    def compute_prompt_token_id_logprobs(
-        self, logits_fn: Any, hidden_states: torch.Tensor, *args: Any
-    ) -> dict[str, Any]:
-        hidden_states = self._all(hidden_states)
-        return super().compute_prompt_token_id_logprobs(self._logits, hidden_states, *args)
-
-    def _all(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, sum of the turns' hidden sizes]"""
-        return torch.cat(self.hidden_states, dim=-1) if self.is_asked else hidden_states
-
-    def _logits(
-        self,
-        hidden_states: torch.Tensor,  # [num_rows, sum of the turns' hidden sizes]
-    ) -> torch.Tensor:  # [num_rows, vocab_size]
-        split = hidden_states.split([h.shape[-1] for h in self.hidden_states], dim=-1)
+    def logits_of(
+        self, rows: torch.Tensor, hidden_states: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
         logits: dict[int, torch.Tensor] = {}
-        for hidden, (members, logits_fn) in zip(split, self.heads, strict=True):
-            logits.update(zip(members, logits_fn(hidden.contiguous()), strict=True))
+        for hidden, (members, logits_fn) in zip(self.hidden_states, self.heads, strict=True):
+            logits.update(zip(members, logits_fn(hidden[rows]), strict=True))
         stacked = torch.stack([logits[member] for member in sorted(logits)])
-        return combine(self.function, stacked, self.ensemble.combines_probs)
+        of_rows = self.coefficients.of(slots[rows])
+        return combine(self.coefficients.function, stacked, self.combines_probs, of_rows)
 
 
 def at_step_tokens(

@@ -72,10 +72,11 @@ class ChefRunner(MemberRunner):
         )
 
     def replace_helpers(self) -> None:
-        self.speculator.set_sampler(self.sampler)
+        self.speculator.set_sampler(self.sampler, self.coefficients)
         first_turn = (self.turns[0].members, self.model.compute_member_logits)
         self.prompt_logprobs_worker = TurnPromptLogprobsWorker(
-            self.ensemble_config,
+            self.coefficients,
+            self.ensemble_config.combines_probs,
             [first_turn, *self.speculator.logits_functions()],
             self.max_num_reqs,
             self.device,

@@ -45,6 +45,7 @@ from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.functions import Custom
 from vllm.ensemble_decode.members import load_member
 from vllm.ensemble_decode.model import MemberGroup
+from vllm.ensemble_decode.request_args import SlotCoefficients
 
 logger = init_logger(__name__)
 
@@ -118,11 +119,11 @@ class ChefSpeculator(StandaloneARSpeculator):
         self.all_cycle = make_cycle(self.state, self.max_num_reqs)
         """The cycle of the largest batch. Each step's cycle is a view of its first rows."""
 
-    def set_sampler(self, sampler: Sampler) -> None:
+    def set_sampler(self, sampler: Sampler, coefficients: SlotCoefficients) -> None:
         """Build the objects that need vLLM's sampler. vLLM makes it after the members."""
         self.sampler = sampler
         self.processor_states = ProcessorStates(sampler)
-        self.verifier = Verifier(self.ensemble, self.turns, self.state, sampler)
+        self.verifier = Verifier(self.ensemble, coefficients, self.turns, self.state, sampler)
         self.caller = MemberCaller(self, self.state, self.req_states.all_token_ids.gpu)
         draw = partial(draw_proposals, requests=self.arange_gpu, use_fp64=sampler.use_fp64_gumbel)
         self.turn_runner = TurnRunner(

@@ -27,6 +27,7 @@ from vllm.chef.synthetic import configured_rates, uses_blocks
 from vllm.chef.turns import Turns
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.ops import combine
+from vllm.ensemble_decode.request_args import RowCoefficients, SlotCoefficients
 
 
 class StepScores(NamedTuple):
@@ -42,10 +43,16 @@ class Verifier:
     """Decides the columns of a cycle."""
 
     def __init__(
-        self, ensemble: EnsembleConfig, turns: Turns, state: ProposalState, sampler: Sampler
+        self,
+        ensemble: EnsembleConfig,
+        coefficients: SlotCoefficients,
+        turns: Turns,
+        state: ProposalState,
+        sampler: Sampler,
     ) -> None:
         self.ensemble = ensemble
-        self.function = ensemble.make_function()
+        self.coefficients = coefficients
+        self.function = coefficients.function
         self.turns = turns
         self.state = state
         self.sampler = sampler
@@ -131,7 +138,8 @@ class Verifier:
         members, proposal = self._gather(of_part, candidates, scores, segments, params.scales)
         layout = self._layout(*candidates.segment.shape)
         process = params.processor(part, cycle, candidates, layout)
-        target = self._target(members.flatten(1, 2), process)
+        rows = self.coefficients.of(of_part.slots, candidates.segment.shape[1])
+        target = self._target(members.flatten(1, 2), process, rows)
         # Tokens that were judged before cannot be judged again as a part of a block.
         has_block = candidates.segment.shape[1] > 2
         is_block = self.uses_blocks and has_block and not params.needs_all_columns
@@ -146,10 +154,12 @@ class Verifier:
         scales = is_processed and params.scales
         members, _ = self._gather(of_part, candidates, scores, self._all_segments, scales)
         members = members.flatten(1, 2)
+        rows = self.coefficients.of(of_part.slots, candidates.segment.shape[1])
         if is_processed:
             layout = self._layout(*candidates.segment.shape)
-            return self._target(members, params.processor(part, cycle, candidates, layout))
-        return combine(self.function, members, self.ensemble.combines_probs)
+            process = params.processor(part, cycle, candidates, layout)
+            return self._target(members, process, rows)
+        return combine(self.function, members, self.ensemble.combines_probs, rows)
 
     def _gather(
         self,
@@ -198,12 +208,13 @@ class Verifier:
         self,
         members: torch.Tensor,  # [num_members, num_reqs * num_columns, vocab_size]
         process: Process,
+        rows: RowCoefficients | None,
     ) -> torch.Tensor:  # [num_reqs * num_columns, vocab_size]
         """Logits of the ensemble's distribution after the sampling parameters."""
         combines_probs = self.ensemble.combines_probs
         if self.ensemble.samples_members:
-            return combine(self.function, process(members), combines_probs)
-        return process(combine(self.function, members, combines_probs)[None])[0]
+            return combine(self.function, process(members), combines_probs, rows)
+        return process(combine(self.function, members, combines_probs, rows)[None])[0]
 
     def _verify(
         self,

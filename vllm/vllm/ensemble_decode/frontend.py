@@ -1,10 +1,12 @@
 """What an engine's front end must know about ensembles under speculation."""
 
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
 
 # Packages with workers that make an engine an ensemble.
 OUR_PACKAGES = ("vllm.ensemble_decode.", "vllm.chef.")
@@ -19,6 +21,8 @@ def allow_all_sampling_params() -> None:
     has no hook there. That configuration serves only one other refusal there, the replay of traces.
     `check_ensemble` makes that refusal for the whole engine.
 
+    The same front ends check what a request overrides of its ensemble (`request_args.py`).
+
     Our plugin calls this function in each process, before an engine is made.
     """
     from vllm.v1.engine.input_processor import InputProcessor
@@ -32,5 +36,39 @@ def allow_all_sampling_params() -> None:
         init(self, vllm_config, *args, **kwargs)
         if vllm_config.parallel_config.worker_cls.startswith(OUR_PACKAGES):
             self.speculative_config = None
+            self.validate_logits_processors_params = also_checking_overrides(
+                self.validate_logits_processors_params, vllm_config
+            )
 
     InputProcessor.__init__ = init_with_all_params
+
+
+def also_checking_overrides(
+    validate: Callable[["SamplingParams"], None], vllm_config: "VllmConfig"
+) -> Callable[["SamplingParams"], None]:
+    """vLLM's check of a request, and a check of the keys `ensemble_*` in its `extra_args`.
+
+    The check raises VLLMValidationError, which the server answers with HTTP 400. Only that request
+    fails.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm.ensemble_decode.config import EnsembleConfig
+    from vllm.ensemble_decode.errors import ConfigFieldError
+    from vllm.ensemble_decode.request_args import overrides, requested_coefficients
+
+    @cache
+    def function() -> Any:
+        # Made for the first request that needs it: the workers report errors in the configuration.
+        config = vllm_config.additional_config
+        return EnsembleConfig.from_additional_config(config).make_function()
+
+    def check(params: "SamplingParams") -> None:
+        validate(params)
+        if overrides(params.extra_args):
+            try:
+                requested_coefficients(function(), params.extra_args)
+            except ConfigFieldError as error:
+                raise VLLMValidationError(str(error)) from None
+
+    return check

@@ -33,12 +33,21 @@ class EnsembleFunction:
 
     # If True and the target is `probs`, the function gets `x_i = log p_i` as logits.
     log_space: ClassVar[bool] = False
+    # Parameters that a request may override. Only for functions with `coefficients`.
+    request_keys: ClassVar[tuple[str, ...]] = ()
+    # Whether coefficients may be negative.
+    subtracts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.num_members < 2:
             raise ConfigFieldError(
                 "ensemble.extra_model", "an ensemble needs at least two members; name another model"
             )
+
+    @property
+    def name(self) -> str:
+        """As `ensemble_fn` has it."""
+        return next(name for name, cls in ENSEMBLE_FUNCTIONS.items() if cls is type(self))
 
     @property
     def counted(self) -> tuple[bool, ...]:
@@ -62,8 +71,27 @@ class EnsembleFunction:
         raise NotImplementedError
 
 
-def _weighted_sum(
+def sum_by_row(
     scores: torch.Tensor,  # [num_members, num_rows, vocab_size]
+    coefficients: torch.Tensor,  # [num_rows, num_members]
+    floors: bool,
+) -> torch.Tensor:  # [num_rows, vocab_size]
+    """`sum_i c_i x_i` with coefficients of each row's own.
+
+    Args:
+        floors: give a token that is removed from a subtracted member the member's lowest logit.
+    """
+    total = torch.zeros_like(scores[0])
+    for x, coefficient in zip(scores, coefficients.unsqueeze(-1).unbind(1), strict=True):
+        if floors:
+            x = torch.where(coefficient < 0, _floor_removed(x), x)
+        # Leave out members of weight 0, because 0 * -inf is not a number.
+        total += torch.where(coefficient != 0, coefficient * x, 0.0)
+    return total
+
+
+def _weighted_sum(
+    scores: Sequence[torch.Tensor],  # num_members x [num_rows, vocab_size]
     weights: Sequence[float],
 ) -> torch.Tensor:  # [num_rows, vocab_size]
     # Add member by member, in the user's order: the order of a float sum is part of the result.
@@ -80,6 +108,7 @@ class Weighted(EnsembleFunction):
     """`sum_i w_i x_i`. The weights are used as given (default: 1 / num_members)."""
 
     weights: Sequence[float] | None = None
+    request_keys: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +168,8 @@ class Contrastive(EnsembleFunction):
     """
 
     alpha: float = 0.1
+    request_keys: ClassVar[tuple[str, ...]] = ("alpha",)
+    subtracts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,6 +198,7 @@ class ContrastivePlausible(Contrastive):
     """
 
     plausibility: float = 0.1
+    request_keys: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,10 +218,54 @@ class ContrastivePlausible(Contrastive):
 
 
 @dataclass(frozen=True)
+class ProxyTuning(EnsembleFunction):
+    """Proxy tuning, `l_1 + scale * (l_2 - l_3)`, on logits or log-probabilities.
+
+    Liu et al. 2024 (arXiv 2401.08565). The first member is the large model. The others are a small
+    model that was tuned, and the same small model before.
+    """
+
+    log_space: ClassVar[bool] = True
+    request_keys: ClassVar[tuple[str, ...]] = ("scale",)
+    subtracts: ClassVar[bool] = True
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_members != 3:
+            raise ConfigFieldError(
+                "ensemble.extra_model",
+                f"proxy_tuning takes three members, not {self.num_members}: "
+                "the large model, the tuned small one, and the small one before tuning",
+            )
+        field, scale = "ensemble.ensemble_args.scale", self.scale
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+            raise ConfigFieldError(field, f"{scale!r} is not a number; give one that is 0 or more")
+        if not math.isfinite(scale) or scale < 0:
+            raise ConfigFieldError(
+                field, f"{scale} is out of range; it must be finite and 0 or more"
+            )
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return (1.0, float(self.scale), -float(self.scale))
+
+    def __call__(self, scores: torch.Tensor, are_probs: bool) -> torch.Tensor:
+        *added, subtracted = scores
+        if not are_probs:
+            subtracted = _floor_removed(subtracted)
+        return _weighted_sum([*added, subtracted], self.coefficients)
+
+
+@dataclass(frozen=True)
 class Custom(EnsembleFunction):
     """The user's own `function(scores, **args) -> [num_rows, vocab_size]`."""
 
     function: Callable[..., torch.Tensor] = None  # type: ignore[assignment]
+
+    @property
+    def name(self) -> str:
+        return "one of your own"
 
     def __call__(self, scores: torch.Tensor, are_probs: bool) -> torch.Tensor:
         return self.function(scores)
@@ -201,7 +277,12 @@ ENSEMBLE_FUNCTIONS: dict[str, type[EnsembleFunction]] = {
     "product": Product,
     "contrastive": Contrastive,
     "contrastive_plausible": ContrastivePlausible,
+    "proxy_tuning": ProxyTuning,
 }
+# All parameters that requests may override, with some function.
+REQUEST_KEYS = tuple(
+    dict.fromkeys(key for cls in ENSEMBLE_FUNCTIONS.values() for key in cls.request_keys)
+)
 
 
 def make_function(name: str, num_members: int, args: Mapping[str, Any]) -> EnsembleFunction:

@@ -15,7 +15,6 @@ from vllm.model_executor.model_loader import get_model
 
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.errors import ConfigFieldError
-from vllm.ensemble_decode.functions import Contrastive
 from vllm.ensemble_decode.member_config import loading_config, use_own_metadata
 from vllm.ensemble_decode.ops import combine
 from vllm.ensemble_decode.vocabulary import check_tokenizers, fitted, member_vocabularies
@@ -39,8 +38,7 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
         _check_supported(member)
     check_tokenizers(members)
     # A contrast can never emit a token that the first member lacks, whatever the others say.
-    is_contrast = isinstance(ensemble.make_function(), Contrastive)
-    member_vocabularies(members, union_needed=not is_contrast)
+    member_vocabularies(members, union_needed=not ensemble.make_function().subtracts)
     _check_max_model_len(members)
     check_draft_context(vllm_config)
     check_attention(vllm_config, members)

@@ -4,13 +4,15 @@ vLLM sees one module, whose hidden states are the members' side by side. vLLM's 
 prefix caching, preemption and CUDA graphs therefore cover all members at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from vllm.ensemble_decode.functions import EnsembleFunction
 from vllm.ensemble_decode.ops import combine
+from vllm.ensemble_decode.request_args import SlotCoefficients
 
 
 class MemberGroup(nn.Module):
@@ -99,6 +101,7 @@ class EnsembleModel(MemberGroup):
 
     Args:
         model_state_cls: vLLM's `ModelState` for this model. It provides that sampler.
+        coefficients: those of the requests. None: all requests have those of `function`.
     """
 
     def __init__(
@@ -111,12 +114,15 @@ class EnsembleModel(MemberGroup):
         samples_members: bool,
         combines_probs: bool,
         model_state_cls: type,
+        coefficients: SlotCoefficients | None = None,
     ) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, members=members)
         self.function = function
         self.samples_members = samples_members
         self.combines_probs = combines_probs
         self.model_state_cls = model_state_cls
+        self.coefficients = coefficients
+        self._slots: torch.Tensor | None = None
 
     def compute_logits(
         self,
@@ -124,16 +130,42 @@ class EnsembleModel(MemberGroup):
     ) -> torch.Tensor:  # [num_rows, vocab_size] or [num_rows, num_members * vocab_size]
         if self.samples_members:
             return super().compute_logits(hidden_states)
-        logits = self.compute_member_logits(hidden_states)
-        return combine(self.function, torch.stack(logits), combines_probs=False)
+        return self.token_logits(hidden_states, self._slots)
+
+    @contextmanager
+    def slots_of_rows(self, slots: torch.Tensor) -> Iterator[None]:  # [num_rows]
+        """Tell `compute_logits` which requests its rows belong to. vLLM does not."""
+        self._slots = slots
+        try:
+            yield
+        finally:
+            self._slots = None
+
+    def token_logits(
+        self,
+        hidden_states: torch.Tensor,  # [num_rows, sum(hidden_sizes)]
+        slots: torch.Tensor | None,  # [num_rows]
+    ) -> torch.Tensor:  # [num_rows, vocab_size]
+        """The ensemble's logits before any sampling parameter."""
+        return self.combine(torch.stack(self.compute_member_logits(hidden_states)), slots)
 
     def ensemble_logits(
         self,
         logits: torch.Tensor,  # [num_rows, num_members * vocab_size], from `compute_logits`
+        slots: torch.Tensor | None = None,  # [num_rows]
     ) -> torch.Tensor:  # [num_rows, vocab_size]
         """The ensemble's distribution before any sampling parameter. Only for `samples_members`."""
-        members = split_members(logits, self.num_members)
-        return combine(self.function, members, self.combines_probs)
+        return self.combine(split_members(logits, self.num_members), slots)
+
+    def combine(
+        self,
+        logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
+        slots: torch.Tensor | None,  # [num_rows]. None: the coefficients of `function`
+    ) -> torch.Tensor:  # [num_rows, vocab_size]
+        rows = None
+        if self.coefficients is not None and slots is not None:
+            rows = self.coefficients.of(slots)
+        return combine(self.function, logits, self.combines_probs, rows)
 
     def get_model_state_cls(self) -> type:
         return self.model_state_cls

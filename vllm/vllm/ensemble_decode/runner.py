@@ -6,12 +6,16 @@ import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import DeviceMemoryProfiler
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.members import check_ensemble, load_members
 from vllm.ensemble_decode.model import EnsembleModel, MemberGroup
 from vllm.ensemble_decode.outside import OutsideSpeculator
+from vllm.ensemble_decode.request_args import SlotCoefficients
 from vllm.ensemble_decode.sampler import (
     EnsembleModelState,
     EnsemblePromptLogprobsWorker,
@@ -25,7 +29,10 @@ else:
 
 
 class MemberRunner(ModelRunner):
-    """A runner that gives vLLM a ready model. Subclasses make the model and replace helpers."""
+    """A runner that gives vLLM a ready model. Subclasses make the model and replace helpers.
+
+    It also keeps what the requests override of the ensemble.
+    """
 
     ensemble_config: EnsembleConfig
     member_configs: list[ModelConfig]
@@ -45,6 +52,8 @@ class MemberRunner(ModelRunner):
     def load_model(self, load_dummy_weights: bool = False) -> None:
         if load_dummy_weights:
             self.load_config.load_format = "dummy"
+        function = self.ensemble_config.make_function()
+        self.coefficients = SlotCoefficients(function, self.max_num_reqs, self.device)
         with DeviceMemoryProfiler() as profiler:
             with self.jit_warmup_registry.activate():
                 model = self.make_model()
@@ -59,6 +68,13 @@ class MemberRunner(ModelRunner):
 
     def replace_helpers(self) -> None:
         """Replace vLLM's helpers of a step with ours. Called once everything is loaded."""
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().add_requests(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            slot = self.req_states.req_id_to_index[request.req_id]
+            self.coefficients.add_request(slot, request.sampling_params)
+        self.coefficients.apply_staged_writes()
 
 
 class EnsembleRunner(MemberRunner):
@@ -82,22 +98,32 @@ class EnsembleRunner(MemberRunner):
         config = self.ensemble_config
         return EnsembleModel(
             members=load_members(self.vllm_config, self.member_configs),
-            function=config.make_function(),
+            function=self.coefficients.function,
             samples_members=config.samples_members,
             combines_probs=config.combines_probs,
             model_state_cls=EnsembleModelState,
+            coefficients=self.coefficients,
         )
+
+    def sample(
+        self,
+        hidden_states: torch.Tensor,  # [num_tokens, sum(hidden_sizes)]
+        input_batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        with self.model.slots_of_rows(input_batch.expanded_idx_mapping):
+            return super().sample(hidden_states, input_batch, grammar_output)
 
     def replace_helpers(self) -> None:
         """Replace two helpers of a step, so that they take the logits of all members.
 
         vLLM has no hook for them.
         """
-        if not self.ensemble_config.samples_members:
-            return
         self.prompt_logprobs_worker = EnsemblePromptLogprobsWorker(
             self.model, self.max_num_reqs, self.device, self.model_config.logprobs_mode
         )
+        if not self.ensemble_config.samples_members:
+            return
         self.structured_outputs_worker = EnsembleStructuredOutputsWorker(
             self.model,
             max_num_logits=self.max_num_reqs * self.decode_query_len,

@@ -6,11 +6,13 @@ num_members * vocab_size]`. It therefore passes through vLLM's batching, chunkin
 the logits of one model.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -18,7 +20,6 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
 from vllm.ensemble_decode.model import EnsembleModel, split_members
-from vllm.ensemble_decode.ops import combine
 
 
 class EnsembleModelState(DefaultModelState):
@@ -54,15 +55,19 @@ class EnsembleSampler(Sampler):
     def apply_sampling_params(
         self,
         logits: torch.Tensor,  # [num_rows, num_members * vocab_size]
+        expanded_idx_mapping: torch.Tensor,  # [num_rows]
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:  # [num_rows, vocab_size]
         """Logits of the ensemble's distribution, after the sampling parameters."""
         members = split_members(logits, self.model.num_members)
         processed = [
-            super(EnsembleSampler, self).apply_sampling_params(m, *args, **kwargs) for m in members
+            super(EnsembleSampler, self).apply_sampling_params(
+                m, expanded_idx_mapping, *args, **kwargs
+            )
+            for m in members
         ]
-        return combine(self.model.function, torch.stack(processed), self.model.combines_probs)
+        return self.model.combine(torch.stack(processed), expanded_idx_mapping)
 
     def sample(
         self,
@@ -97,14 +102,17 @@ class EnsembleSampler(Sampler):
             None,
             use_fused_sampler=False,
         )
-        return sampled, self.reported(logits, processed) if return_logprobs else processed
+        if return_logprobs:
+            processed = self.reported(logits, processed, expanded_idx_mapping)
+        return sampled, processed
 
     def reported(
         self,
         logits: torch.Tensor,  # [num_rows, num_members * vocab_size]
         processed: torch.Tensor,  # [num_rows, vocab_size]
+        slots: torch.Tensor,  # [num_rows]
     ) -> torch.Tensor:  # [num_rows, vocab_size]
-        return processed if self.reports_processed else self.model.ensemble_logits(logits)
+        return processed if self.reports_processed else self.model.ensemble_logits(logits, slots)
 
 
 class EnsembleRejectionSampler(RejectionSampler):
@@ -115,24 +123,67 @@ class EnsembleRejectionSampler(RejectionSampler):
     def _verify(self, logits: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
         # vLLM uses the first of the three results only for log-probabilities.
         processed, sampled, num_sampled = super()._verify(logits, *args)
-        return self.sampler.reported(logits, processed), sampled, num_sampled
+        expanded_idx_mapping = args[6]
+        reported = self.sampler.reported(logits, processed, expanded_idx_mapping)
+        return reported, sampled, num_sampled
 
 
-class EnsemblePromptLogprobsWorker(PromptLogprobsWorker):
+class RowsPromptLogprobsWorker(PromptLogprobsWorker):
+    """vLLM's worker for prompt log-probabilities, which depend on the request of each token.
+
+    vLLM only slices the hidden states that it is given, and passes the slices on. It gets the
+    numbers of the tokens instead. Subclasses compute the logits of tokens.
+    """
+
+    @property
+    def is_asked(self) -> bool:
+        return bool(self.in_progress_prompt_logprobs or self.token_id_scores)
+
+    def logits_of(
+        self,
+        rows: torch.Tensor,  # [num_rows] tokens of the step
+        hidden_states: torch.Tensor,  # [at least num_tokens, hidden_size], which vLLM has
+        slots: torch.Tensor,  # [num_tokens]
+    ) -> torch.Tensor:  # [num_rows, vocab_size]
+        raise NotImplementedError
+
+    def compute_prompt_logprobs(
+        self, logits_fn: Any, hidden_states: torch.Tensor, input_batch: InputBatch, *args: Any
+    ) -> Any:
+        given = self._by_row(logits_fn, hidden_states, input_batch)
+        return super().compute_prompt_logprobs(*given, input_batch, *args)
+
+    def compute_prompt_token_id_logprobs(
+        self, logits_fn: Any, hidden_states: torch.Tensor, input_batch: InputBatch, *args: Any
+    ) -> Any:
+        given = self._by_row(logits_fn, hidden_states, input_batch)
+        return super().compute_prompt_token_id_logprobs(*given, input_batch, *args)
+
+    def _by_row(
+        self, logits_fn: Any, hidden_states: torch.Tensor, batch: InputBatch
+    ) -> tuple[Any, torch.Tensor]:
+        if not self.is_asked:
+            return logits_fn, hidden_states
+        num_reqs, num_tokens = batch.num_reqs, batch.num_tokens
+        query_lens = batch.query_start_loc[: num_reqs + 1].diff()
+        slots = torch.repeat_interleave(
+            batch.idx_mapping[:num_reqs], query_lens, output_size=num_tokens
+        )
+        rows = torch.arange(num_tokens, device=slots.device)
+        return partial(self.logits_of, hidden_states=hidden_states, slots=slots), rows
+
+
+class EnsemblePromptLogprobsWorker(RowsPromptLogprobsWorker):
     """Log-probabilities of the prompt under the ensemble."""
 
     def __init__(self, model: EnsembleModel, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model = model
 
-    def compute_prompt_logprobs(self, logits_fn: Any, *args: Any) -> Any:
-        return super().compute_prompt_logprobs(self._ensemble(logits_fn), *args)
-
-    def compute_prompt_token_id_logprobs(self, logits_fn: Any, *args: Any) -> Any:
-        return super().compute_prompt_token_id_logprobs(self._ensemble(logits_fn), *args)
-
-    def _ensemble(self, logits_fn: Any) -> Any:
-        return lambda hidden_states: self.model.ensemble_logits(logits_fn(hidden_states))
+    def logits_of(
+        self, rows: torch.Tensor, hidden_states: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        return self.model.token_logits(hidden_states[rows], slots[rows])
 
 
 class EnsembleStructuredOutputsWorker(StructuredOutputsWorker):

@@ -14,6 +14,7 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from vllm.ensemble_decode.functions import EnsembleFunction
+from vllm.ensemble_decode.request_args import RowCoefficients
 
 BLOCK = 4096
 
@@ -26,20 +27,32 @@ def combine(
     function: EnsembleFunction,
     logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
     combines_probs: bool,
+    rows: RowCoefficients | None = None,
 ) -> torch.Tensor:  # [num_rows, vocab_size], float32
     """See `eager.combine`. Only for inputs where `can_combine`."""
     num_members, num_rows, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
-    coefficients = _on_device(function.coefficients, logits.device)
+    if rows is None:
+        coefficients, slots, rows_per_slot = (
+            _on_device(function.coefficients, logits.device),
+            None,
+            1,
+        )
+        subtracts = min(function.coefficients) < 0
+    else:
+        coefficients, slots, rows_per_slot = rows
+        subtracts = function.subtracts
     takes_logs = combines_probs and function.log_space
     takes_probs = combines_probs and not takes_logs
-    floors = not combines_probs and min(function.coefficients) < 0
+    floors = subtracts and not takes_probs
     out = logits.new_empty(num_rows, vocab_size, dtype=torch.float32)
     # By block: the extremes and the mass of each member, and what the sum offers.
     of_members = out.new_empty(num_rows, 3, num_blocks, num_members)
     of_sum = out.new_empty(num_rows, num_blocks)
     shapes = dict(NUM_MEMBERS=num_members, BLOCK=BLOCK)
-    kinds = dict(TAKES_PROBS=takes_probs, TAKES_LOGS=takes_logs, FLOORS=floors)
+    kinds = dict(
+        TAKES_PROBS=takes_probs, TAKES_LOGS=takes_logs, FLOORS=floors, HAS_SLOTS=rows is not None
+    )
     arguments = (logits, logits.stride(0), logits.stride(1), vocab_size, num_blocks)
     grid = (num_rows, num_blocks)
     if takes_probs or takes_logs or floors:
@@ -47,6 +60,8 @@ def combine(
     _sum_kernel[grid](
         *arguments,
         coefficients,
+        slots,
+        rows_per_slot,
         of_members,
         of_sum,
         out,
@@ -122,7 +137,7 @@ def _log_mass(of_members_ptr, row, member, num_blocks, NUM_MEMBERS, COUNT_BLOCK:
     return of_all + tl.log(tl.sum(mass * tl.exp(highest - of_all), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_slot"])
 def _sum_kernel(
     logits_ptr,
     member_stride,
@@ -130,6 +145,8 @@ def _sum_kernel(
     vocab_size,
     num_blocks,
     coefficients_ptr,
+    slots_ptr,
+    rows_per_slot,
     of_members_ptr,
     of_sum_ptr,
     out_ptr,
@@ -138,21 +155,22 @@ def _sum_kernel(
     TAKES_PROBS: tl.constexpr,
     TAKES_LOGS: tl.constexpr,
     FLOORS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     COUNT_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     is_token = token < vocab_size
+    if HAS_SLOTS:
+        # A row without a request, of slot -1, gets some request's. It is never read.
+        slot = tl.maximum(tl.load(slots_ptr + row // rows_per_slot).to(tl.int64), 0)
+        coefficients_ptr += slot * NUM_MEMBERS
     total = tl.zeros((BLOCK,), tl.float32)
     # Add member by member, in the user's order: the order of a float sum is part of the result.
     for member in tl.static_range(NUM_MEMBERS):
         coefficient = tl.load(coefficients_ptr + member)
         x = _scores(logits_ptr, member_stride, row_stride, member, row, token, is_token)
-        if TAKES_PROBS or TAKES_LOGS:
-            x -= _log_mass(of_members_ptr, row, member, num_blocks, NUM_MEMBERS, COUNT_BLOCK)
-            if TAKES_PROBS:
-                x = tl.exp(x)
         if FLOORS:
             # A token that is removed from a subtracted member gets the member's lowest logit.
             blocks = tl.arange(0, COUNT_BLOCK)
@@ -160,6 +178,10 @@ def _sum_kernel(
             lowest = tl.load(at, mask=blocks < num_blocks, other=float("inf"))
             lowest = tl.min(lowest, axis=0)
             x = tl.where(coefficient < 0, tl.where(x == float("-inf"), lowest, x), x)
+        if TAKES_PROBS or TAKES_LOGS:
+            x -= _log_mass(of_members_ptr, row, member, num_blocks, NUM_MEMBERS, COUNT_BLOCK)
+            if TAKES_PROBS:
+                x = tl.exp(x)
         # Leave out members of weight 0, because 0 * -inf is not a number.
         total += tl.where(coefficient != 0, coefficient * x, 0.0)
     if TAKES_PROBS:
