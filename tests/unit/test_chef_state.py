@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from vllm.chef.ops import eager as ops
-from vllm.chef.sampling import AllParams, FilterParams
+from vllm.chef.sampling import AllParams, DeviceParams, Processing
 from vllm.chef.state import (
     NO_TOP_K,
     Candidates,
@@ -90,7 +90,7 @@ def test_one_requests_rejection_leaves_the_others_as_they_were():
     scores, scored = state.scores.clone(), state.scored.clone()
     # All drafts of the first and third request are accepted, and one of the second's two.
     sampled = torch.tensor([[10, 11, 12, 5], [20, 8, 5, 5], [30, 31, 5, 5]])
-    ops.settle(state, cycle, sampled, torch.tensor([4, 2, 3]), 2, draws=False)
+    ops.settle(state, cycle, sampled, torch.tensor([4, 2, 3]), range(2), draws=False)
 
     assert cycle.tokens[1, :2].tolist() == [20, 8]
     assert (int(cycle.end[1]), int(cycle.num_decided[1])) == (2, 2)
@@ -113,7 +113,7 @@ def test_a_cycle_ends_with_what_is_pending():
     cycle = begin(state)
     append(state, cycle, 0, [13, 23, 33])
     sampled = torch.tensor([[10, 11, 12, 13, 5], [20, 8, 5, 5, 5], [9, 5, 5, 5, 5]])
-    ops.settle(state, cycle, sampled, torch.tensor([5, 2, 1]), 3, draws=False)
+    ops.settle(state, cycle, sampled, torch.tensor([5, 2, 1]), range(3), draws=False)
     append(state, cycle, 1, [14, 24, 34])
     append(state, cycle, 2, [15, 25, 35])
     stats = TurnStats(TURNS, torch.device("cpu"))
@@ -147,7 +147,7 @@ def test_a_turn_proposes_as_many_tokens_as_it_has():
     append(state, cycle, 1, [4] * 3, gammas=(1, 0, 2))
     assert cycle.new_lengths[:, 1].tolist() == [0, 0, 0]
     # The second request settles a token, which the turn that did so has not read yet.
-    ops.settle(state, cycle, cycle.tokens[:, :4], torch.tensor([4, 1, 4]), 2, draws=False)
+    ops.settle(state, cycle, cycle.tokens[:, :4], torch.tensor([4, 1, 4]), range(2), draws=False)
     ops.append(state, cycle, 1, torch.tensor([1, 1, 2]), torch.tensor([5] * 3), True)
     assert cycle.new_lengths[:, 1].tolist() == [1, 0, 1]
     # No room: the context ends with the last token.
@@ -221,7 +221,8 @@ def test_members_are_judged_by_the_scores_that_they_proposed_from():
         ensemble=SimpleNamespace(num_members=3),
     )
     scores = StepScores([first], AllParams(None, None))  # which takes raw logits
-    members, proposal = Verifier._gather(verifier, make_cycle(state, 1), candidates, scores, 3)
+    cycle, segments = make_cycle(state, 1), range(3)
+    members, proposal = Verifier._gather(verifier, cycle, candidates, scores, segments, False)
     assert members.shape == (3, 1, 2, VOCAB_SIZE)
     assert members[0, 0].equal(first)
     assert (members[1:] == 3).all()
@@ -232,8 +233,11 @@ def test_members_are_judged_by_the_scores_that_they_proposed_from():
     cycle = make_cycle(state, 1)
     cycle.temperature.fill_(0.7)
     for samples_members, expected in ((True, torch.tensor(3.0) / 0.7), (False, 3.0)):
-        scores = StepScores([first.bfloat16()], FilterParams(samples_members, filters=True))
-        members, proposal = Verifier._gather(verifier, cycle, candidates, scores, 3)
+        params = DeviceParams(samples_members, Processing.FILTERS, None)
+        scores = StepScores([first.bfloat16()], params)
+        members, proposal = Verifier._gather(
+            verifier, cycle, candidates, scores, segments, params.scales
+        )
         assert members.dtype == (torch.float32 if samples_members else torch.bfloat16)
         assert (members[1:] == expected).all()
         assert proposal.dtype == torch.bfloat16
