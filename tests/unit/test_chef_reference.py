@@ -174,6 +174,41 @@ def test_every_branch_adds_up_to_the_ensemble(policy, combine, eos):
     assert probs == pytest.approx(exact, abs=1e-10)
 
 
+# The decisions of these judge two or three tokens together.
+BLOCK_POLICIES = {
+    "2 members, 1-2": (chef_turns(1, 2), None),
+    "2 members and a proposer of 2": ([Turn((0,), 1), Turn((2,), 1), Turn((1,), 2)], (0, 2)),
+    "1 member and a proposer": (chef_turns(1, 2), (0,)),
+    "sd, 2 members, 2 tokens": (sd_turns(2, 2), None),
+    "sd, 2 members, 3 tokens": (sd_turns(2, 3), None),
+}
+
+
+@pytest.mark.parametrize("combine, eos", [(weighted, None), (contrastive, 1)])
+@pytest.mark.parametrize("policy", quick(BLOCK_POLICIES, "2 members, 1-2"))
+def test_every_branch_of_blocks_adds_up_to_the_ensemble(policy, combine, eos):
+    turns, scorers = BLOCK_POLICIES[policy]
+    num_members = 1 + max(max(turn.members) for turn in turns)
+    members = table_members(num_members, vocab_size=2)
+    scorers = range(num_members) if scorers is None else scorers
+    exact = exact_probs([members[m] for m in scorers], combine, 4, eos)
+    cycles = {}
+    for in_blocks in (False, True):
+        rng, means = EveryBranch(), Counter()
+        chef = Chef(members, combine, turns, rng, scorers, in_blocks=in_blocks)
+
+        def generate(chef=chef, rng=rng, means=means) -> Output:
+            output = chef.generate(PROMPT, 4, eos)
+            means["cycles"] += rng.probability * output.cycles
+            return output
+
+        assert rng.walk(generate) == pytest.approx(exact, abs=1e-10)
+        cycles[in_blocks] = means["cycles"]
+    assert cycles[True] <= cycles[False] + 1e-9, "accepted runs are no shorter"
+    if (policy, combine) == ("2 members, 1-2", weighted):
+        assert cycles[True] < cycles[False] - 1e-3, "and here they are longer"
+
+
 def test_lemma_of_one_position():
     p, r = [0.5, 0.3, 0.2, 0.0], [0.1, 0.3, 0.1, 0.5]
     left = residual(p, r)

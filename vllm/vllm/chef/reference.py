@@ -43,9 +43,9 @@ def acceptance(token: int, p: Distribution, r: Distribution) -> float:
     return min(1.0, r[token] / p[token])
 
 
-def residual(p: Distribution, r: Distribution) -> Sequence[float]:
-    """The probability by which `r` exceeds `p`, per token. `draw` normalises it."""
-    return [max(0.0, r_x - p_x) for p_x, r_x in zip(p, r, strict=True)]
+def residual(p: Distribution, r: Distribution, ratio: float = 1.0) -> Sequence[float]:
+    """The probability by which `ratio * r` exceeds `p`, per token. `draw` normalises it."""
+    return [max(0.0, ratio * r_x - p_x) for p_x, r_x in zip(p, r, strict=True)]
 
 
 def verify(
@@ -70,9 +70,11 @@ class Chef:
         scorers: Sequence[int] | None = None,  # members that `combine` sees; None: all
         greedy: bool = False,
         verify: Callable[..., tuple[bool, int]] = verify,
+        in_blocks: bool = False,  # judge the tokens of a decision together
     ) -> None:
         self.members, self.combine, self.turns = members, combine, turns
         self.rng, self.verify = rng, verify
+        self.decide = self._decide_block if in_blocks else self._decide
         self.sharpen = greedy_probs if greedy else lambda probs: probs
         self.scorers = range(len(members)) if scorers is None else scorers
         self.scoring = [any(member in self.scorers for member in turn.members) for turn in turns]
@@ -98,10 +100,10 @@ class Chef:
         """One turn. Returns whether it replaced a token. `replaced_before`: an earlier turn did."""
         for member in self.turns[i].members:
             self._forward(member)
-        replaced = self.scoring[i] and self._decide(self._segments_scored_by_all(i))
+        replaced = self.scoring[i] and self.decide(self._segments_scored_by_all(i))
         end_is_scored = i == self.last_scoring and not (self.window or replaced or replaced_before)
         if self.is_sd and end_is_scored:
-            self.committed += (draw(self._target(), self.rng),)
+            self.committed += (draw(self._target(self.committed), self.rng),)
         # Chef makes gamma passes. After a replacement, the first pass gives no proposal.
         self._propose(i, self.turns[i].gamma - (replaced and not self.is_sd))
         return replaced
@@ -116,9 +118,9 @@ class Chef:
     def _text(self) -> Tokens:
         return self.committed + tuple(proposal.token for proposal in self.window)
 
-    def _target(self) -> Distribution:
-        """r at the first position that is not committed. Every scorer must have scored it."""
-        return self.sharpen(self.combine([self.scores[m][self.committed] for m in self.scorers]))
+    def _target(self, prefix: Tokens) -> Distribution:
+        """r at the position after the prefix. Every scorer must have scored it."""
+        return self.sharpen(self.combine([self.scores[m][prefix] for m in self.scorers]))
 
     def _segments_scored_by_all(self, i: int) -> list[int]:
         """The segments that all have scored once `i` ran: up to the next turn that scores."""
@@ -130,7 +132,8 @@ class Chef:
         while self.window and self.window[0].turn in segments:
             token, turn, probs = self.window.pop(0)
             (proposer,) = self.turns[turn].members
-            accepted, emitted = self.verify(token, probs, self._target(), self.rng)
+            target = self._target(self.committed)
+            accepted, emitted = self.verify(token, probs, target, self.rng)
             self.committed += (emitted,)
             self.out.judged[proposer] += 1
             self.out.accepted[proposer] += accepted
@@ -138,6 +141,39 @@ class Chef:
                 self.window.clear()
                 return True
         return False
+
+    def _decide_block(self, segments: list[int]) -> bool:
+        """The same, for all their tokens together (arXiv 2403.10444)."""
+        block = [proposal for proposal in self.window if proposal.turn in segments]
+        targets, ratios, prefix = [], [1.0], self.committed
+        for token, _, probs in block:
+            targets.append(self._target(prefix))
+            ratios.append(min(1.0, ratios[-1] * targets[-1][token] / probs[token]))
+            prefix += (token,)
+        # At each place: what a replacement is drawn from.
+        left = [
+            residual(p.probs, r, ratio) for p, r, ratio in zip(block, targets, ratios, strict=False)
+        ]
+        num_accepted = 0
+        for at in range(1, len(block) + 1):
+            chance = ratios[at]
+            if at < len(block):
+                mass = sum(left[at])
+                rest = 1.0 - ratios[at]
+                chance = mass / (mass + rest) if mass + rest > 0 else 1.0
+            if draw([1 - chance, chance], self.rng):
+                num_accepted = at
+        for at, proposal in enumerate(block[: num_accepted + 1]):
+            (proposer,) = self.turns[proposal.turn].members
+            self.out.judged[proposer] += 1
+            self.out.accepted[proposer] += at < num_accepted
+        self.committed += tuple(proposal.token for proposal in block[:num_accepted])
+        self.window = self.window[num_accepted:]
+        if num_accepted == len(block):
+            return False
+        self.committed += (draw(left[num_accepted], self.rng),)
+        self.window.clear()
+        return True
 
     def _propose(self, i: int, num_tokens: int) -> None:
         for _ in range(num_tokens):
