@@ -12,9 +12,9 @@ HORIZON = 32
 class PromptGate:
     """Decides before each step whether prompts wait for others.
 
-    A step that reads prompts cannot use full CUDA graphs of the members' passes. It costs about the
-    same for one short prompt as for several. Prompts wait only where others can be expected to come
-    meanwhile.
+    A step that reads prompts cannot use full CUDA graphs of the first turn's pass and of readings.
+    It costs about the same for one short prompt as for several. Prompts wait only where others can
+    be expected to come meanwhile.
     """
 
     def __init__(self) -> None:
