@@ -364,12 +364,9 @@ def run_arguments(
     if len(run.members) > 1:
         return ensemble_arguments(run, folders, args.target, options, arguments)
     if run.proposer:
-        arguments["speculative_config"] = {
-            "method": "draft_model",
-            "model": folders[-1],
-            "num_speculative_tokens": run.window,
-            **options,
-        }
+        from vllm.chef.arguments import speculation
+
+        arguments["speculative_config"] = {**speculation(folders[-1], run.window), **options}
     return arguments
 
 
