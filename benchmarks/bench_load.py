@@ -9,7 +9,7 @@
 Requests of mixed lengths keep coming: in closed loops, or as Poisson arrivals at a share of the
 plain ensemble's capacity. Every run has its own engine and its own process, and sees the same
 requests. `docs/benchmarks.md` has the method and every field. The output ends with a table and a
-line of JSON; `--out FILE` has the same JSON after each measured load.
+line of JSON. `--out FILE` saves this JSON after each measured load.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and not __package__:
-    # Started by its path, Python looks for modules beside this file; they are one folder up.
+    # If started by its path, Python looks for modules beside this file. They are one folder up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import documents, loads
@@ -152,7 +152,7 @@ def runs_of(args: argparse.Namespace) -> list[str]:
 
 
 def runs_of_members(args: argparse.Namespace) -> list[str]:
-    """The plain ensemble first, then turns, and stock vLLM with the first member."""
+    """The plain ensemble, the same by turns, and stock vLLM with the first member."""
     first, *others = args.members
     if not others:
         raise ValueError("--members: an ensemble has two or more")

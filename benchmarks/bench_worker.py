@@ -19,7 +19,7 @@ class BenchWorker:
     model_runner: Any
 
     def bench_set_acceptance(self, rate: float) -> None:
-        """Accept every proposed token with this probability; needs a synthetic verification."""
+        """Accept every proposed token with this probability. The verification must be synthetic."""
         verifier = getattr(self.model_runner.speculator, "verifier", None)
         if verifier is not None:
             rates = verifier.synthetic_rates
@@ -42,7 +42,10 @@ class BenchWorker:
             torch.cuda.reset_peak_memory_stats()
 
     def bench_memory_gib(self) -> float:
-        """Peak memory in GiB: of tensors since the reset; on a CPU, of this process ever."""
+        """Peak memory in GiB.
+
+        On a GPU: of tensors, since the reset. On a CPU: of this process, since its start.
+        """
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB

@@ -48,7 +48,7 @@ class Document:
             self._resume(json.loads(args.out.read_text()))
 
     def complete(self) -> None:
-        """Add what the rows so far allow."""
+        """Add what can be computed from the rows so far."""
 
     def _resume(self, old: dict[str, Any]) -> None:
         if old["settings"] != self.content["settings"]:
@@ -75,7 +75,7 @@ class Document:
         self.content["configurations"].append({"run": run, "status": "skipped", "error": why})
 
     def describe(self, entry: dict[str, Any], engine: dict[str, Any]) -> None:
-        """Record what an engine says of itself; all engines must be on one machine."""
+        """Record what an engine says of itself. All engines must be on one machine."""
         where = {key: engine.pop(key) for key in ("device", "versions")}
         for key, value in where.items():
             if self.content[key] not in (None, value):
@@ -103,7 +103,7 @@ def now() -> str:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with `+` for changed files; None without git."""
+    """The commit of this checkout. A `+` behind it marks changed files. None without git."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],

@@ -1,8 +1,8 @@
 """One engine under load: what `bench_load.py` runs in a process of its own.
 
-The engine is driven through vLLM's `AsyncLLM`, as vLLM's server drives it. A request is then sent
-while a step runs, and takes part in the next step. A loop over `LLMEngine.step` could send it only
-between two steps, which is one step too late if the scheduler works ahead. There is no HTTP and no
+The engine is driven through vLLM's `AsyncLLM`, as vLLM's server drives it. A request is sent while
+a step runs, and takes part in the next step. A loop over `LLMEngine.step` could send a request only
+between two steps. If the scheduler works ahead, this is one step too late. There is no HTTP and no
 text, so the times are the engine's. Each request's times are taken here, where its outputs arrive.
 """
 
@@ -39,8 +39,8 @@ from benchmarks.plans import Plan, Run
 # Tokens that every shape has; the first ones are special.
 RANDOM_TOKENS = range(3, 1000)
 WARM_UP_TOKENS = 16
-# Of a GPU's memory, for weights and caches. The rest is for activations, CUDA graphs, and the
-# scores that turns keep.
+# The share of a GPU's memory for weights and caches. The rest is for activations, CUDA graphs, and
+# the scores that turns keep.
 MEMORY_SHARE = 0.85
 
 Send = Callable[[int, float], Awaitable[Timing]]
@@ -48,7 +48,7 @@ Clock = Callable[[], float]
 
 
 async def closed_loop(send: Send, num_requests: int, in_flight: int, clock: Clock) -> list[Timing]:
-    """The next request is sent when one has ended."""
+    """Each time a request ends, the next one is sent."""
     indices, timings = iter(range(num_requests)), []
 
     async def client() -> None:
@@ -112,8 +112,8 @@ class LoadEngine:
         """The rows of all loads.
 
         Args:
-            capacity: requests per second of the plain ensemble. None: what this engine's closed
-                loops say, which must then be the plain ensemble's.
+            capacity: requests per second of the plain ensemble. None: this engine must be the plain
+                ensemble, and its closed loops tell the capacity.
         """
         rows: list[dict[str, Any]] = []
         await self._warm_up()
@@ -148,7 +148,10 @@ class LoadEngine:
         }
 
     async def _warm_up(self) -> None:
-        """Compile what is compiled on first use: prompts of all lengths, at most in flight."""
+        """Compile what is compiled on first use.
+
+        The prompts have all lengths, and as many requests as possible are in flight.
+        """
         at_once = max_num_seqs(self.args)
 
         async def send(index: int, due: float) -> Timing:
@@ -160,7 +163,7 @@ class LoadEngine:
         lengths, timing = self.lengths[index], Timing(due)
         params = sampling_params(
             {"temperature": self.args.temperature, **self.args.sampling},
-            # Equal in all runs and loads: acceptance depends on seed and position.
+            # The same in all runs and loads, because acceptance depends on seed and position.
             seed=self.args.seed + index,
             max_tokens=min(lengths.output, at_most or lengths.output),
         )
@@ -190,14 +193,14 @@ class LoadEngine:
 
 
 def trace_of(args: Namespace) -> list[Lengths]:
-    """The lengths of all requests; every load takes the first ones."""
+    """The lengths of all requests. Each load takes the first ones."""
     wanted = [load.num_requests(args.num_requests) for load in loads.loads_of(args.in_flight, ())]
     number = max([args.num_requests, *wanted])
     return loads.make_lengths(number, tuple(args.prompt_len), tuple(args.output_len), args.seed)
 
 
 def make_prompts(lengths: Sequence[Lengths], args: Namespace, tokenizer: Any) -> list[list[int]]:
-    """Random tokens for dummy models; else texts, each from its own place in the data.
+    """Random tokens for dummy models. For real models, texts from different places in the data.
 
     A prompt ends where a text of the data ends. It begins in that text or in one before it, so that
     it has the wanted length.
@@ -238,7 +241,7 @@ def load_arguments(plan: Plan, args: Namespace, root: Path) -> dict[str, Any]:
 
 
 def kv_cache_bytes(run: Run, args: Namespace, folders: Sequence[str]) -> int:
-    """What the longest requests need, if all that may be in flight are; at most what is free."""
+    """What the longest requests need, with as many in flight as possible. At most what is free."""
     if args.kv_cache_gib:
         return int(args.kv_cache_gib * 2**30)
     totals = sorted((lengths.prompt + lengths.output for lengths in trace_of(args)), reverse=True)
@@ -249,7 +252,7 @@ def kv_cache_bytes(run: Run, args: Namespace, folders: Sequence[str]) -> int:
 
 
 def free_bytes(args: Namespace, folders: Sequence[str]) -> int:
-    """An engine's share of a GPU's memory without the weights; without a GPU no limit."""
+    """An engine's share of a GPU's memory, less the weights. Without a GPU there is no limit."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():

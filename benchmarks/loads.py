@@ -1,6 +1,6 @@
-"""Loads of an engine: requests of mixed lengths, when they arrive, and what their times say.
+"""Loads of an engine: requests of mixed lengths, their arrivals, and statistics of their times.
 
-Plain data and plain numbers. This module starts no engine.
+This module knows plain data and plain numbers. It starts no engine.
 """
 
 import math
@@ -14,8 +14,8 @@ from benchmarks.plans import Run
 Row = dict[str, Any]
 
 CLOSED, POISSON = "closed", "poisson"
-# A closed loop has at least this many requests per place: its ends, where fewer are in flight, must
-# stay small beside its middle.
+# A closed loop has at least this many requests per place. Fewer are in flight at its ends. The ends
+# must stay short beside the middle.
 MIN_TURNOVER = 3
 RATES = ("tokens_per_s", "requests_per_s")
 TIMES = ("ttft_ms", "tpot_ms", "latency_ms")
@@ -23,7 +23,7 @@ TIMES = ("ttft_ms", "tpot_ms", "latency_ms")
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of one request: tokens of its prompt, and tokens to decode."""
+    """Numbers of tokens of one request: those of its prompt, and those to decode."""
 
     prompt: int
     output: int
@@ -34,8 +34,8 @@ class Load:
     """How requests arrive.
 
     Args:
-        in_flight: of a closed loop, in which the next request follows when one ends; else None.
-        rate: of Poisson arrivals, as a share of the capacity; else None.
+        in_flight: requests in flight in a closed loop. None: Poisson arrivals.
+        rate: Poisson arrivals, as a share of the capacity. None: a closed loop.
     """
 
     in_flight: int | None = None
@@ -55,18 +55,18 @@ class Load:
 
 
 def loads_of(in_flight: Sequence[int], rates: Sequence[float]) -> list[Load]:
-    """The loads in the order of measurement: closed loops first, because they tell the capacity."""
+    """The loads in the order of measurement. Closed loops come first, to tell the capacity."""
     return [Load(in_flight=number) for number in in_flight] + [Load(rate=rate) for rate in rates]
 
 
 @dataclass
 class Timing:
-    """Of one request, in seconds by one clock.
+    """The times of one request, in seconds by one clock.
 
     Args:
         due: when it was to be sent. If the sender was late, that time counts as well.
         first, last: when its first and its last output came.
-        num_tokens: all that it got.
+        num_tokens: all tokens that it got.
     """
 
     due: float
@@ -84,7 +84,7 @@ class Timing:
 def make_lengths(
     number: int, prompt: tuple[int, int], output: tuple[int, int], seed: int
 ) -> list[Lengths]:
-    """Lengths drawn uniformly; the first ones do not depend on `number`."""
+    """Lengths drawn uniformly. A larger `number` adds lengths behind the same first ones."""
     draw = random.Random(seed)
     return [Lengths(draw.randint(*prompt), draw.randint(*output)) for _ in range(number)]
 
@@ -99,7 +99,7 @@ def make_arrivals(number: int, per_second: float, seed: int) -> list[float]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Between the two nearest values it is interpolated linearly, as numpy does."""
+    """A percentile, interpolated linearly between the two nearest values as numpy does."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100
     below = math.floor(place)
@@ -108,7 +108,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean and percentiles of seconds, in milliseconds; None of nothing."""
+    """Mean and percentiles in milliseconds, of values in seconds. None if there are no values."""
     if not values:
         return None
     times = [1000 * value for value in values]
@@ -133,7 +133,7 @@ def summary(timings: Sequence[Timing]) -> Row:
         "requests_per_s": len(timings) / seconds,
         "mean_in_flight": sum(waits) / seconds,
         "ttft_ms": spread([timing.first - timing.due for timing in timings]),
-        # The tokens of the first output have no time of their own, but all others do.
+        # The time runs from the first output to the last, so it is divided by all tokens but one.
         "tpot_ms": spread(
             [
                 (timing.last - timing.first) / (timing.num_tokens - 1)
@@ -146,10 +146,10 @@ def summary(timings: Sequence[Timing]) -> Row:
 
 
 def proposal_counts(counts: Mapping[str, Any], run: Run) -> Row:
-    """Tokens per cycle and acceptance by model, a draft model last; nothing without proposals.
+    """Tokens per cycle, and acceptance by model with a draft model last. Empty without proposals.
 
     Args:
-        counts: of `TurnStats`, or of vLLM's own speculation as `harness.proposals` counts it.
+        counts: from `TurnStats`, or those of vLLM's own speculation from `harness.proposals`.
     """
     if not counts:
         return {}
@@ -177,21 +177,24 @@ def load_of(row: Row) -> Load:
 
 
 def capacity_of(rows: Sequence[Row]) -> float | None:
-    """Requests per second of the plain ensemble in the largest closed loop; None without one."""
+    """Requests per second of the plain ensemble in its largest closed loop. None if it has none."""
     plain = [row for row in rows if row["load"] == CLOSED and is_plain(row["run"])]
     fullest = max(plain, key=lambda row: row["in_flight"], default=None)
     return fullest and fullest["requests_per_s"]
 
 
 def complete(rows: Sequence[Row]) -> None:
-    """Add to every row how many times as good as the plain ensemble it is under the same load."""
+    """Add `over_plain` to every row: its values against the plain ensemble's, at the same load."""
     for row in rows:
         plain = plain_of(row, rows)
         row["over_plain"] = None if plain is None or plain is row else over(row, plain)
 
 
 def plain_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The plain ensemble of the same output, or else the first one."""
+    """The row of the plain ensemble with the same output and load.
+
+    If there is none, it is the first plain ensemble's row with the same load.
+    """
     found = [r for r in rows if is_plain(r["run"]) and load_of(r) == load_of(row)]
     key = Run.parse(row["run"]).plain_key
     same = [r for r in found if Run.parse(r["run"]).plain_key == key]

@@ -26,15 +26,15 @@ POLL_S = 0.2
 class EngineProcess:
     """An engine in a process of its own, which starts at once.
 
-    Its memory is surely freed at the end, and an error in it breaks nothing else. It begins to
-    measure when its second line is requested.
+    When it ends, all of its memory is free. An error in it breaks nothing else. It begins to
+    measure when the caller asks for its second line.
 
     Args:
-        command: the program; it gets the files of the request and of its lines as arguments.
+        command: the program. It gets two paths as arguments: of its request, and of its lines.
         request: what it reads, as JSON.
         timeout: seconds to start, and to measure.
         root: a folder for its files.
-        message: the line that it gets when it shall measure. It is asked for at that time.
+        message: makes the line that tells the process to measure. It is called at that time.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class EngineProcess:
 
     def end(self) -> None:
         if not self.process.stdin.closed:
-            # Also if the process has ended: it may have left other processes behind.
+            # This is needed even if the process has ended. It may have left other processes behind.
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.communicate()  # closes its input
@@ -76,8 +76,8 @@ class EngineProcess:
     def lines(self) -> Iterator[dict[str, Any]]:
         """The lines that the process writes, as they come.
 
-        The first is `engine`, when the engine is ready. The process measures only after the caller
-        has taken it. An `error` is always the last line.
+        The first line is `engine`. It comes when the engine is ready. The process measures only
+        after the caller has taken this line. An `error` is always the last line.
         """
         deadline, rest = time.monotonic() + self.timeout, ""
         with self.path.open() as file:
@@ -101,7 +101,7 @@ class EngineProcess:
             yield {"error": f"the engine's process ended with {self.process.returncode}"}
 
     def _let_it_measure(self) -> None:
-        with suppress(BrokenPipeError):  # the process died meanwhile; the next poll finds that
+        with suppress(BrokenPipeError):  # if the process has died, the next poll finds that
             self.process.stdin.write(f"{self.message()}\n".encode())
             self.process.stdin.flush()
 
@@ -117,7 +117,7 @@ def measure_all(
 
     Args:
         args: `engines_at_once` and `time_limit` are read here.
-        start: the process of a run; its files go below the path.
+        start: starts the process of a run, whose files go below the path.
         shown: what is printed of a row.
     """
     # A plain `kill` must end the engines' processes as well.
@@ -142,7 +142,7 @@ def measure_group(
     start: Callable[[str, Path], EngineProcess],
     shown: Callable[[dict[str, Any]], str],
 ) -> None:
-    """Start the engines of all runs, and measure one after another when the last is ready."""
+    """Start the engines of all runs. When all are ready, measure one after another."""
     with ExitStack() as stack:
         engines = [stack.enter_context(start(run, root)) for run in runs]
         lines = [engine.lines() for engine in engines]

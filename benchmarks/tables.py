@@ -16,7 +16,7 @@ KINDS_OF_TIME = ("mean", "p50", "p99")
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns; the first line is the header."""
+    """Lines of cells as aligned columns. The first line is the header."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -25,9 +25,9 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def requests_table(rows: Sequence[Row]) -> str:
-    """Speeds over the plain ensemble by kind of request; empty if there is only one kind.
+    """Speeds over the plain ensemble by kind of request. Empty if there is only one kind.
 
-    A cell has the speed at each batch size, and in brackets the share of the bare request's speed.
+    A cell has the speed at each batch size. In brackets is this speed over the bare request's.
     """
     rows = [row for row in rows if row.get("speed_over_plain")]
     columns = list(dict.fromkeys((row["run"], row["acceptance_set"]) for row in rows))
@@ -52,7 +52,7 @@ def with_share(row: Row) -> str:
 
 
 def load_table(rows: Sequence[Row]) -> str:
-    """Throughput and latencies by load and run, the ratio to the plain ensemble in brackets."""
+    """Throughput and latencies by load and run. In brackets are ratios to the plain ensemble."""
     lines = [["load", "run", "tokens/s", *(f"{n} {k}" for n in TIME_NAMES for k in KINDS_OF_TIME)]]
     for load in dict.fromkeys(map(load_of, rows)):
         for row in rows:

@@ -124,7 +124,7 @@ def generate(
 
 
 def counted_replays(monkeypatch: Any) -> Counter[str]:
-    """Count, from now on, the steps, and those whose decisions and readings CUDA graphs held."""
+    """Count steps from now on, and how often full CUDA graphs held decisions and readings."""
     run, counts = CycleStep.run, Counter()
 
     def counted_run(step: CycleStep) -> Any:

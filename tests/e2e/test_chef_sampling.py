@@ -35,7 +35,7 @@ PARAMETERS = [
     dict(temperature=1.5, top_k=5, repetition_penalty=1.3),
     dict(temperature=0.9, min_p=0.1),
 ]
-# Without penalties, for which turns have other CUDA graphs.
+# The same without penalties. Decisions with penalties have CUDA graphs of their own.
 FILTERS = [
     {key: value for key, value in parameters.items() if key != "repetition_penalty"}
     for parameters in PARAMETERS

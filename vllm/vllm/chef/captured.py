@@ -23,11 +23,11 @@ class StepInputs:
     """What decisions read of the engine step, in memory that does not move.
 
     Args:
-        logits: one row of logits of each member of the first turn, for its width and dtype.
+        logits: of the first turn's members, one row each. Only widths and dtypes are read.
         engine_inputs: the input buffers of vLLM's own pass.
         max_num_reqs: requests in the largest graph of a decision.
-        num_rows: the most rows of logits that so many requests have.
-        states: what logits processors know.
+        num_rows: the most rows of logits that `max_num_reqs` requests have.
+        states: what vLLM's logits processors know of the requests.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class StepInputs:
             kept[: len(logits)].copy_(logits)
         num_reqs = len(step.seq_lens)
         self.cu_num_logits[: num_reqs + 1] = step.cu_num_logits
-        # Rows without a request have no rows of logits.
+        # Rows that fill up the batch have no logits.
         self.cu_num_logits[num_reqs + 1 :] = step.cu_num_logits[-1]
         if processing == Processing.ALL:
             self._load_grammar(step)
@@ -89,7 +89,7 @@ class ReadingBuffers:
     """The latest reading, in memory that does not move. All turns share it.
 
     Args:
-        hidden_sizes: by turn after the first.
+        hidden_sizes: of each turn after the first.
         num_tokens: tokens of the largest reading.
     """
 
@@ -104,7 +104,7 @@ class ReadingBuffers:
         self.hidden_sizes = hidden_sizes
         self.query_start_loc = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
         self.read_start = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
-        # Rows without a request take their scores from the row past the end.
+        # Rows that fill up the batch take their scores from the row behind the reading.
         self.hidden_states = torch.zeros(
             num_tokens + 1, max(hidden_sizes), dtype=dtype, device=device
         )
@@ -188,5 +188,5 @@ class CapturedParts:
         num_tokens_across_dp: Any,
         mode: CUDAGraphMode,
     ) -> None:
-        """A pass of a turn's member, alone: vLLM makes the piecewise graphs."""
+        """One pass of a turn's member, and nothing else. vLLM makes its piecewise graphs."""
         self.caller.run(turn, num_tokens, metadata, slots, mode)

@@ -14,8 +14,8 @@ def allowed_tokens(
 ) -> torch.Tensor:  # [num_rows, ceil(vocab_size / 32)] int32
     """The tokens that grammars allow at each row of logits, one bit each.
 
-    vLLM sends a row for each token that is scheduled of a request with a grammar, request after
-    request.
+    For each request with a grammar, vLLM sends one row per scheduled token. The rows follow one
+    another, request after request.
     """
     offsets, masks = batch.cu_num_logits_np, grammar.grammar_bitmask
     row_of = {request: row for row, request in enumerate(batch.req_ids)}
@@ -36,7 +36,7 @@ def forbidden_tokens(
     draft_tokens: torch.Tensor,  # [max_num_reqs, window] tokens that were pending, by slot
     lengths: torch.Tensor,  # [num_slots, num_turns] lengths of their segments
 ) -> torch.Tensor:  # [num_reqs]
-    """The pending token after the drafts, if a grammar is why vLLM left it out. Otherwise -1."""
+    """The pending token after the drafts, if vLLM left it out because of a grammar. Else -1."""
     slots = batch.idx_mapping[: batch.num_reqs]
     cu_num_logits = batch.cu_num_logits[: batch.num_reqs + 1].long()
     num_drafts = cu_num_logits.diff() - 1

@@ -95,7 +95,7 @@ class StepGraphs(NamedTuple):
     decisions: list[Replay] | None = None
     """[num_turns] the first is `TurnRunner.open`. None if they run without graphs."""
     readings: list[Replay] | None = None
-    """[num_turns - 1]. None if they run without graphs."""
+    """[num_turns - 1]. None if no full graphs fit: they run in pieces, or without graphs."""
 
 
 class CycleGraphs:
@@ -135,7 +135,10 @@ class CycleGraphs:
             self.lengths[turn, step_len] = length
 
     def add_passes(self, turn: int, numbers: Collection[int]) -> None:
-        """Graphs of a turn's passes of one token. `numbers`: how many there may be in a row."""
+        """Graphs of a turn's passes of one token.
+
+        `numbers` has each number of passes that the turn may make in a row.
+        """
         for number in numbers:
             if number:
                 self._add(("propose_more", turn, number), self.vllm_config, 1)
@@ -160,7 +163,10 @@ class CycleGraphs:
         return max(counts, default=0)
 
     def capture(self, parts: CapturedParts, *args: Any) -> None:
-        """Like `SpeculatorCudaGraphManager.capture`, of the functions in `parts`."""
+        """Capture the functions in `parts`.
+
+        `args` are the further arguments of `SpeculatorCudaGraphManager.capture`.
+        """
         for (part, *selects), manager in self.managers.items():
             if manager.needs_capture():
                 function = partial(getattr(parts, part), *selects)
@@ -195,7 +201,7 @@ class CycleGraphs:
         return found[0] if found else None
 
     def mixed_size(self, turn: int, num_tokens: int) -> int | None:
-        """Tokens in the piecewise graphs that hold a batch of `num_tokens`. None if none do."""
+        """Tokens in the piecewise graphs that hold `num_tokens` tokens. None if none hold them."""
         manager = self.managers.get(("member", turn))
         if manager is None:
             return None

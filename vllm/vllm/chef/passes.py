@@ -120,10 +120,12 @@ class MemberCaller:
     ) -> torch.Tensor:  # [num_kv_cache_groups, at least num_tokens]
         """KV cache slots of the tokens in the input buffers.
 
-        Tokens past those of the requests have none. By default, the slots are written to vLLM's own
-        buffer. Tokens with `is_again` fill the front of
-        a request's share of the batch. Their keys and values must not be written again, because a
-        sliding window may have freed the tokens that they attend to.
+        Tokens behind those of the requests have no slot. By default, the slots are written to
+        vLLM's own buffer.
+
+        Tokens with `is_again` fill the front of a request's share of the batch. Their keys and
+        values must not be written again, because a sliding window may have freed the tokens that
+        they attend to.
         """
         buffers = self.speculator.input_buffers
         mappings = self.speculator.block_tables.compute_slot_mappings(
@@ -142,8 +144,8 @@ class EagerPasses:
     """The passes for batches of any layout, planned on the host.
 
     Args:
-        mixed_size: the number of tokens in the piecewise graphs that hold a turn's reading of so
-            many tokens. None if none do.
+        mixed_size: takes a turn and a number of tokens. It returns the number of tokens in the
+            turn's piecewise graphs that hold them, or None if none hold them.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class TurnPromptLogprobsWorker(RowsPromptLogprobsWorker):
     ) -> None:
         """Keep the first turn's hidden states, if a request asks for log-probabilities.
 
-        They are copied before other members run: CUDA graphs share their memory.
+        They are copied before other members run, because other members' graphs overwrite them.
         """
         if self.is_asked:
             # Drop the rows that pad the batch for CUDA graphs.
@@ -59,7 +59,7 @@ class TurnPromptLogprobsWorker(RowsPromptLogprobsWorker):
         cycle: Cycle,
         batch: InputBatch,
     ) -> None:
-        """Keep the other turns' hidden states, too."""
+        """Keep the hidden states of the other turns as well."""
         if self.is_asked:
             self.hidden_states += at_step_tokens(readings, cycle, batch)
 

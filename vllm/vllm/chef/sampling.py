@@ -76,7 +76,7 @@ class StepParams(Protocol):
 class ProcessorStates:
     """What vLLM's logits processors know about the requests, in memory that does not move.
 
-    vLLM's own copies of small values move from step to step, and CUDA graphs would read old ones.
+    vLLM's own small values move from step to step. CUDA graphs would read the old values.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -242,7 +242,10 @@ class DeviceParams:
 
 
 class AllParams:
-    """All sampling parameters, applied by vLLM's sampler. Only this runs processors of a user."""
+    """All sampling parameters, applied by vLLM's sampler.
+
+    Only this class runs logits processors of the user's own.
+    """
 
     scales = needs_float32 = False
     needs_all_columns = True

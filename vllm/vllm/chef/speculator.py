@@ -54,7 +54,7 @@ class ChefSpeculator(StandaloneARSpeculator):
     """Loads and calls the members whose turns come after the first.
 
     Before the first step, these methods are called in this order: `load_model`, `set_sampler`,
-    `set_attn`, `init_cudagraph_manager`, `capture`. All are vLLM's but `set_sampler`. In each step
+    `set_attn`, `init_cudagraph_manager`, `capture`. All but `set_sampler` are vLLM's. In each step
     our runner calls `begin`, gets a `CycleStep` and runs it. Later vLLM calls `propose`, which
     finishes the step.
     """
@@ -243,8 +243,8 @@ class ChefSpeculator(StandaloneARSpeculator):
         """Start the step's cycle. It leaves at most `num_tokens` in each window.
 
         Args:
-            processing: what the requests ask for. None: what no graph holds.
-            keeps_readings: see `CycleStep`. No graph keeps them.
+            processing: what the requests ask for. None: more than graphs hold.
+            keeps_readings: see `CycleStep`. Full graphs cannot keep them.
         """
         self.gammas.set_depth(num_tokens)
         if self.graphs.managers:
@@ -300,9 +300,10 @@ class ChefSpeculator(StandaloneARSpeculator):
                 group.map_to_kernel_block_table(tables)
 
     def step_params(self, batch: InputBatch, processing: Processing | None) -> StepParams:
-        """The sampling parameters of a step, which passes through `processing`.
+        """The sampling parameters of a step.
 
-        None: more than `DeviceParams` can do.
+        Args:
+            processing: what the requests ask for. None: more than `DeviceParams` can do.
         """
         if processing is None:
             return AllParams(self.sampler, batch)

@@ -1,4 +1,4 @@
-"""A step of the engine after vLLM's own pass: its cycle, in CUDA graphs where they fit.
+"""The cycle of one engine step, in CUDA graphs where they fit. vLLM's own pass has run before.
 
 This module knows the batch and which graphs fit it. `cycle.py` knows the order of a cycle.
 """
@@ -18,17 +18,17 @@ from vllm.chef.stats import TurnStats
 class CycleStep:
     """The cycle of one step. Call `run`, then `finish`.
 
-    Each part of the cycle is replayed if a graph holds it. Otherwise it runs without.
+    Each part of the cycle is replayed if a graph holds it. Otherwise it runs without a graph.
 
     Args:
         step: what vLLM has run.
         passes: the passes that no graph holds.
         step_graphs: the graphs of this step's decisions, and of its readings.
-        captured: what those graphs hold. None if there are none.
-        keeps_readings: whether `readings` holds all readings in the end.
+        captured: what graphs hold. None if the engine has no graphs.
+        keeps_readings: whether `run` keeps all readings in `readings`.
     """
 
-    reading: Reading  # the latest one without a graph
+    reading: Reading  # the latest one that no full graph made
 
     def __init__(
         self,
@@ -100,8 +100,8 @@ class CycleStep:
 def uniform_step_len(batch: InputBatch) -> int | None:
     """Tokens of each request in the engine step, if all requests have the same number.
 
-    None if the numbers differ, or if a request has prompt tokens. Some of its tokens after the
-    first are then not drafts.
+    None if the numbers differ, or if a request reads its prompt. In such a request, some tokens
+    after the first are not drafts.
     """
     query_start_loc = batch.query_start_loc_np[: batch.num_reqs + 1]
     length = int(query_start_loc[1])

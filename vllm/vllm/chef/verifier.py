@@ -70,8 +70,8 @@ class Verifier:
         """Decide the segments that become decidable with `turn`."""
         segments = self.turns.decidable(turn)
         if scores.params.needs_all_columns:
-            # They get the same result again: the noise of a draw depends only on the request's seed
-            # and the position.
+            # Segments that were decided before get the same result again. The noise of a draw
+            # depends only on the request's seed and the position.
             segments = range(segments.stop)
         candidates = self._candidates(cycle, segments)
         verdicts = [
@@ -169,7 +169,7 @@ class Verifier:
         segments: range,
         scales: bool,
     ) -> GatheredScores:
-        """The scores that judge some segments, if `scales` divided by the temperature.
+        """The scores that judge some segments. If `scales`, they are divided by the temperature.
 
         Past the segments that a member has scored, its scores may be anything.
         """

@@ -2,7 +2,8 @@
 
 In torch each function takes a dozen operations or more, most of them on a few numbers. Together
 they cost more than a small member's proposals. Each function behaves like its namesake. The tests
-run both on the same cycles. One program handles one request, except in `gather_scores`.
+run both on the same cycles. One program handles one request, except in `gather_scores` and
+`mask_scores`.
 """
 
 from collections.abc import Sequence
