@@ -1,8 +1,8 @@
 """Which pending tokens the ensemble accepts, and what replaces a rejected one.
 
-This module knows distributions and runs no model. Let q be the distribution that a member drew
+This module knows distributions and runs no model. Let p be the distribution that a member drew
 token x from, and r the ensemble's distribution. Token x is accepted with probability min(1, r(x) /
-q(x)). A rejected token is replaced by a draw from norm(max(0, r - q)) (Leviathan et al. 2023, arXiv
+p(x)). A rejected token is replaced by a draw from norm(max(0, r - p)) (Leviathan et al. 2023, arXiv
 2211.17192, algorithm 1). With block verification, the tokens of a decision are judged together (Sun
 et al. 2024, arXiv 2403.10444). Both are vLLM's `rejection_sample`.
 """
