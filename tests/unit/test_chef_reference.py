@@ -181,6 +181,8 @@ BLOCK_POLICIES = {
     "1 member and a proposer": (chef_turns(1, 2), (0,)),
     "sd, 2 members, 2 tokens": (sd_turns(2, 2), None),
     "sd, 2 members, 3 tokens": (sd_turns(2, 3), None),
+    "3 members, 1-1-2": (chef_turns(1, 1, 2), None),
+    "sd, 3 members, 2 tokens": (sd_turns(3, 2), None),
 }
 
 
