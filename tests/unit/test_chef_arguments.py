@@ -231,6 +231,11 @@ def test_the_arguments_are_plain_data_and_the_callers_are_left_alone(made):
         (dict(ensemble_args=5), "ensemble_args: 5 does not name parameters"),
         (dict(gamma=1, weights=[1, 0]), "weights: only member 0 has a weight above 0"),
         (dict(additional_config={"chef": {}}), "additional_config.chef: the arguments of"),
+        (dict(additional_config="x"), "additional_config: 'x' is not a mapping"),
+        (dict(gamma=1, speculative_config="x"), "speculative_config: 'x' is not a mapping"),
+        (dict(policy="best"), "policy: unknown policy 'best'; choose one of plain, chef, sd"),
+        (dict(worker_cls="my.W"), "worker_cls: 'my.W' contradicts the ensemble"),
+        (dict(gamma=1, scheduler_cls="my.S"), "scheduler_cls: 'my.S' contradicts the ensemble"),
         (
             dict(gamma=2, speculative_config={"num_speculative_tokens": 3}),
             "speculative_config.num_speculative_tokens: 3 contradicts the ensemble, which sets 2",

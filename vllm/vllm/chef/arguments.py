@@ -100,6 +100,11 @@ def ensemble_args(
             `ensemble.alpha` for `alpha`, `chef.gamma` for `gamma`.
     """
     with _errors_of_arguments(engine_args):
+        if policy not in (None, PLAIN, *POLICIES):
+            choices = ", ".join((PLAIN, *POLICIES))
+            raise ConfigFieldError(
+                "chef.policy", f"unknown policy {policy!r}; choose one of {choices}"
+            )
         policy = policy or (PLAIN if gamma is None or draft_model is not None else POLICIES[0])
         asked = {"gamma": gamma, "max_gamma": max_gamma, "turn_order": turn_order}
         # Turns are checked before any file of a model is opened.
@@ -159,6 +164,14 @@ def resolve_ensemble(
         own_args["scheduler_cls"] = SCHEDULER
         if chef.is_adaptive:
             speculative["num_speculative_tokens_per_batch_size"] = depth_schedule(turns)
+    for name in ("worker_cls", "scheduler_cls"):
+        given = engine_args.get(name)
+        # "auto" is vLLM's default of `worker_cls`.
+        if name in own_args and given not in (None, "auto", own_args[name]):
+            raise ConfigFieldError(
+                f"--{name.replace('_', '-')}",
+                f"{given!r} contradicts the ensemble, which has its own; leave it out",
+            )
     own_args["additional_config"] = _additional_config(engine_args, additional)
     if speculative is not None:
         own_args["speculative_config"] = _speculative_config(engine_args, speculative)
@@ -224,7 +237,7 @@ def _errors_of_arguments(engine_args: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except ConfigFieldError as error:
-        names_model = "model" in (engine_args.get("speculative_config") or {})
+        names_model = "model" in (engine_args.get("speculative_config") or ())
         renamed = error.renamed(partial(argument_name, has_draft_model=not names_model))
         raise renamed from error.__cause__
 
@@ -296,7 +309,7 @@ def _carrier(paths: Sequence[str], configs: Sequence[ModelConfig], turns: Turns)
 
 
 def _additional_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    given = engine_args.get("additional_config") or {}
+    given = _given_mapping(engine_args, "additional_config")
     for key in (ensemble_config.CONFIG_KEY, chef_config.CONFIG_KEY):
         if key in given:
             raise ConfigFieldError(
@@ -305,9 +318,18 @@ def _additional_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any]) 
     return {**given, **ours}
 
 
+def _given_mapping(engine_args: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    given = engine_args.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise ConfigFieldError(
+            f"--{name.replace('_', '-')}", f"{given!r} is not a mapping of options to values"
+        )
+    return given
+
+
 def _speculative_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """The speculation that carries proposals, with further options of the user's."""
-    given = engine_args.get("speculative_config") or {}
+    given = _given_mapping(engine_args, "speculative_config")
     for key in given:
         is_set = key in ours and key not in ("draft_sample_method", "rejection_sample_method")
         if is_set and given[key] != ours[key]:
