@@ -25,12 +25,11 @@ if __name__ == "__main__" and not __package__:
 
 from benchmarks import documents
 from benchmarks.kinds import KINDS, name_of
+from benchmarks.options import add_shared, check_models, check_shared, json_object
 from benchmarks.plans import GRAMMAR, MIN_CYCLES, PRESETS, Plan, Run, Target
 from benchmarks.processes import EngineProcess, measure_all
 from benchmarks.ratios import complete
-from benchmarks.shapes import SHAPES
 from benchmarks.tables import requests_table
-from repository import ROOT
 
 ENGINE = [sys.executable, "-m", "benchmarks.bench_engine"]
 DEFAULT_RUNS = ["llama-7b", "llama-7b+llama-7b"]
@@ -78,35 +77,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="batches per cell, at least")
     add("--min-cycles", type=int, help="of all requests of a cell together, at least")
     add("--cell-seconds", type=float, default=15, help="after which no batch is added for those")
-    add("--target", default="probs", help="ensemble_target of weighted ensembles")
-    add("--dtype", default="bfloat16")
-    add("--enforce-eager", action="store_true")
-    add("--kv-cache-gib", type=float, help="default: what no preemption needs")
-    add("--engine-args", type=json_object, default={}, metavar="JSON", help="of vLLM's EngineArgs")
-    add("--models", type=Path, default=ROOT / "models", help="folder of real members")
-    add("--prompts", type=Path, help="JSON lines with `prompt`; default: HumanEval's")
     add("--trace", type=Path, metavar="FOLDER", help="write a Chrome trace of each run as well")
-    add("--out", type=Path)
-    add("--resume", action="store_true", help="keep what --out has, and measure the rest")
-    add("--time-limit", type=float, help="seconds after which no engine is started any more")
-    add("--engine-timeout", type=float, default=600, help="seconds to start, and to measure")
-    add(
-        "--engines-at-once",
-        type=int,
-        default=1,
-        metavar="N",
-        help="start N engines together, then measure one by one; all need memory meanwhile",
-    )
+    add_shared(parser, kv_cache="what no preemption needs")
     args = parser.parse_args(argv)
     if args.preset and args.runs:
         known = [plan.run for plan in PRESETS[args.preset][0]]
         for run in args.runs:
             if run not in known:
                 parser.error(f"--runs: the preset has no '{run}', but {', '.join(known)}")
-    if args.engines_at_once < 1:
-        parser.error("--engines-at-once: must be 1 or more")
-    if args.resume and not args.out:
-        parser.error("--resume: needs the --out of the run that it goes on with")
+    try:
+        check_shared(args)
+    except ValueError as error:
+        parser.error(str(error))
     if args.preset == "smoke":
         args.dtype, args.enforce_eager = "float32", True
         args.num_tokens, args.repeats = 32, 2
@@ -117,17 +99,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.preset == "requests" and not args.requests:
         args.requests = "all"
     try:
-        check_models(plans_of(args), args.models)
+        check_models((plan.run for plan in plans_of(args)), args.models)
     except ValueError as error:
         parser.error(f"--runs: {error}")
     return args
-
-
-def json_object(text: str) -> dict[str, Any]:
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise ValueError("no JSON object")
-    return content
 
 
 def plans_of(args: argparse.Namespace) -> list[Plan]:
@@ -147,24 +122,6 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
 
 def targets_of(args: argparse.Namespace) -> list[Target]:
     return PRESETS[args.preset][1] if args.preset else []
-
-
-def check_models(plans: Sequence[Plan], models: Path) -> None:
-    """Refuse missing models, and runs that mix shapes with real models.
-
-    A mixed run has no prompts: shapes have no tokenizer, and real models need real text.
-    """
-    for plan in plans:
-        names = Run.parse(plan.run).models
-        real = [name for name in names if name not in SHAPES]
-        if 0 < len(real) < len(names):
-            raise ValueError(f"'{plan.run}' mixes shapes ({', '.join(SHAPES)}) with other models")
-        for name in real:
-            if not (models / name / "config.json").exists():
-                raise ValueError(
-                    f"no model '{name}' in '{models}', and no such shape ({', '.join(SHAPES)}); "
-                    "scripts/prepare_models.py makes the default models"
-                )
 
 
 class Document(documents.Document):

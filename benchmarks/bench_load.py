@@ -25,12 +25,11 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import documents, loads
-from benchmarks.bench_decode import check_models, json_object
+from benchmarks.options import add_shared, check_models, check_shared, json_object
 from benchmarks.plans import GRAMMAR, LOADS, Plan, Run
 from benchmarks.processes import EngineProcess, measure_all
 from benchmarks.shapes import SHAPES
 from benchmarks.tables import load_table
-from repository import ROOT
 
 ENGINE = [sys.executable, "-m", "benchmarks.load_engine"]
 DUMMY_ACCEPTANCE = 0.8
@@ -61,24 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0)
     add("--sampling", type=json_object, default={}, metavar="JSON", help="more of SamplingParams")
     add("--max-num-batched-tokens", type=int, default=2560)
-    add("--target", default="probs", help="ensemble_target of weighted ensembles")
-    add("--dtype", default="bfloat16")
-    add("--enforce-eager", action="store_true")
-    add("--kv-cache-gib", type=float, help="default: what the requests need, or what is free")
-    add("--engine-args", type=json_object, default={}, metavar="JSON", help="of vLLM's EngineArgs")
-    add("--models", type=Path, default=ROOT / "models", help="folder of real members")
-    add("--prompts", type=Path, help="JSON lines with `prompt`; default: HumanEval's")
-    add("--out", type=Path)
-    add("--resume", action="store_true", help="keep what --out has, and measure the rest")
-    add("--time-limit", type=float, help="seconds after which no engine is started any more")
-    add("--engine-timeout", type=float, default=600, help="seconds to start, and to measure")
-    add(
-        "--engines-at-once",
-        type=int,
-        default=1,
-        metavar="N",
-        help="start N engines together, then measure one by one; all need memory meanwhile",
-    )
+    add_shared(parser, kv_cache="what the requests need, or what is free")
     args = parser.parse_args(argv)
     set_defaults(args)
     try:
@@ -120,12 +102,12 @@ def check(args: argparse.Namespace) -> None:
     if not runs:
         raise ValueError("--runs: none are given; see --preset, --members and --runs")
     try:
-        check_models([Plan(run) for run in runs], args.models)
+        check_models(runs, args.models)
     except ValueError as error:
         raise ValueError(f"--runs: {error}") from error
-    for name in ("engines_at_once", "num_requests"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: must be 1 or more")
+    check_shared(args)
+    if args.num_requests < 1:
+        raise ValueError("--num-requests: must be 1 or more")
     for name in ("prompt_len", "output_len"):
         least, most = getattr(args, name)
         if not 1 <= least <= most:
@@ -137,8 +119,6 @@ def check(args: argparse.Namespace) -> None:
     is_known = args.capacity or (args.in_flight and loads.is_plain(runs[0]))
     if args.rates and not is_known:
         raise ValueError("--rates: need --capacity, or --in-flight and a plain ensemble first")
-    if args.resume and not args.out:
-        raise ValueError("--resume: needs the --out of the run that it goes on with")
 
 
 def runs_of(args: argparse.Namespace) -> list[str]:
