@@ -110,8 +110,9 @@ class BenchEngine:
         self.graph_ms: dict[str, Any] | None = None
         """What `bench_graph_times` says of all batch sizes so far"""
         self.refused: list[dict[str, Any]] = []
-        """Requests that this engine does not take, with the reason"""
-        # vLLM collects garbage a dozen times as it starts, over everything that is imported.
+        """Kinds of requests that this engine refuses, with the reason"""
+        # vLLM collects garbage a dozen times while it starts. Without this call each collection
+        # visits all imported modules.
         gc.freeze()
         started = time.perf_counter()
         self.engine = LLMEngine.from_engine_args(
@@ -139,7 +140,7 @@ class BenchEngine:
                 yield self.cell(asked, acceptance, batch_size)
 
     def _refusal(self, asked: Kind) -> str | None:
-        """Why this engine does not take such requests. None if it takes them."""
+        """Why this engine refuses such requests. None if it takes them."""
         if is_dummy(self.run) and needs_tokenizer(asked):
             return "dummy models have no tokenizer"
         from vllm.exceptions import VLLMClientError
@@ -204,7 +205,7 @@ class BenchEngine:
         )
 
     def _params(self, asked: Kind, prompt: Sequence[int]) -> Any:
-        # Every request ever made has another seed: acceptance depends on seed and position.
+        # No two requests have the same seed: acceptance depends on seed and position.
         max_tokens = max_model_len(self.run, self.args) - len(prompt)
         return sampling_params(asked, seed=next(self.seeds), max_tokens=max_tokens)
 
@@ -224,7 +225,7 @@ class BenchEngine:
 
 
 def sampling_params(asked: Kind, **others: Any) -> Any:
-    """vLLM's SamplingParams of a request of this kind, which ends only by its number of tokens."""
+    """vLLM's SamplingParams of a request of this kind. Only its number of tokens ends it."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -249,7 +250,7 @@ def machine() -> dict[str, Any]:
 
 
 def summary(samples: Sequence[Sample], batch_size: int) -> dict[str, Any]:
-    """Costs of a cycle and of a token; times are medians over the samples."""
+    """Costs of a cycle and of a token. The times are medians over the samples."""
     cycles = sum(sample.num_cycles for sample in samples)
     steps = sum(sample.steps for sample in samples)
     per_step = [1000 * sample.seconds / sample.steps for sample in samples]
@@ -340,9 +341,9 @@ def run_arguments(
     """The arguments of vLLM's `EngineArgs`.
 
     Args:
-        limits: of the engine's requests, tokens and memory, as engine arguments.
+        limits: engine arguments that limit requests, tokens and memory.
         root: the folder of the models that have only a config.
-        acceptance: the rate that is set, or nothing.
+        acceptance: the synthetic acceptance, or nothing.
         samples: whether some requests have a temperature.
     """
     folders = model_folders(run, args, root)
@@ -352,7 +353,7 @@ def run_arguments(
         "skip_tokenizer_init": is_dummy(run),
         "dtype": args.dtype,
         "enforce_eager": args.enforce_eager,
-        # vLLM only checks this value: the memory of the cache is set.
+        # vLLM only checks this value, because kv_cache_memory_bytes sets the size of the cache.
         "gpu_memory_utilization": 0.9 / args.engines_at_once,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
@@ -377,11 +378,11 @@ def ensemble_arguments(
     options: dict[str, Any],
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """The arguments together with an ensemble's.
+    """`arguments` together with the arguments of the ensemble.
 
     Args:
-        folders: of `run.models`.
-        options: more options of the ensemble's speculation.
+        folders: the folders of `run.models`.
+        options: further options of the ensemble's speculation.
     """
     from vllm.chef import ensemble_args
     from vllm.chef.config import AUTO
@@ -413,7 +414,7 @@ def speculation_options(run: Run, acceptance: Sequence[float], samples: bool) ->
 
     options = {}
     if run.proposer:
-        # As in the harness, if tokens are sampled.
+        # The harness uses the same rule: probabilistic if tokens are sampled.
         options["draft_sample_method"] = "probabilistic" if samples else "greedy"
     if acceptance and run.policy:
         rates = unconditional_rates(acceptance[0], run.window)
@@ -426,7 +427,7 @@ def is_dummy(run: Run) -> bool:
 
 
 def model_folders(run: Run, args: Namespace, root: Path) -> list[str]:
-    """The folders of `run.models`; a model that appears twice is in it twice."""
+    """The folders of `run.models`. A model that appears twice has two entries."""
     return [
         make_shape(name, root) if name in SHAPES else str(args.models / name) for name in run.models
     ]
@@ -443,8 +444,8 @@ def max_model_len(run: Run, args: Namespace) -> int:
 def kv_cache_bytes(folders: Sequence[str], num_reqs: int, run: Run, args: Namespace) -> int:
     if args.kv_cache_gib:
         return int(args.kv_cache_gib * 2**30)
-    # One block more than the longest text needs, so that no request is ever preempted. It is only
-    # one, so that several engines fit beside one another.
+    # One block more than the longest text needs, so that no request is ever preempted. No further
+    # blocks, so that several engines fit on one GPU.
     num_tokens = num_reqs * in_blocks(max_model_len(run, args))
     return max(kv_bytes_per_token(folders, args.dtype) * num_tokens, LEAST_KV_CACHE)
 
@@ -468,7 +469,10 @@ def in_blocks(num_tokens: int) -> int:
 
 
 def make_prompts(args: Namespace, num_prompts: int, tokenizer: Any) -> list[list[int]]:
-    """Arbitrary tokens for dummy models; for real models the ends of `--prompts` or HumanEval's."""
+    """Arbitrary tokens for dummy models. For real models, the ends of texts.
+
+    The texts are those of `--prompts`, or HumanEval's prompts.
+    """
     if tokenizer is None:
         return [[3 + i] * args.prompt_len for i in range(num_prompts)]
     texts = read_texts(args.prompts)
@@ -476,7 +480,7 @@ def make_prompts(args: Namespace, num_prompts: int, tokenizer: Any) -> list[list
 
 
 def read_texts(path: Path | None) -> list[str]:
-    """The prompts of a file of JSON lines; HumanEval's without a file."""
+    """The prompts of a file of JSON lines. Without a file, the prompts of HumanEval."""
     if path:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["prompt"] for line in lines]

@@ -75,7 +75,7 @@ class Document:
         self.content["configurations"].append({"run": run, "status": "skipped", "error": why})
 
     def describe(self, entry: dict[str, Any], engine: dict[str, Any]) -> None:
-        """Record what an engine says of itself. All engines must be on one machine."""
+        """Record what an engine reports. Device and versions must be the same for all engines."""
         where = {key: engine.pop(key) for key in ("device", "versions")}
         for key, value in where.items():
             if self.content[key] not in (None, value):

@@ -1,7 +1,7 @@
 """Widens and deepens a Llama checkpoint: the same function, at the cost of a larger model.
 
-    python benchmarks/inflate.py models/smollm2-135m /tmp/smollm2-7b --size 7b
-    python benchmarks/inflate.py models/smollm2-135m /tmp/wide --hidden-size 960 --layers 34
+    python benchmarks/inflate.py models/smollm2-135m models/smollm2-7b --size 7b
+    python benchmarks/inflate.py models/smollm2-135m models/wide --hidden-size 960 --layers 34
 
 A dimension that is not given comes from the size, or without `--size` from the source. The number
 of heads follows the hidden size. With the result, a benchmark measures speed at the cost of a 7B

@@ -88,11 +88,12 @@ class LoadEngine:
 
     @classmethod
     async def start(cls, plan: Plan, args: Namespace, root: Path) -> tuple[Self, dict[str, Any]]:
-        """The engine, and what it says of itself."""
+        """The engine, and what it reports."""
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        # vLLM collects garbage a dozen times as it starts, over everything that is imported.
+        # vLLM collects garbage a dozen times while it starts. Without this call each collection
+        # visits all imported modules.
         gc.freeze()
         arguments, started = load_arguments(plan, args, root), time.perf_counter()
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
@@ -112,8 +113,8 @@ class LoadEngine:
         """The rows of all loads.
 
         Args:
-            capacity: requests per second of the plain ensemble. None: this engine must be the plain
-                ensemble, and its closed loops tell the capacity.
+            capacity: requests per second of the plain ensemble. If it is None, this engine must be
+                the plain ensemble. Its closed loops then tell the capacity.
         """
         rows: list[dict[str, Any]] = []
         await self._warm_up()
@@ -163,7 +164,8 @@ class LoadEngine:
         lengths, timing = self.lengths[index], Timing(due)
         params = sampling_params(
             {"temperature": self.args.temperature, **self.args.sampling},
-            # The same in all runs and loads, because acceptance depends on seed and position.
+            # A request has the same seed in all runs and loads, because acceptance depends on seed
+            # and position.
             seed=self.args.seed + index,
             max_tokens=min(lengths.output, at_most or lengths.output),
         )
@@ -261,7 +263,8 @@ def free_bytes(args: Namespace, folders: Sequence[str]) -> int:
     for folder in folders:
         config = json.loads((Path(folder) / "config.json").read_text())
         weights += Shape.of(config).num_parameters * (4 if args.dtype == "float32" else 2)
-    # This asks the driver. torch would start CUDA here, and the engine could not be forked.
+    # This call asks the driver. torch would start CUDA in this process, and vLLM could not fork its
+    # engine from it.
     share = MEMORY_SHARE * current_platform.get_device_total_memory() / args.engines_at_once
     free = int(share) - weights // num_ranks(args)
     if free < LEAST_KV_CACHE:

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 if __name__ == "__main__" and not __package__:
-    # Started by its path, Python looks for modules beside this file; they are one folder up.
+    # Python looks for modules beside the program that it starts. They are one folder up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.plans import Run

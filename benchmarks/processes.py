@@ -26,8 +26,8 @@ POLL_S = 0.2
 class EngineProcess:
     """An engine in a process of its own, which starts at once.
 
-    When it ends, all of its memory is free. An error in it breaks nothing else. It begins to
-    measure when the caller asks for its second line.
+    The end of the process frees all its memory, and an error in it breaks no other run. The process
+    begins to measure when the caller asks for its second line.
 
     Args:
         command: the program. It gets two paths as arguments: of its request, and of its lines.
@@ -68,7 +68,7 @@ class EngineProcess:
 
     def end(self) -> None:
         if not self.process.stdin.closed:
-            # This is needed even if the process has ended. It may have left other processes behind.
+            # Kill the group even if the process has ended: its child processes may still run.
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.communicate()  # closes its input
@@ -150,7 +150,7 @@ def measure_group(
         firsts = [next(of_engine, silent) for of_engine in lines]
         for run, engine, first, others in zip(runs, engines, firsts, lines, strict=True):
             record(run, chain([first], others), document, shown)
-            engine.end()  # its memory is free before the next one measures
+            engine.end()  # frees its memory before the next engine is measured
 
 
 def record(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from dotenv import load_dotenv
 
 if __name__ == "__main__" and not __package__:
-    # Started by its path, Python looks for modules beside this file; they are one folder up.
+    # Python looks for modules beside the program that it starts. They are one folder up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from repository import ROOT

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 if __name__ == "__main__" and not __package__:
-    # Started by its path, Python looks for modules beside this file; they are one folder up.
+    # Python looks for modules beside the program that it starts. They are one folder up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from scripts.member_cards import model_card
