@@ -20,6 +20,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from vllm.chef.cycle import TokenReading, TurnRunner
 from vllm.chef.ops import eager, fused
+from vllm.chef.passes import reading_query_start_loc
 from vllm.chef.state import Candidates, Cycle, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.turns import Turns, chef_turns, sd_turns
@@ -96,16 +97,15 @@ class World:
         # Some requests read their prompts. Of these and of some others, not all tokens have rows.
         num_drafts = self.numbers(0, self.turns.window + 1, (num_reqs,))
         query_lens = num_drafts + self.numbers(0, 3, (num_reqs,)).clamp(min=1)
-        starts = [torch.cat([n.new_zeros(1), n.cumsum(0)]) for n in (query_lens, num_drafts + 1)]
+        self.starts = [
+            torch.cat([n.new_zeros(1), n.cumsum(0)]).int() for n in (query_lens, num_drafts + 1)
+        ]
         seq_lens = query_lens + self.numbers(0, MAX_MODEL_LEN - 20, (num_reqs,))
-        self.num_tokens = int(starts[0][-1])
-        self.query_lens, self.is_decoding = query_lens, query_lens == num_drafts + 1
-        input_ids = self.numbers(0, VOCAB_SIZE, (self.num_tokens,)).int()
+        input_ids = self.numbers(0, VOCAB_SIZE, (int(self.starts[0][-1]),)).int()
         forbidden = self.numbers(-1, 3, (num_reqs,)) if self.with_forbidden else None
         self.ops.begin_cycle(
-            self.state, self.cycle, starts[0].int(), starts[1].int(), seq_lens.int(), input_ids,
-            forbidden,
-        )  # fmt: skip
+            self.state, self.cycle, *self.starts, seq_lens.int(), input_ids, forbidden
+        )
 
     def decide(self, turn: int) -> None:
         segments = self.turns.decidable(turn)
@@ -157,10 +157,7 @@ class World:
 
     def read(self, turn: int) -> None:
         # Some requests decode, and their members read only what is new to them.
-        prompt = self.query_lens + self.turns.num_new(turn)
-        decoding = prompt.clamp(max=self.turns.num_unscored(turn))
-        query_lens = torch.where(self.is_decoding, decoding, prompt).clamp(max=MAX_MODEL_LEN)
-        query_start_loc = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0)]).int()
+        query_start_loc = reading_query_start_loc(self.turns, turn, MAX_MODEL_LEN, *self.starts)
         num_tokens = int(query_start_loc[-1])
         written = [torch.zeros(num_tokens, dtype=d, device=DEVICE) for d in (torch.int32,) * 2]
         seq_lens = torch.zeros(self.cycle.num_reqs, dtype=torch.int32, device=DEVICE)
