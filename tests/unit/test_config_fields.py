@@ -262,21 +262,31 @@ def test_wrong_speculation_is_told_by_the_flag(root):
         assert str(caught.value).startswith(line)
 
 
-@pytest.mark.parametrize(
-    ("field", "key"),
-    [
-        ("--max-num-seqs", "method.llm.max_num_seqs"),
-        ("--speculative-config.num_speculative_tokens",) * 2,
-        ("--speculative-config.model", "method.draft_model"),
-        ("draft_model", "method.draft_model"),
-        ("ensemble.extra_model", "method.amateur_model"),
-        ("ensemble.ensemble_args.plausibility", "method.llm.ensemble_args.plausibility"),
-        ("chef.max_gamma", "method.max_gamma"),
-        ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER"),
-    ],
-)
-def test_keys_of_fields(field, key):
-    key = key.replace("--speculative-config", "method.llm.speculative_config")
+# A field, the key of the harness, and the argument of `ensemble_args`.
+NAMES = [
+    ("--model", "method.model", "model"),
+    ("--model/ensemble.extra_model", "method.model/amateur_model", "model/extra_model"),
+    ("--max-num-seqs", "method.llm.max_num_seqs", "max_num_seqs"),
+    (
+        "--speculative-config.num_speculative_tokens",
+        "method.llm.speculative_config.num_speculative_tokens",
+        "speculative_config.num_speculative_tokens",
+    ),
+    ("--speculative-config.model", "method.draft_model", "draft_model"),
+    ("draft_model", "method.draft_model", "draft_model"),
+    ("ensemble.extra_model", "method.amateur_model", "extra_model"),
+    (
+        "ensemble.ensemble_args.plausibility",
+        "method.llm.ensemble_args.plausibility",
+        "ensemble_args.plausibility",
+    ),
+    ("chef.max_gamma", "method.max_gamma", "max_gamma"),
+    ("VLLM_USE_V2_MODEL_RUNNER",) * 3,
+]
+
+
+@pytest.mark.parametrize(("field", "key", "_"), NAMES)
+def test_keys_of_fields(field, key, _):
     keys = Keys(others="amateur_model", draft_model="method.draft_model")
     assert keys.of_field(field) == key
     # Names in a path are not fields.
@@ -285,22 +295,8 @@ def test_keys_of_fields(field, key):
     assert keys.line(error) == f"{key}: {told}"
 
 
-@pytest.mark.parametrize(
-    ("field", "argument"),
-    [
-        ("--model", "model"),
-        ("--model/ensemble.extra_model", "model/extra_model"),
-        ("--max-num-seqs", "max_num_seqs"),
-        ("--speculative-config.num_speculative_tokens",) * 2,
-        ("--speculative-config.model", "draft_model"),
-        ("draft_model", "draft_model"),
-        ("ensemble.ensemble_args.plausibility", "ensemble_args.plausibility"),
-        ("chef.max_gamma", "max_gamma"),
-        ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER"),
-    ],
-)
-def test_arguments_of_fields(field, argument):
-    argument = argument.replace("--speculative-config", "speculative_config")
+@pytest.mark.parametrize(("field", "_", "argument"), NAMES)
+def test_arguments_of_fields(field, _, argument):
     assert argument_name(field, has_draft_model=True) == argument
     given = argument_name("--speculative-config.model", has_draft_model=False)
     assert given == "speculative_config.model"
