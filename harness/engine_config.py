@@ -145,16 +145,13 @@ def _keys(spec: MethodSpec) -> Keys:
 
 def _with_key(error: Exception, spec: MethodSpec) -> str:
     """An error of vLLM in one line that begins with one of our keys; vLLM does not know these."""
+    from vllm.chef.arguments import named_argument
+
     text = one_line(error)
     if isinstance(error, ConfigError):
         return text
-    details = error.errors()[0] if hasattr(error, "errors") else {}
-    # The key comes from the field that pydantic names, else from an argument that the text
-    # mentions, else from the class of the configuration.
-    arguments = sorted(spec.engine_args.keys() - {"model"}, key=len, reverse=True)
-    field = next(iter(details.get("loc", ())), None)
-    field = field or next((name for name in arguments if name in text), None)
-    if field:
+    # Otherwise the key comes from the class of the configuration.
+    if field := named_argument(error, spec.engine_args):
         return f"method.llm.{field}: {text}"
     draft = "method.llm.speculative_config"
     if "draft_model" in spec.parameters:

@@ -35,13 +35,16 @@ def made(root):
         extra_model = [str(root / name) for name in others]
         if "draft_model" in arguments:
             arguments["draft_model"] = str(root / arguments["draft_model"])
-        return ensemble_args(str(root / "large"), extra_model, **arguments)
+        # The models have no tokenizers.
+        return ensemble_args(
+            str(root / "large"), extra_model, skip_tokenizer_init=True, **arguments
+        )
 
     return make
 
 
 def engine_config(arguments: dict):
-    return EngineArgs(**arguments, skip_tokenizer_init=True).create_engine_config()
+    return EngineArgs(**arguments).create_engine_config()
 
 
 def test_a_plain_ensemble(root, made):
@@ -59,12 +62,13 @@ def test_a_plain_ensemble(root, made):
             }
         },
         "max_model_len": 128,
+        "skip_tokenizer_init": True,
     }
     check_ensemble(engine_config(found))
 
 
 def test_one_extra_model_may_be_a_name(root):
-    found = ensemble_args(str(root / "large"), str(root / "other"))
+    found = ensemble_args(str(root / "large"), str(root / "other"), skip_tokenizer_init=True)
     assert found["additional_config"]["ensemble"]["extra_model"] == [str(root / "other")]
 
 
@@ -158,7 +162,7 @@ def test_a_limit_that_turns_need_holds_whatever_starts_the_engine(made, argument
     two = made("other", gamma=5)
     assert "max_num_scheduled_tokens" not in two
     three = made("other", "small", gamma=1)
-    arguments = arguments_of(**three, skip_tokenizer_init=True)
+    arguments = arguments_of(**three)
     check_chef(arguments.create_engine_config())
     spare = three["max_num_batched_tokens"] - three["max_num_scheduled_tokens"]
     assert spare == three["max_num_seqs"]
@@ -192,7 +196,8 @@ def test_engine_arguments_are_passed_through(made):
     assert made("other", speculative_config=own)["speculative_config"] == own
     found = made("other", additional_config={"mine": 1}, gamma=1)
     assert found["additional_config"].keys() == {"mine", "ensemble", "chef"}
-    options = {"rejection_sample_method": "synthetic"}
+    rates = [0.5, 0.25]
+    options = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
     found = made("other", gamma=2, speculative_config=options)["speculative_config"]
     assert (found["num_speculative_tokens"], found["rejection_sample_method"]) == (2, "synthetic")
 
@@ -229,7 +234,10 @@ def test_the_arguments_are_plain_data_and_the_callers_are_left_alone(made):
         (dict(weights=[1]), "weights: 1 weights for 2 members"),
         (dict(ensemble_fn="no_such"), "ensemble_fn: unknown function 'no_such'"),
         (dict(ensemble_args=5), "ensemble_args: 5 does not name parameters"),
-        (dict(gamma=1, weights=[1, 0]), "weights: only member 0 has a weight above 0"),
+        (
+            dict(gamma=1, weights=[1, 0]),
+            "weights: only member 0 (counted from 0) has a weight above 0",
+        ),
         (dict(additional_config={"chef": {}}), "additional_config.chef: the arguments of"),
         (dict(additional_config="x"), "additional_config: 'x' is not a mapping"),
         (dict(gamma=1, speculative_config="x"), "speculative_config: 'x' is not a mapping"),
@@ -240,6 +248,14 @@ def test_the_arguments_are_plain_data_and_the_callers_are_left_alone(made):
             dict(gamma=2, speculative_config={"num_speculative_tokens": 3}),
             "speculative_config.num_speculative_tokens: 3 contradicts the ensemble, which sets 2",
         ),
+        # What the engine would refuse when it starts.
+        (dict(gamma="auto", max_num_seqs=2), "max_num_seqs: gamma auto with these turns needs 6"),
+        (dict(gamma=1, dtype="float3"), "dtype: "),
+        (
+            dict(gamma=2, speculative_config={"rejection_sample_method": "synthetic"}),
+            "speculative_config: rejection_sample_method='synthetic' requires",
+        ),
+        (dict(pipeline_parallel_size=2, gamma=1), "pipeline_parallel_size: "),
     ],
 )
 def test_bad_input_is_told_in_one_line(made, asked, line):

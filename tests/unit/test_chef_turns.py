@@ -34,7 +34,9 @@ def test_turn_order_is_checked():
     for order in ([0, 1], [0, 1, 1], [0, 1, 3]):
         with pytest.raises(ValueError, match=r"^chef\.turn_order: .*each member once"):
             chef_turns([1, 1, 1], [1, 1, 1], ALL, order)
-    with pytest.raises(ValueError, match=r"^chef\.turn_order: member 1 cannot open"):
+    with pytest.raises(
+        ValueError, match=r"^chef\.turn_order: member 1 \(counted from 0\) cannot be the first"
+    ):
         chef_turns([1, 2, 1], [1, 1, 1], ALL, [1, 0, 2])
 
 
@@ -101,12 +103,17 @@ def test_what_cannot_be_meant_is_refused(config, message):
     [
         (dict(gamma=[1, 2]), ALL, r"^chef\.gamma: \[1, 2\] has 2 entries for 3 members"),
         (dict(gamma=[2, 2, 3]), ALL, r"^chef\.gamma: \[2, 2, 3\] has no 1"),
-        (dict(), (True, False, False), r"^ensemble\.weights: only member 0 has a weight above 0"),
+        (
+            dict(),
+            (True, False, False),
+            r"^ensemble\.weights: only member 0 \(counted from 0\) has a weight above 0",
+        ),
         (dict(), (False, True, True), r"^ensemble\.weights: the first member has weight 0"),
         (
             dict(policy="sd"),
             (True, True, False),
-            r"^ensemble\.weights: member 2 has weight 0, which policy sd does not allow",
+            r"^ensemble\.weights: member 2 \(counted from 0\) has weight 0, which policy sd does "
+            "not allow",
         ),
     ],
 )

@@ -181,20 +181,22 @@ TABLE = [
         "cd_chef",
         ["other"],
         {"gamma": [1, 2], "turn_order": [1, 0]},
-        "chef.turn_order: member 1 cannot open the step",
-        "method.turn_order: member 1 cannot open the step",
-        "turn_order: member 1 cannot open the step",
+        "chef.turn_order: member 1 (counted from 0) cannot be the first",
+        "method.turn_order: member 1 (counted from 0) cannot be the first",
+        "turn_order: member 1 (counted from 0) cannot be the first",
     ),
     (
         "ensemble_sd",
         ["other", "small"],
         {"gamma": 2, "policy": "sd", "weights": [1, 1, 0]},
-        "ensemble.weights: member 2 has weight 0, which policy sd does not allow; leave the member "
-        "out, or let it propose with --speculative-config.model",
-        "method.weights: member 2 has weight 0, which policy sd does not allow; leave the member "
-        "out, or let it propose with method.draft_model",
-        "weights: member 2 has weight 0, which policy sd does not allow; leave the member out, or "
-        "let it propose with draft_model",
+        "ensemble.weights: member 2 (counted from 0) has weight 0, which policy sd does not "
+        "allow; leave the member out, or let it propose to a plain ensemble "
+        "(--speculative-config.model)",
+        "method.weights: member 2 (counted from 0) has weight 0, which policy sd does not "
+        "allow; leave the member out, or let it propose to a plain ensemble "
+        "(method.draft_model)",
+        "weights: member 2 (counted from 0) has weight 0, which policy sd does not "
+        "allow; leave the member out, or let it propose to a plain ensemble (draft_model)",
     ),
     (
         "ensemble_chef",

@@ -326,7 +326,11 @@ def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch
         ("cd_chef", ["method.gamma=[2,3]"], r"^method\.gamma: \[2, 3\] has no 1; .* gamma 1"),
         ("cd_chef", ["method.gamma=[1,2,3]"], r"^method\.gamma: .* 3 entries for 2 members; give"),
         ("cd_chef", ["method.turn_order=[0,0]"], r"^method\.turn_order: \[0, 0\] must name each"),
-        ("cd_chef", ["method.turn_order=[1,0]"], r"^method\.turn_order: member 1 cannot open"),
+        (
+            "cd_chef",
+            ["method.turn_order=[1,0]"],
+            r"^method\.turn_order: member 1 \(counted from 0\) cannot be the first",
+        ),
         ("cd_chef", ["method.turn_order=1"], r"^method\.turn_order: 1 is no list of members"),
         (
             "cd_chef",
@@ -338,12 +342,13 @@ def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch
         (
             "ensemble_chef",
             ["method.weights=[1,0]"],
-            r"^method\.weights: only member 0 has a weight above 0",
+            r"^method\.weights: only member 0 \(counted from 0\) has a weight above 0",
         ),
         (
             "ensemble_sd",
             ["method.extra_model=[other,third]", "method.weights=[1,1,0]"],
-            r"^method\.weights: member 2 has weight 0, which policy sd does not allow; leave",
+            r"^method\.weights: member 2 \(counted from 0\) has weight 0, which policy sd does not "
+            "allow; leave",
         ),
     ],
 )

@@ -55,7 +55,11 @@ def test_a_request_gets_what_it_asks_for(function, extra_args, expected):
         (WEIGHTED, {"ensemble_weights": 1}, "ensemble_weights: 1 is not a list"),
         (WEIGHTED, {"ensemble_weights": None}, "ensemble_weights: None is not a number"),
         (WEIGHTED, {"ensemble_weights": [[1], 1, 0]}, "ensemble_weights: .* is not a number"),
-        (WEIGHTED, {"ensemble_weights": [1, 1, 0.1]}, "ensemble_weights: member 3 has weight 0"),
+        (
+            WEIGHTED,
+            {"ensemble_weights": [1, 1, 0.1]},
+            r"ensemble_weights: member 2 \(counted from 0\) has weight 0",
+        ),
         (WEIGHTED, {"ensemble_alpha": 0.1}, "ensemble_alpha: .*a request may set ensemble_weights"),
         (WEIGHTED, {"ensemble_wights": [1]}, "ensemble_wights: no such parameter.*ensemble_alpha"),
         (WEIGHTED, {"ensemble_": [1]}, "ensemble_: no such parameter"),

@@ -21,6 +21,7 @@ from vllm.chef.config import (
     POLICIES,
     SCHEDULER,
     ChefConfig,
+    check_chef,
     depth_schedule,
     resolve_turns,
     scheduled_tokens,
@@ -30,6 +31,7 @@ from vllm.ensemble_decode import config as ensemble_config
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.errors import ConfigFieldError, reason
 from vllm.ensemble_decode.functions import ENSEMBLE_FUNCTIONS
+from vllm.ensemble_decode.members import check_ensemble
 
 logger = init_logger(__name__)
 
@@ -95,9 +97,9 @@ def ensemble_args(
         `max_num_batched_tokens`: as given, or else those that vLLM has for `LLM`.
 
     Raises:
-        ConfigFieldError: one line that names the argument and the remedy. An error that the engine
-            finds when it starts has the names of `additional_config` and of vLLM's flags:
-            `ensemble.alpha` for `alpha`, `chef.gamma` for `gamma`.
+        ConfigFieldError: one line that names the argument and the remedy. An engine that is
+            configured in another way has the names of `additional_config` and of vLLM's flags in
+            such a line: `ensemble.alpha` for `alpha`, `chef.gamma` for `gamma`.
     """
     with _errors_of_arguments(engine_args):
         if policy not in (None, PLAIN, *POLICIES):
@@ -123,9 +125,7 @@ def ensemble_args(
         if resolved.is_shortened:
             logger.warning(context_warning(resolved.engine_args["max_model_len"], draft_model))
         arguments = {"model": model, **engine_args, **resolved.engine_args}
-        if resolved.turns is not None and arguments.get("max_num_scheduled_tokens") is None:
-            arguments |= _budget(arguments, resolved.turns)
-        return arguments
+        return _with_limits(arguments, resolved.turns)
 
 
 def resolve_ensemble(
@@ -340,17 +340,42 @@ def _speculative_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any])
     return {**ours, **given}
 
 
-def _budget(arguments: Mapping[str, Any], turns: Turns) -> dict[str, int]:
-    """The limits of a step that turns need, as engine arguments. Empty if vLLM's limits suffice.
+def _with_limits(arguments: dict[str, Any], turns: Turns | None) -> dict[str, Any]:
+    """The engine arguments, with the limits of a step that turns need.
 
-    vLLM's defaults depend on what starts the engine, so all three limits are set together.
+    vLLM's defaults depend on what starts the engine. So where turns need a limit, all three are
+    set together.
+
+    Raises:
+        ConfigFieldError: what vLLM or the ensemble would refuse when the engine starts.
     """
-    if turns.num_new(len(turns) - 1) == 1:
-        return {}
-    config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+    try:
+        config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+    except ValueError as error:
+        is_speculative = getattr(error, "title", "") == "SpeculativeConfig"
+        default = "speculative_config" if is_speculative else "model"
+        name = named_argument(error, arguments) or default
+        raise ConfigFieldError(f"--{name.replace('_', '-')}", reason(error)) from error
+    if turns is None:
+        check_ensemble(config)
+        return arguments
     scheduler = config.scheduler_config
-    return {
-        "max_num_seqs": scheduler.max_num_seqs,
-        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
-        "max_num_scheduled_tokens": scheduled_tokens(config, turns),
-    }
+    limits = {}
+    is_open = arguments.get("max_num_scheduled_tokens") is None
+    if is_open and turns.num_new(len(turns) - 1) > 1:
+        scheduler.max_num_scheduled_tokens = scheduled_tokens(config, turns)
+        names = ("max_num_seqs", "max_num_batched_tokens", "max_num_scheduled_tokens")
+        limits = {name: getattr(scheduler, name) for name in names}
+    check_chef(config)
+    return arguments | limits
+
+
+def named_argument(error: Exception, engine_args: Mapping[str, Any]) -> str | None:
+    """The engine argument that an error of vLLM is about. None if the error does not tell.
+
+    pydantic names the field. Other errors may mention an argument in their text.
+    """
+    details = error.errors()[0] if hasattr(error, "errors") else {}
+    names = sorted(engine_args.keys() - {"model"}, key=len, reverse=True)
+    mentioned = (name for name in names if name in reason(error))
+    return next(iter(details.get("loc", ())), None) or next(mentioned, None)

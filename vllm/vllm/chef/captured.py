@@ -124,7 +124,7 @@ class ReadingBuffers:
         )
 
 
-class CapturedParts:
+class GraphFunctions:
     """The functions that are captured. The arguments from `num_reqs` on are vLLM's.
 
     Args:

@@ -151,8 +151,8 @@ class ChefConfig(PlainData):
         if sum(scores) < 2:
             raise ConfigFieldError(
                 "ensemble.weights",
-                f"only member {scores.index(True)} has a weight above 0, and turns need two such "
-                "members; raise another weight",
+                f"only member {scores.index(True)} (counted from 0) has a weight above 0, and "
+                "turns need two such members; raise another weight",
             )
         if not scores[0]:
             raise ConfigFieldError(
@@ -162,8 +162,9 @@ class ChefConfig(PlainData):
         if self.policy == "sd" and not all(scores):
             raise ConfigFieldError(
                 "ensemble.weights",
-                f"member {scores.index(False)} has weight 0, which policy sd does not allow; leave "
-                "the member out, or let it propose with --speculative-config.model",
+                f"member {scores.index(False)} (counted from 0) has weight 0, which policy sd does "
+                "not allow; leave the member out, or let it propose to a plain ensemble "
+                "(--speculative-config.model)",
             )
 
     def _check_length(self, gammas: Sequence[int], num_members: int) -> None:
@@ -272,8 +273,8 @@ def _check_carrier(vllm_config: VllmConfig, turns: Turns, is_adaptive: bool) -> 
         raise ConfigFieldError(
             "--speculative-config",
             "turns need "
-            '{"method": "draft_model", "model": <one of the other members>, '
-            f'"num_speculative_tokens": {turns.window}}}',
+            '{"method": "draft_model", "model": <a member with as many vocabulary rows as the '
+            f'first>, "num_speculative_tokens": {turns.window}}}',
         )
     if is_adaptive:
         _check_adaptive(vllm_config, turns)

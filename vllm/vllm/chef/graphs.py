@@ -27,7 +27,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
-from vllm.chef.captured import CapturedParts
+from vllm.chef.captured import GraphFunctions
 from vllm.chef.sampling import Processing
 
 Replay = Callable[[], None]
@@ -101,7 +101,7 @@ class StepGraphs(NamedTuple):
 class CycleGraphs:
     """The graphs of a cycle. A `CycleGraphs` that nothing was added to holds none.
 
-    Each graph has a key: the name of a method of `CapturedParts`, and its first arguments.
+    Each graph has a key: the name of a method of `GraphFunctions`, and its first arguments.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -162,7 +162,7 @@ class CycleGraphs:
         ]
         return max(counts, default=0)
 
-    def capture(self, parts: CapturedParts, *args: Any) -> None:
+    def capture(self, parts: GraphFunctions, *args: Any) -> None:
         """Capture the functions in `parts`.
 
         `args` are the further arguments of `SpeculatorCudaGraphManager.capture`.

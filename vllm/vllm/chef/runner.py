@@ -17,6 +17,7 @@ from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
 from vllm.chef.sampling import AllParams, Processing, StepParams, needed_processing
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.state import Outputs
+from vllm.chef.step import CycleStep
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores
 from vllm.ensemble_decode.config import EnsembleConfig
@@ -94,24 +95,34 @@ class ChefRunner(MemberRunner):
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        prompt_logprobs = self.prompt_logprobs_worker
-        processing = self._processing(input_batch, grammar_output)
-        params = self.speculator.step_params(input_batch, processing)
-        engine_step = self._engine_step(hidden_states, input_batch, params, grammar_output)
-        prompt_logprobs.take_up_first(hidden_states, input_batch)
-        step = self.speculator.begin(
-            input_batch,
+        step = self._begin(hidden_states, input_batch, grammar_output)
+        outputs = step.run()
+        return self._output(step, outputs, input_batch)
+
+    def _begin(
+        self,
+        hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+        batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+    ) -> CycleStep:
+        processing = self._processing(batch, grammar_output)
+        params = self.speculator.step_params(batch, processing)
+        engine_step = self._engine_step(hidden_states, batch, params, grammar_output)
+        self.prompt_logprobs_worker.take_up_first(hidden_states, batch)
+        return self.speculator.begin(
+            batch,
             engine_step,
             processing,
             self.num_tokens_to_propose,
-            prompt_logprobs.is_asked,
+            self.prompt_logprobs_worker.is_asked,
         )
-        outputs = step.run()
-        prompt_logprobs.take_up(step.readings, step.cycle, input_batch)
-        dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
-        logprobs = None
-        if dims is not None:
-            logprobs = self.speculator.logprobs(engine_step.scores, dims)
+
+    def _output(
+        self, step: CycleStep, outputs: Outputs, batch: InputBatch
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        self.prompt_logprobs_worker.take_up(step.readings, step.cycle, batch)
+        dims = self.sampler.get_logprobs_dims(batch.idx_mapping_np)
+        logprobs = None if dims is None else self.speculator.logprobs(step, dims)
         return sampler_output(outputs, logprobs)
 
     def _processing(

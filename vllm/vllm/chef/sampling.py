@@ -209,10 +209,10 @@ class DeviceParams:
             rows, count = logits.flatten(0, 1), len(logits)
             if self.processing == Processing.ALL:
                 self._apply_processors(rows, count, cycle, candidates, layout)
-            request = layout.request.repeat(count)
             if not self.scales:
-                apply_temperature(rows, request, cycle.temperature)
+                apply_temperature(rows, layout.request.repeat(count), cycle.temperature)
             if self.processing >= Processing.FILTERS:
+                request = layout.request.repeat(count)
                 apply_min_p(rows, request, cycle.min_p)
                 rows = apply_top_k_top_p(rows, cycle.top_k[request], cycle.top_p[request])
             return rows.view(logits.shape)

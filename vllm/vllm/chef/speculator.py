@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm.chef.captured import CapturedParts, ReadingBuffers, StepInputs
+from vllm.chef.captured import GraphFunctions, ReadingBuffers, StepInputs
 from vllm.chef.cycle import EngineStep, TurnRunner
 from vllm.chef.gammas import StepGammas
 from vllm.chef.grammar import forbidden_tokens
@@ -59,6 +59,20 @@ class ChefSpeculator(StandaloneARSpeculator):
     finishes the step.
     """
 
+    # From `load_model` on.
+    first_members: MemberGroup
+    state: ProposalState
+    all_cycle: Cycle
+    """The cycle of the largest batch. Each step's cycle is a view of its first rows."""
+    # From `set_sampler` on.
+    sampler: Sampler
+    processor_states: ProcessorStates
+    verifier: Verifier
+    caller: MemberCaller
+    turn_runner: TurnRunner
+    # From the first `begin` on.
+    step: CycleStep
+
     def __init__(
         self,
         vllm_config: VllmConfig,
@@ -82,7 +96,7 @@ class ChefSpeculator(StandaloneARSpeculator):
         depths = range(turns.window + 1) if is_dynamic else [turns.window]
         self.gammas = StepGammas(turns, depths, device)
         self.graphs = CycleGraphs(vllm_config, device)
-        self.captured: CapturedParts | None = None
+        self.captured: GraphFunctions | None = None
 
     # Before the first step
 
@@ -117,7 +131,6 @@ class ChefSpeculator(StandaloneARSpeculator):
             self.device,
         )
         self.all_cycle = make_cycle(self.state, self.max_num_reqs)
-        """The cycle of the largest batch. Each step's cycle is a view of its first rows."""
 
     def set_sampler(self, sampler: Sampler, coefficients: SlotCoefficients) -> None:
         """Build the objects that need vLLM's sampler. vLLM makes it after the members."""
@@ -172,7 +185,7 @@ class ChefSpeculator(StandaloneARSpeculator):
     def _reading_lengths(self, turn: int) -> dict[int, int]:
         """Tokens that the turn's member reads, by tokens per request in the engine step."""
         lengths = {1 + depth: self.turns.num_read(turn, 1 + depth) for depth in self.gammas.depths}
-        return {step: min(length, self.max_model_len) for step, length in lengths.items()}
+        return {step_len: min(length, self.max_model_len) for step_len, length in lengths.items()}
 
     def _can_capture_decisions(self) -> bool:
         """Whether graphs can hold the decisions. If not, the log says why."""
@@ -208,7 +221,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             self.kv_cache_config,
         )
 
-    def _make_captured(self) -> CapturedParts:
+    def _make_captured(self) -> GraphFunctions:
         """Allocate the memory that graphs share with a step."""
         first, dtype = self.first_members, self.vllm_config.model_config.dtype
         hidden = torch.zeros(1, sum(first.hidden_sizes), dtype=dtype, device=self.device)
@@ -228,14 +241,14 @@ class ChefSpeculator(StandaloneARSpeculator):
             dtype,
             self.device,
         )
-        return CapturedParts(self.turn_runner, self.caller, self.all_cycle, inputs, readings)
+        return GraphFunctions(self.turn_runner, self.caller, self.all_cycle, inputs, readings)
 
     # In a step
 
     def begin(
         self,
         batch: InputBatch,
-        step: EngineStep,
+        engine_step: EngineStep,
         processing: Processing | None,
         num_tokens: int,
         keeps_readings: bool,
@@ -251,10 +264,10 @@ class ChefSpeculator(StandaloneARSpeculator):
             self._refresh_block_tables()
         found = self._find_graphs(batch, processing, keeps_readings)
         if found.decisions is not None:
-            self.captured.inputs.load(step, processing)
+            self.captured.inputs.load(engine_step, processing)
         self.step = CycleStep(
             self._load_cycle(batch),
-            step,
+            engine_step,
             self.turn_runner,
             EagerPasses(self.caller, batch, self.graphs.mixed_size),
             self.gammas,
@@ -319,9 +332,9 @@ class ChefSpeculator(StandaloneARSpeculator):
         """See `grammar.forbidden_tokens`."""
         return forbidden_tokens(batch, bitmask, self.req_states.draft_tokens, self.state.lengths)
 
-    def logprobs(self, scores: StepScores, dims: tuple[int, int]) -> LogprobsTensors:
+    def logprobs(self, step: CycleStep, dims: tuple[int, int]) -> LogprobsTensors:
         """See `Verifier.logprobs`. The step has run."""
-        return self.verifier.logprobs(scores, self.step.cycle, *dims)
+        return self.verifier.logprobs(step.engine_step.scores, step.cycle, *dims)
 
     @torch.inference_mode()
     def propose(

@@ -7,21 +7,21 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm.chef.captured import CapturedParts
-from vllm.chef.cycle import EngineStep, Passes, Reading, TurnRunner
+from vllm.chef.captured import GraphFunctions
+from vllm.chef.cycle import EngineStep, Parts, Passes, Reading, TurnRunner
 from vllm.chef.gammas import StepGammas
 from vllm.chef.graphs import CycleGraphs, StepGraphs
 from vllm.chef.state import Cycle, Outputs
 from vllm.chef.stats import TurnStats
 
 
-class CycleStep:
+class CycleStep(Parts):
     """The cycle of one step. Call `run`, then `finish`.
 
     Each part of the cycle is replayed if a graph holds it. Otherwise it runs without a graph.
 
     Args:
-        step: what vLLM has run.
+        engine_step: what vLLM has run.
         passes: the passes that no graph holds.
         step_graphs: the graphs of this step's decisions, and of its readings.
         captured: what graphs hold. None if the engine has no graphs.
@@ -33,16 +33,16 @@ class CycleStep:
     def __init__(
         self,
         cycle: Cycle,
-        step: EngineStep,
+        engine_step: EngineStep,
         turn_runner: TurnRunner,
         passes: Passes,
         gammas: StepGammas,
         graphs: CycleGraphs,
         step_graphs: StepGraphs,
-        captured: CapturedParts | None,
+        captured: GraphFunctions | None,
         keeps_readings: bool = False,
     ) -> None:
-        self.cycle, self.step = cycle, step
+        self.cycle, self.engine_step = cycle, engine_step
         self.turn_runner, self.passes = turn_runner, passes
         self.gammas, self.graphs = gammas, graphs
         self.step_graphs, self.captured = step_graphs, captured
@@ -64,7 +64,7 @@ class CycleStep:
         if self.step_graphs.decisions is not None:
             self.step_graphs.decisions[0]()
         else:
-            self.turn_runner.open(self.cycle, self.step)
+            self.turn_runner.open(self.cycle, self.engine_step)
 
     def read(self, turn: int) -> None:
         if self.step_graphs.readings is not None:
@@ -86,7 +86,7 @@ class CycleStep:
             reading = self.captured.readings.of_turn(turn, self.cycle.num_reqs)
         else:
             reading = self.reading
-        self.turn_runner.judge(turn, self.cycle, self.step, reading)
+        self.turn_runner.judge(turn, self.cycle, self.engine_step, reading)
 
     def propose_more(self, turn: int) -> None:
         num_passes = self.gammas.num_passes(turn)

@@ -187,8 +187,8 @@ def chef_turns(
     elif gammas[order[0]] != 1 or not scores[order[0]]:
         raise ConfigFieldError(
             "chef.turn_order",
-            f"member {order[0]} cannot open the step, which a member of the "
-            "ensemble with gamma 1 must do; begin with another, or set its gamma to 1",
+            f"member {order[0]} (counted from 0) cannot be the first; the first member must have "
+            "gamma 1 and a weight above 0, so begin with another member, or set its gamma to 1",
         )
     return Turns(tuple(Turn((member,), gammas[member]) for member in order), tuple(scores))
 

@@ -126,8 +126,8 @@ def requested_coefficients(
         if is_counted and not was_counted:
             raise ConfigFieldError(
                 key,
-                f"member {member + 1} has weight 0 in the engine's configuration, so decisions "
-                "do not wait for it; a request must leave its weight at 0",
+                f"member {member} (counted from 0) has weight 0 in the engine's configuration, so "
+                "decisions do not wait for it; a request must leave its weight at 0",
             )
     if any(c != 0 and not SMALLEST <= abs(c) <= LARGEST for c in own.coefficients):
         raise ConfigFieldError(

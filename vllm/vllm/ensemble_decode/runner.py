@@ -115,7 +115,8 @@ class EnsembleRunner(MemberRunner):
             return super().sample(hidden_states, input_batch, grammar_output)
 
     def replace_helpers(self) -> None:
-        """Replace two helpers of a step, so that they take the logits of all members.
+        """Replace two helpers of a step. Ours take the logits of all members, and know what
+        each request overrides.
 
         vLLM has no hook for them.
         """

@@ -33,11 +33,8 @@ def combine(
     num_members, num_rows, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     if rows is None:
-        coefficients, slots, rows_per_slot = (
-            _on_device(function.coefficients, logits.device),
-            None,
-            1,
-        )
+        coefficients = _on_device(function.coefficients, logits.device)
+        slots, rows_per_slot = None, 1
         subtracts = min(function.coefficients) < 0
     else:
         coefficients, slots, rows_per_slot = rows
