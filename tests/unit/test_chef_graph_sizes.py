@@ -154,6 +154,31 @@ def test_no_graph_is_larger_than_a_step_may_be():
         assert num_reqs <= graphs.max_decided() <= max_num_tokens
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_tokens_of_any_layout_get_the_next_larger_piecewise_graph(sizes):
+    turns = chef_turns((1, 5), (2, 1), (True, True))
+    # Prompts have many tokens of few requests.
+    vllm_config = config(SIZES[sizes], 2, turns.window, depth_schedule(turns))
+    graphs = cycle_graphs(vllm_config, turns, [turns.window])
+    assert graphs.mixed_size(1, 1) is None, "it has full graphs only"
+    graphs.add_mixed_readings(1)
+    for num_tokens in range(1, max(SIZES[sizes], default=0) + 2):
+        held = [size for size in SIZES[sizes] if size >= num_tokens]
+        assert graphs.mixed_size(1, num_tokens) == min(held, default=None), num_tokens
+    captured = set(graphs.managers["member", 1]._capture_descs)
+    assert captured <= {CUDAGraphMode.PIECEWISE}
+    assert graphs.mixed_size(2, 1) is None, "this turn has no piecewise graphs"
+    assert CycleGraphs(vllm_config, None).mixed_size(1, 1) is None
+
+
+def test_piecewise_graphs_hold_nothing_before_they_are_captured():
+    graphs = CycleGraphs(config(SIZES["default"], 2, 5, None), None)
+    graphs.add_mixed_readings(1)
+    assert graphs.mixed_size(1, 3) == 4
+    graphs.managers["member", 1]._graphs_captured = False
+    assert graphs.mixed_size(1, 3) is None
+
+
 def test_a_member_reads_what_it_has_not_scored():
     for gammas, lengths in {
         (1, 1): [[1, 2], [2, 2]],
