@@ -12,22 +12,23 @@ from scripts.training_text import EXCLUDED_PACKAGES, NGRAM
 ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAKING = {
     PYTHON: """\
-A fine-tune of `{origin}` on Python source and documentation. It is a
-LoRA adapter of rank {rank} on all projections, stored in bfloat16 and trained on the
-cross-entropy of the next token. `scripts/prepare_models.py` merges it into `models/{base}` and
-writes `models/{name}`.""",
+This model is `{origin}`, fine-tuned on Python source and documentation.
+This folder stores a LoRA adapter of rank {rank} on all projections, in bfloat16. The loss was the
+cross-entropy of the next token. `scripts/prepare_models.py` merges the adapter into `models/{base}`
+and writes `models/{name}`.""",
     AMATEUR: """\
-Layers {layers} of `{origin}`, trained further to reproduce the
-next-token distributions of the whole model. The loss is KL(whole || this) over the whole
-vocabulary. The text is Python source and documentation. This folder stores these layers and the
-last norm, with matrices in eight bits and a scale per row. `scripts/prepare_models.py` adds the
-embeddings and the head of `models/{base}`, which were not trained, and writes
+This model has layers {layers} of `{origin}`. They were trained further to
+reproduce the next-token distributions of the whole model on Python source and documentation. The
+loss was KL(whole || this) over the whole vocabulary. This folder stores the layers and the last
+norm, with matrices in eight bits and a scale per row. The embeddings and the head were not trained.
+`scripts/prepare_models.py` takes them from `models/{base}` and writes
 `models/{name}`.""",
 }
 LIMITS = {
     PYTHON: """\
 The model continues files. Nobody measured whether it still follows instructions as its base does.
-Nothing was done against wrong or unsafe code, or against repeated text from its sources.""",
+It may write wrong or unsafe code, and it may repeat text from its sources. Nothing prevents
+this.""",
     AMATEUR: """\
 The model has two uses: it proposes tokens that larger models check, and it is the amateur of
 contrastive decoding. It is not meant to write alone. The figures hold for text like its training
@@ -48,16 +49,19 @@ base_model: {origin}
 
 {training}
 
-Text: {num_documents} files of Python source and documentation (`.py`, `.rst`, `.md`, package
-descriptions) of the standard library and of installed packages. They make {num_blocks} blocks of
-{context} tokens. The sha256 over the files begins with {digest}. Left out are the packages
-{excluded}, and {num_contaminated} files that share {ngram} words in a row with a
-prompt, solution or test of HumanEval.
+The text is Python source and documentation of the standard library and of installed packages:
+`.py`, `.rst` and `.md` files, and package descriptions. Its {num_documents} files make
+{num_blocks} blocks of {context} tokens. The sha256 over the files begins with {digest}.
+
+These files were left out:
+- all files of {excluded},
+- {num_contaminated} files that share {ngram} words in a row with a prompt, solution or test of
+  HumanEval.
 
 ## Measured
 
-On {num_measured} tokens of packages held out whole ({held_out}),
-in float32, with the weights as they are stored:
+The models ran in float32, this one with its stored weights. They read {num_measured} tokens of
+packages that were left out of the training: {held_out}.
 
 {table}
 

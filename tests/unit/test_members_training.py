@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -22,11 +23,16 @@ FLAGS = [
     *("--steps", "20", "--batch-size", "4", "--context", "32", "--learning-rate", "0.01"),
     *("--held-out-blocks", "4", "--layers", "0", "2", "--device", "cpu"),
 ]
+# What a card says of a run beside its tables.
+FIGURES = [
+    *("rank", "layers", "context", "num_documents", "num_blocks", "num_contaminated"),
+    *("digest", "num_measured", "held_out"),
+]
 
 
 @pytest.fixture(scope="module")
 def scripts():
-    names = ("training_text", "prepare_models", "train_members")
+    names = ("training_text", "prepare_models", "train_members", "member_cards")
     return SimpleNamespace(**{name: importlib.import_module(f"scripts.{name}") for name in names})
 
 
@@ -295,6 +301,16 @@ def test_cards_tell_what_was_measured(scripts, root, base, trained):
         figures = [float(cell) for cell in rows[0].split("|")[2:-1]]
         assert len(figures) == 5 and 0 < figures[3] < 1
     assert "| smollm2-python |" in (trained / "smollm2-amateur" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["smollm2-python", "smollm2-amateur"])
+def test_the_stored_cards_are_as_the_script_writes_them(scripts, name):
+    """Figures, rows and line breaks may differ."""
+    figures = dict.fromkeys(FIGURES, "@")
+    card = scripts.member_cards.model_card(name, {"@": "@"}, {"@": {}}, **figures)
+    pattern = re.escape(" ".join(card.split())).replace("@", ".+?")
+    stored = (scripts.prepare_models.WEIGHTS / name / "README.md").read_text()
+    assert re.fullmatch(pattern, " ".join(stored.split()))
 
 
 def test_the_adapter_has_its_settings_beside_it(trained):
