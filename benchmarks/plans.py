@@ -81,7 +81,10 @@ class Run:
             raise ValueError(f"'{self.text}': a PROPOSER has a plain gamma; {GRAMMAR}")
         if self.policy in ("chef", "sd") and len(self.members) == 1:
             raise ValueError(f"'{self.text}': one member cannot take turns; {GRAMMAR}")
-        if self.policy != "chef" and not all(self.scores):
+        # With `sd`, only the last of three or more members may be without a say.
+        may_be_outside = self.policy == "sd" and len(self.members) > 2
+        must_score = self.scores[:-1] if may_be_outside else self.scores
+        if self.policy != "chef" and not all(must_score):
             raise ValueError(f"'{self.text}': a member without a say takes turns; {GRAMMAR}")
 
     @property

@@ -138,7 +138,7 @@ def in_graphs(row: Row, run: Run, engine: Mapping[str, Any]) -> Row:
 def in_turn(times: Mapping[str, Any], turn: int, turns: Turns, size: int) -> Row:
     """The times of a turn after the first: the pass that reads, and all passes of one token."""
     reading = at_least(times["reading"], size * turns.num_read(turn, 1 + turns.window))
-    num_passes, passes = turns.num_passes(turns[turn].gamma), 0.0
+    num_passes, passes = turns.num_passes(turn, turns[turn].gamma), 0.0
     if num_passes:
         one = at_least(times["passes"], size)
         passes = one and one * num_passes / times["passes_per_replay"]

@@ -43,6 +43,7 @@ POLICIES = {
     "outside-3": [
         (dict(gamma=[1, 1, 3]), 4),
         (dict(gamma=[2, 1, 2], turn_order=[1, 2, 0]), 4),
+        (dict(policy="sd", gamma=3), 3),
     ],
     "mean-4": [(dict(gamma=[1, 2, 1, 1]), 4)],
 }

@@ -50,6 +50,7 @@ CASES = {
     "probs-3": ("probs", 3, dict(gamma=[1, 2, 1]), 3),
     "raw-logits-3": ("raw-logits", 3, dict(gamma=[1, 1, 1]), 2),
     "outside": ("probs", "outside", dict(gamma=[1, 1, 2]), 3),
+    "sd outside": ("probs", "outside", dict(policy="sd", gamma=2), 2),
     "auto": ("probs", 2, dict(gamma="auto", max_gamma=[1, 3]), 3),
     "sd": ("probs", 2, dict(policy="sd", gamma=2), 2),
     "sd-3": ("logits", 3, dict(policy="sd", gamma=2), 2),
@@ -148,7 +149,7 @@ def test_turns_sample_from_the_ensemble(case, models, references):
 
 BLOCK = {"rejection_sample_method": "block"}
 # Decisions that judge several tokens.
-BLOCK_CASES = ["raw-logits", "probs", "probs-3", "outside", "sd", "sd-3"]
+BLOCK_CASES = ["raw-logits", "probs", "probs-3", "outside", "sd", "sd-3", "sd outside"]
 
 
 @pytest.mark.parametrize("case", quick(BLOCK_CASES, "outside"))
@@ -159,7 +160,7 @@ def test_blocks_leave_the_distribution_what_it_is(case, models, references):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["raw-logits", "probs-3", "outside", "sd"])
+@pytest.mark.parametrize("case", ["raw-logits", "probs-3", "outside", "sd", "sd outside"])
 def test_blocks_in_half_precision_and_cuda_graphs(case, models, references, monkeypatch):
     replays = counted_replays(monkeypatch)
     arguments = dict(dtype="bfloat16", enforce_eager=False, when_started=replays.clear)
@@ -181,6 +182,7 @@ def test_blocks_in_half_precision_and_cuda_graphs(case, models, references, monk
         ("raw-logits", 60, TEMPERATURES),
         ("probs-3", 60, TEMPERATURES),
         ("outside", 3, TEMPERATURES),
+        ("sd outside", 60, TEMPERATURES),
         ("raw-logits", 60, PARAMETERS),
         ("probs-3", 60, PARAMETERS),
         ("logits", 3, PARAMETERS),

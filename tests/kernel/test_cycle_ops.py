@@ -36,6 +36,7 @@ TURNS = {
     "three": chef_turns([1, 2, 4], [9, 5, 1], (True, True, True)),
     "outside": chef_turns([1, 1, 3], [9, 5, 1], (True, True, False)),
     "sd": sd_turns(3, 4),
+    "sd outside": sd_turns(3, 4, (True, True, False)),
 }
 SEEDS = range(2)
 
@@ -219,7 +220,7 @@ def steps(turns: Turns) -> list[tuple[str, Callable[[World], None]]]:
         judge=lambda turn: runner.judge(turn, anything, step, anything),
         # One pass more than the turn has room for.
         propose_more=lambda turn: runner.propose_more(
-            turn, turns.num_passes(turns[turn].gamma) + 1, anything, recorder
+            turn, turns.num_passes(turn, turns[turn].gamma) + 1, anything, recorder
         ),
     )
     runner.run(anything, parts)

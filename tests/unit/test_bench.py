@@ -107,6 +107,7 @@ def test_members_without_a_say_and_plain_counterparts():
         "a@auto1",
         "a/c@auto5",
         "a+b:0@sd5",
+        "a:0+b+c@sd5",
     ],
 )
 def test_runs_that_cannot_be_meant_are_refused(text):

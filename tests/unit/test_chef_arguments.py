@@ -1,6 +1,9 @@
 """`ensemble_args`: from members, function and turns to vLLM's engine arguments."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -272,3 +275,30 @@ def test_members_that_are_not_there(made, others, monkeypatch):
     with pytest.raises(ConfigFieldError, match=r"^extra_model: ") as caught:
         made(*others)
     assert "\n" not in str(caught.value)
+
+
+# Prints the status of a fork that uses several threads, as vLLM's engine process may be one. A fork
+# that waits for threads which it does not have is ended by the alarm.
+IN_A_FORK = """
+import os, signal, sys
+import torch
+from vllm.chef import ensemble_args
+
+ensemble_args(*sys.argv[1:], gamma=1, skip_tokenizer_init=True)
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    torch.ones(2, 200_000).log_softmax(-1)
+    os._exit(0)
+print("status", os.waitpid(child, 0)[1])
+"""
+
+
+def test_the_process_can_still_be_forked(tmp_path):
+    """On CUDA vLLM forks the process of `LLM(**ensemble_args(...))`."""
+    for name in ("0", "1"):
+        llama_config(vocab_size=200_000).save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", IN_A_FORK, str(tmp_path / "0"), str(tmp_path / "1")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "status 0"

@@ -41,6 +41,7 @@ TURNS = {
     ),
     "sd": sd_turns(2, 4),
     "sd of three": sd_turns(3, 1),
+    "sd, the last outside": sd_turns(3, 4, (True, True, False)),
 }
 
 

@@ -56,7 +56,7 @@ def test_three_members():
     assert [turns.max_tokens(turns.decidable(t)) for t in range(3)] == [2, 3, 1]
     assert [turns.num_new(t) for t in (1, 2)] == [1, 3]
     assert [turns.num_unscored(t) for t in range(3)] == [6, 5, 4]
-    assert [turns.num_passes(turns[t].gamma) for t in (1, 2)] == [1, 2]
+    assert [turns.num_passes(t, turns[t].gamma) for t in (1, 2)] == [1, 2]
 
 
 def test_a_proposer_outside_the_ensemble_is_never_waited_for():
@@ -77,7 +77,16 @@ def test_sd():
     assert [turns.max_tokens(turns.decidable(t)) for t in range(2)] == [4, 0], "then it draws"
     assert turns.num_new(1) == 1
     # One pass more: the drawn token goes through before anything is proposed.
-    assert turns.num_passes(turns[1].gamma) == 4
+    assert turns.num_passes(1, turns[1].gamma) == 4
+
+
+def test_sd_with_a_proposer_outside_of_the_ensemble():
+    turns = sd_turns(3, 4, (True, True, False))
+    assert (turns.window, turns.draws, turns.last_scorer) == (4, True, 0)
+    assert [turns.max_tokens(turns.decidable(t)) for t in range(2)] == [4, 0]
+    # The token is drawn before the proposer reads. It reads that token and its own last proposal.
+    assert (turns.num_new(1), turns.num_unscored(1)) == (1, 2)
+    assert turns.num_passes(1, 4) == 3
 
 
 @pytest.mark.parametrize(
@@ -111,9 +120,9 @@ def test_what_cannot_be_meant_is_refused(config, message):
         (dict(), (False, True, True), r"^ensemble\.weights: the first member has weight 0"),
         (
             dict(policy="sd"),
-            (True, True, False),
-            r"^ensemble\.weights: member 2 \(counted from 0\) has weight 0, which policy sd does "
-            "not allow",
+            (True, False, True),
+            r"^ensemble\.weights: member 1 \(counted from 0\) has weight 0 and would neither score "
+            "nor propose",
         ),
     ],
 )
@@ -196,10 +205,10 @@ def test_a_shallower_step_leaves_out_those_that_come_first():
         (1, 1, 3),
         (1, 2, 3),
     ]
-    assert turns.num_passes(0) == turns.num_passes(1) == 0
+    assert turns.num_passes(2, 0) == turns.num_passes(2, 1) == 0
     turns = sd_turns(3, 4)
     assert [turns.gammas(depth) for depth in (0, 4)] == [(0, 0), (0, 4)]
-    assert [turns.num_passes(depth) for depth in (0, 4)] == [0, 4]
+    assert [turns.num_passes(1, depth) for depth in (0, 4)] == [0, 4]
 
 
 def test_experts_do_not_take_turns_in_parallel():

@@ -188,15 +188,16 @@ TABLE = [
     (
         "ensemble_sd",
         ["other", "small"],
-        {"gamma": 2, "policy": "sd", "weights": [1, 1, 0]},
-        "ensemble.weights: member 2 (counted from 0) has weight 0, which policy sd does not "
-        "allow; leave the member out, or let it propose to a plain ensemble "
-        "(--speculative-config.model)",
-        "method.weights: member 2 (counted from 0) has weight 0, which policy sd does not "
-        "allow; leave the member out, or let it propose to a plain ensemble "
-        "(method.draft_model)",
-        "weights: member 2 (counted from 0) has weight 0, which policy sd does not "
-        "allow; leave the member out, or let it propose to a plain ensemble (draft_model)",
+        {"gamma": 2, "policy": "sd", "weights": [1, 0, 1]},
+        "ensemble.weights: member 1 (counted from 0) has weight 0 and would neither score nor "
+        "propose, because with policy sd only the last member proposes; leave the member out, "
+        "or put it last",
+        "method.weights: member 1 (counted from 0) has weight 0 and would neither score nor "
+        "propose, because with policy sd only the last member proposes; leave the member out, "
+        "or put it last",
+        "weights: member 1 (counted from 0) has weight 0 and would neither score nor "
+        "propose, because with policy sd only the last member proposes; leave the member out, "
+        "or put it last",
     ),
     (
         "ensemble_chef",

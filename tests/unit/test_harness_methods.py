@@ -346,9 +346,9 @@ def test_engine_arguments_and_sampling_parameters_are_passed_by_name(monkeypatch
         ),
         (
             "ensemble_sd",
-            ["method.extra_model=[other,third]", "method.weights=[1,1,0]"],
-            r"^method\.weights: member 2 \(counted from 0\) has weight 0, which policy sd does not "
-            "allow; leave",
+            ["method.extra_model=[other,third]", "method.weights=[1,0,1]"],
+            r"^method\.weights: member 1 \(counted from 0\) has weight 0 and would neither score "
+            "nor propose, because with policy sd only the last member proposes; leave",
         ),
     ],
 )

@@ -143,7 +143,7 @@ class ChefConfig(PlainData):
         assert self.is_resolved
         self._check_scores(scores)
         if self.policy == "sd":
-            return sd_turns(len(scores), self.gamma_limit)
+            return sd_turns(len(scores), self.gamma_limit, scores)
         self._check_length(self.gamma_limit, len(scores))
         return chef_turns(self.gamma_limit, None, scores, self.turn_order)
 
@@ -159,12 +159,12 @@ class ChefConfig(PlainData):
                 "ensemble.weights",
                 "the first member has weight 0; put a member with a weight above 0 first",
             )
-        if self.policy == "sd" and not all(scores):
+        if self.policy == "sd" and not all(scores[:-1]):
             raise ConfigFieldError(
                 "ensemble.weights",
-                f"member {scores.index(False)} (counted from 0) has weight 0, which policy sd does "
-                "not allow; leave the member out, or let it propose to a plain ensemble "
-                "(--speculative-config.model)",
+                f"member {scores.index(False)} (counted from 0) has weight 0 and would neither "
+                "score nor propose, because with policy sd only the last member proposes; leave "
+                "the member out, or put it last",
             )
 
     def _check_length(self, gammas: Sequence[int], num_members: int) -> None:

@@ -35,11 +35,11 @@ class StepGammas:
 
     def num_passes(self, turn: int) -> int:
         """Passes of one token that the turn makes in the current step."""
-        return self.turns.num_passes(self._at_hand[turn])
+        return self.turns.num_passes(turn, self._at_hand[turn])
 
     def possible_passes(self, turn: int) -> set[int]:
         """The numbers of passes that the turn may make in any step."""
-        return {self.turns.num_passes(gammas[turn]) for gammas in self._on_device}
+        return {self.turns.num_passes(turn, gammas[turn]) for gammas in self._on_device}
 
     def _set(self, gammas: tuple[int, ...]) -> None:
         self._at_hand = gammas

@@ -77,6 +77,10 @@ class Turns:
         """The turn that makes the last decision of a step."""
         return max(turn for turn in range(len(self)) if self.is_scorer(turn))
 
+    def follows_draw(self, turn: int) -> bool:
+        """Whether the token past the window was drawn in an earlier turn of the same step."""
+        return self.draws and turn > self.last_scorer
+
     def is_scorer(self, turn: int) -> bool:
         return any(self.scores[member] for member in self.sequence[turn].members)
 
@@ -91,11 +95,11 @@ class Turns:
     def num_unscored(self, turn: int) -> int:
         """The most positions that the turn's members have not scored when it is called.
 
-        They are the tokens that the other turns proposed, and the position past the end. A drawn
-        token adds none: where tokens are drawn, all turns score (`config.py` ensures it), so no
-        turn comes after the draw.
+        They are the tokens that the other turns proposed, the token that was drawn before this
+        turn, and the position past the end.
         """
-        return 1 + sum(self.max_gammas) - self.max_gammas[turn]
+        others = sum(self.max_gammas) - self.max_gammas[turn]
+        return others + self.follows_draw(turn) + 1
 
     def num_read(self, turn: int, step_len: int) -> int:
         """Tokens of a decoding request that a turn's member reads in its first pass.
@@ -105,17 +109,19 @@ class Turns:
         """
         return min(step_len + self.num_new(turn), self.num_unscored(turn))
 
-    def num_passes(self, gamma: int) -> int:
+    def num_passes(self, turn: int, gamma: int) -> int:
         """Passes of one token that follow the first pass of a turn that proposes `gamma` tokens.
 
-        The first pass gives the first proposal, so there is one pass less than `gamma`. Where
-        tokens are drawn, there are `gamma`: the first of them reads the drawn token.
+        The first pass gives the first proposal, so there is one pass less than `gamma`. If a token
+        is drawn after the first pass, there are `gamma`: the first of them reads the drawn token.
         """
-        return max(0, gamma - (not self.draws))
+        draws_now = self.draws and turn == self.last_scorer
+        return max(0, gamma - (not draws_now))
 
     def num_calls(self, gammas: Sequence[int]) -> tuple[int, ...]:
         """By turn, the passes of its members in a cycle in which the turns propose `gammas`."""
-        return (1, *(1 + self.num_passes(gamma) for gamma in gammas[1:]))
+        further = range(1, len(self))
+        return (1, *(1 + self.num_passes(turn, gammas[turn]) for turn in further))
 
     def gammas(self, num_tokens: int) -> tuple[int, ...]:
         """Tokens that each turn proposes in a step that leaves a window of at most `num_tokens`.
@@ -155,10 +161,14 @@ class Turns:
         return sum(self.max_gammas[self.in_window[at]] for at in segments)
 
 
-def sd_turns(num_members: int, gamma: int) -> Turns:
-    """`*_sd`: the last member always proposes. The others only score, in one call."""
+def sd_turns(num_members: int, gamma: int, scores: Sequence[bool] | None = None) -> Turns:
+    """`*_sd`: the last member always proposes. The others only score, in one call.
+
+    For `scores`, see `Turns`. None: all members count.
+    """
     *others, last = range(num_members)
-    return Turns((Turn(tuple(others), 0), Turn((last,), gamma)), (True,) * num_members)
+    scores = (True,) * num_members if scores is None else tuple(scores)
+    return Turns((Turn(tuple(others), 0), Turn((last,), gamma)), scores)
 
 
 def chef_turns(

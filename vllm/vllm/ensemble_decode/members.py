@@ -4,7 +4,8 @@ The first member is the engine's own model. The others are loaded beside it, eac
 prefix. Their attention layers therefore get their own KV caches from vLLM, like the first member's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -284,20 +285,37 @@ def _check_experts(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> N
 
 def _check_function(ensemble: EnsembleConfig, vocab_size: int) -> None:
     """Try the function once, on uniform distributions. The user's own function may not fit."""
-    scores = torch.full((ensemble.num_members, 2, vocab_size), 1.0 / vocab_size)
+    size = (ensemble.num_members, 2, vocab_size)
     function = ensemble.make_function()
     try:
-        shape = function(scores, are_probs=ensemble.combines_probs).shape
-        combine(function, scores, ensemble.combines_probs)
+        with _one_thread():
+            scores = torch.full(size, 1.0 / vocab_size)
+            shape = function(scores, are_probs=ensemble.combines_probs).shape
+            combine(function, scores, ensemble.combines_probs)
     except Exception as error:  # the user's function may raise anything
         raise ConfigFieldError(
             "ensemble.ensemble_fn",
-            f"'{ensemble.ensemble_fn}' fails on scores of shape {list(scores.shape)} "
+            f"'{ensemble.ensemble_fn}' fails on scores of shape {list(size)} "
             f"({type(error).__name__}: {error}); mend it, or its ensemble_args",
         ) from error
-    if shape != scores.shape[1:]:
+    if shape != size[1:]:
         raise ConfigFieldError(
             "ensemble.ensemble_fn",
             f"'{ensemble.ensemble_fn}' turns scores of shape "
-            f"{list(scores.shape)} into {list(shape)}; it must give {list(scores.shape[1:])}",
+            f"{list(size)} into {list(shape)}; it must give {list(size[1:])}",
         )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run operations on the CPU without starting torch's threads.
+
+    vLLM may fork this process to run the engine. OpenMP threads that were started before do not
+    exist in the fork, and its first operation on several threads would wait for them forever.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -319,8 +319,10 @@ def place_scores(
     """
     columns = cycle.end[:, None] - torch.arange(count - 1, -1, -1, device=cycle.end.device)
     positions = cycle.first_position[:, None] + columns
-    first_token = query_start_loc[:-1, None].long()
-    rows = torch.maximum(first_token + positions - 1 - read_start[:, None], first_token)
+    first_token, next_token = query_start_loc[:-1, None].long(), query_start_loc[1:, None].long()
+    rows = first_token + positions - 1 - read_start[:, None]
+    # A token that is drawn past the end of the context is not read, and nobody needs its scores.
+    rows = rows.minimum(next_token - 1).maximum(first_token)
     is_new = positions >= state.scored[cycle.slots, turn, None]
     keep = is_new & (columns >= 0) & cycle.active[:, None]
     _mark_scored(state, cycle, turn, positions, keep)

@@ -857,7 +857,9 @@ def _place_scores_kernel(
     column = end - (COUNT - 1) + at
     position = first_position + column
     first_token = tl.load(query_start_loc_ptr + row).to(tl.int64)
-    rows = tl.maximum(first_token + position - 1 - tl.load(read_start_ptr + row), first_token)
+    last_token = tl.load(query_start_loc_ptr + row + 1).to(tl.int64) - 1
+    rows = tl.minimum(first_token + position - 1 - tl.load(read_start_ptr + row), last_token)
+    rows = tl.maximum(rows, first_token)
     keep = is_asked & (position >= scored) & (column >= 0) & tl.load(active_ptr + row)
     kept = tl.where(keep, _kept_row(slot, position, RING_SIZE), _nobodys_row(slot, RING_SIZE))
     out_ptr += row * COUNT + at
