@@ -46,6 +46,7 @@ from vllm.ensemble_decode.functions import Custom
 from vllm.ensemble_decode.members import load_member
 from vllm.ensemble_decode.model import MemberGroup
 from vllm.ensemble_decode.request_args import SlotCoefficients
+from vllm.ensemble_decode.trial import obstacle_to_capture
 
 logger = init_logger(__name__)
 
@@ -189,11 +190,19 @@ class ChefSpeculator(StandaloneARSpeculator):
 
     def _can_capture_decisions(self) -> bool:
         """Whether graphs can hold the decisions. If not, the log says why."""
-        if isinstance(self.verifier.function, Custom):
-            # A custom function may read values on the host, or change from call to call.
-            logger.warning_once("Decisions run without CUDA graphs: an ensemble_fn of your own.")
-            return False
-        return True
+        function = self.verifier.function
+        if not isinstance(function, Custom):
+            return True
+        obstacle = obstacle_to_capture(
+            function, self.vocab_size, self.ensemble.combines_probs, self.device
+        )
+        if obstacle is not None:
+            logger.warning_once(
+                "Decisions run without CUDA graphs, because of the ensemble_fn '%s': %s.",
+                self.ensemble.ensemble_fn,
+                obstacle,
+            )
+        return obstacle is None
 
     def _can_capture_passes(self) -> bool:
         """Whether graphs can hold the members' passes. If not, the log says why."""

@@ -7,11 +7,13 @@ An engine names `EnsembleDecodeWorker` (in `worker.py`) in `worker_cls`, and car
 
 from vllm.ensemble_decode.config import ENSEMBLE_TARGETS, EnsembleConfig
 from vllm.ensemble_decode.errors import ConfigFieldError
-from vllm.ensemble_decode.functions import ENSEMBLE_FUNCTIONS
+from vllm.ensemble_decode.functions import ENSEMBLE_FUNCTIONS, capturable, row_coefficients
 
 __all__ = [
     "ENSEMBLE_FUNCTIONS",
     "ENSEMBLE_TARGETS",
     "ConfigFieldError",
     "EnsembleConfig",
+    "capturable",
+    "row_coefficients",
 ]

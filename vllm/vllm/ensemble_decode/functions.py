@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -259,16 +259,67 @@ class ProxyTuning(EnsembleFunction):
 
 @dataclass(frozen=True)
 class Custom(EnsembleFunction):
-    """The user's own `function(scores, **args) -> [num_rows, vocab_size]`."""
+    """The user's own `function(scores, **args) -> [num_rows, vocab_size]`.
 
-    function: Callable[..., torch.Tensor] = None  # type: ignore[assignment]
+    If it is marked with `row_coefficients`, it returns `[num_rows, num_members]` instead. These are
+    the coefficients of a sum, for each row.
+    """
+
+    function: partial[torch.Tensor] = None  # type: ignore[assignment]
 
     @property
     def name(self) -> str:
         return "one of your own"
 
+    @property
+    def is_capturable(self) -> bool | None:
+        """What the function declares with `capturable`. None: nothing."""
+        return getattr(self.function.func, _CAPTURABLE, None)
+
+    @property
+    def gives_coefficients(self) -> bool:
+        return getattr(self.function.func, _COEFFICIENTS, False)
+
     def __call__(self, scores: torch.Tensor, are_probs: bool) -> torch.Tensor:
-        return self.function(scores)
+        result = self.function(scores)
+        if not self.gives_coefficients:
+            return result
+        if result.shape != (scores.shape[1], scores.shape[0]):
+            raise ValueError(
+                f"row coefficients of shape {list(result.shape)}; "
+                f"it must be {[scores.shape[1], scores.shape[0]]}, one per row and member"
+            )
+        return sum_by_row(scores, result, floors=not are_probs)
+
+
+# Attributes of a function of the user's own. `capturable` and `row_coefficients` set them.
+_CAPTURABLE, _COEFFICIENTS = "_ensemble_is_capturable", "_ensemble_gives_coefficients"
+Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
+
+
+def capturable(function: Function | None = None, *, is_so: bool = True) -> Any:
+    """Declare that CUDA graphs may hold a function of your own, or may not (`is_so=False`).
+
+    Without this declaration, the engine captures the function once and compares the graph with
+    calls. With it, nothing is compared. A graph repeats the kernels of one call and repeats no
+    Python, so the function must not read values on the host.
+    """
+
+    def mark(marked: Function) -> Function:
+        setattr(marked, _CAPTURABLE, is_so)
+        return marked
+
+    return mark if function is None else mark(function)
+
+
+def row_coefficients(function: Function) -> Function:
+    """Declare that a function of your own returns coefficients, `[num_rows, num_members]`.
+
+    The ensemble is then `sum_i c_i x_i`, with coefficients of each row's own. With logits, a token
+    that is removed from a subtracted member gets the member's lowest logit.
+    """
+    setattr(function, _COEFFICIENTS, True)
+    return function
 
 
 ENSEMBLE_FUNCTIONS: dict[str, type[EnsembleFunction]] = {
