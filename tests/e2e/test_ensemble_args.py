@@ -74,6 +74,7 @@ def test_llm_by_turns_emits_what_the_plain_ensemble_emits(llm, expected):
     assert sum(map(sum, stats["num_accepted"])) > 0
 
 
+@pytest.mark.slow  # its engine is a process of its own, which imports vLLM again
 def test_the_asynchronous_engine_takes_the_same(arguments, expected):
     async def tokens(llm: AsyncLLM, at: int) -> list[int]:
         prompt = {"prompt_token_ids": PROMPTS[at]}

@@ -267,7 +267,8 @@ def check_draws(case: str, narrow_models: list[str], when_started=lambda: None, 
             prefix.append(best)
 
 
-@pytest.mark.parametrize("case", quick(DRAW_CASES, "turns probs"))
+@pytest.mark.slow  # many draws; the quick set has the same requests at temperature 0
+@pytest.mark.parametrize("case", DRAW_CASES)
 def test_turns_sample_from_each_requests_own_ensemble(case, narrow_models):
     check_draws(case, narrow_models)
 

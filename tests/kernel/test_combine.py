@@ -18,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bfloat16 on a GPU only: the interpreter truncates it where a GPU rounds.
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]
 NUM_ROWS = 5
+VOCAB_SIZES = [7, fused.BLOCK, 2 * fused.BLOCK + 100]
 FUNCTIONS = {
     "weighted": ("weighted", 2, {}),
     "weights": ("weighted", 3, {"weights": [0.7, 0.0, 0.3]}),
@@ -63,7 +64,7 @@ def logits(num_members: int, vocab_size: int, removed: bool, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("probs", [False, True])
 @pytest.mark.parametrize("removed", [False, True])
-@pytest.mark.parametrize("vocab_size", [7, fused.BLOCK, 2 * fused.BLOCK + 100])
+@pytest.mark.parametrize("vocab_size", quick(VOCAB_SIZES, VOCAB_SIZES[-1]))
 @pytest.mark.parametrize("case", quick(FUNCTIONS, "weights", "contrastive-3", "proxy"))
 def test_kernels_combine_as_torch_does(case, vocab_size, removed, probs, dtype):
     name, num_members, args = FUNCTIONS[case]
@@ -91,7 +92,7 @@ def rows_of(name: str, slots: list[int], rows_per_slot: int) -> RowCoefficients:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("probs", [False, True])
 @pytest.mark.parametrize("removed", [False, True])
-@pytest.mark.parametrize("vocab_size", [7, fused.BLOCK + 100])
+@pytest.mark.parametrize("vocab_size", quick([7, fused.BLOCK + 100], fused.BLOCK + 100))
 @pytest.mark.parametrize("name", ASKED)
 def test_each_row_has_coefficients_of_its_own(name, vocab_size, removed, probs, dtype):
     scores = logits(3, vocab_size, removed, dtype)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from quick import quick
 
 from benchmarks import bench_decode, bench_kernels, bench_worker, kinds, plot
 from benchmarks.bench_decode import Document, parse_args, plans_of
@@ -284,15 +285,15 @@ def test_acceptance_of_stock_speculation():
 # Theory
 
 
-@pytest.mark.parametrize(
-    ("gammas", "rates"),
-    [
-        ((1, 1), (0.9, 0.6)),
-        ((1, 5), (0.8, 0.8)),
-        ((1, 1, 1), (0.9, 0.5, 0.7)),
-        ((1, 3), (0.0, 0.5)),
-    ],
-)
+TURNS = [
+    ((1, 1), (0.9, 0.6)),
+    ((1, 5), (0.8, 0.8)),
+    ((1, 1, 1), (0.9, 0.5, 0.7)),
+    ((1, 3), (0.0, 0.5)),
+]
+
+
+@pytest.mark.parametrize(("gammas", "rates"), quick(TURNS, TURNS[1]))
 def test_formulas_agree_with_the_reference(gammas, rates):
     turns = [Turn((member,), gamma) for member, gamma in enumerate(gammas)]
     args = Namespace(sequences=5, num_tokens=2000)

@@ -294,6 +294,7 @@ print("status", os.waitpid(child, 0)[1])
 """
 
 
+@pytest.mark.slow  # in a process of its own, which imports vLLM again
 def test_the_process_can_still_be_forked(tmp_path):
     """On CUDA vLLM forks the process of `LLM(**ensemble_args(...))`."""
     for name in ("0", "1"):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from quick import quick
 
 from vllm.chef.cycle import EngineStep, Reading, TokenReading, TurnRunner
 from vllm.chef.gammas import StepGammas
@@ -43,6 +44,7 @@ TURNS = {
     "sd of three": sd_turns(3, 1),
     "sd, the last outside": sd_turns(3, 4, (True, True, False)),
 }
+QUICK = ("1, 5", "1, 3, 2", "1, 1, 5, the last outside", "sd")
 
 
 class Request:
@@ -258,7 +260,7 @@ def ranges(query_start_loc: torch.Tensor) -> list[range]:
     return [range(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
 
 
-@pytest.mark.parametrize("case", TURNS)
+@pytest.mark.parametrize("case", quick(TURNS, *QUICK))
 def test_members_have_read_all_that_they_score(case):
     torch.manual_seed(0)
     world = World(TURNS[case], seed=0)
@@ -267,7 +269,7 @@ def test_members_have_read_all_that_they_score(case):
     assert world.num_used > NUM_STEPS * NUM_REQS / 2 and world.num_replaced > NUM_STEPS / 4
 
 
-@pytest.mark.parametrize("case", TURNS)
+@pytest.mark.parametrize("case", quick(TURNS, *QUICK))
 def test_with_one_token_less_they_would_not_have(case):
     torch.manual_seed(0)
     world = World(TURNS[case], seed=0, reads_less=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from logit_rows import MAX_NUM_REQS, SEEDS, VOCAB_SIZES, make_logits
+from quick import quick
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
@@ -88,7 +89,7 @@ def test_rejection_kernels(compare, log1p, vocab_size, dtype):
 
 
 @pytest.mark.parametrize("use_block_verification", [False, True])
-@pytest.mark.parametrize("with_draft_logits", [False, True])
+@pytest.mark.parametrize("with_draft_logits", quick([False, True], True))
 def test_rejection_sampling(compare, log1p, use_block_verification, with_draft_logits):
     """The same tokens in the end, over many seeds and for every number of accepted drafts."""
     options = {
