@@ -4,7 +4,6 @@ Greedy tokens must be those of a loop over transformers models, and drawn tokens
 function's distribution.
 """
 
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +20,7 @@ from tiny_models import (
     save_noisy_copy,
 )
 
+from vllm.chef import speculator
 from vllm.ensemble_decode.functions import make_function
 from vllm.ensemble_decode.ops.eager import combine
 
@@ -52,12 +52,13 @@ def settings_of(name: str, models: list[str]) -> dict:
     return dict(extra_model=models[1:], ensemble_fn=f"own_functions:{name}")
 
 
-def check(name: str, models, references, **arguments) -> None:
+def check(name: str, models, references, when_started=lambda: None, **arguments) -> None:
     scores = log_probs(name)
     expected = [greedy_loop(references, scores, prompt, NUM_TOKENS) for prompt in PROMPTS]
     alone = [greedy_loop(references, lambda x: x[0], prompt, NUM_TOKENS) for prompt in PROMPTS]
     assert expected != alone, "the function matters"
     with engine(models[0], settings_of(name, models), **arguments) as llm:
+        when_started()
         outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS))
         draws = generate(
             llm, [PROMPTS[0]] * NUM_DRAWS, [sampled(2, seed=s) for s in range(NUM_DRAWS)]
@@ -85,14 +86,16 @@ def test_the_function_decides(name, turns, models, references):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_in_cuda_graphs(name, models, references, monkeypatch, caplog):
-    replays = counted_replays(monkeypatch)
-    with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
-        patch.setattr(logging.getLogger("vllm"), "propagate", True)
-        check(name, models, references, enforce_eager=False, **TURNS)
+def test_in_cuda_graphs(name, models, references, monkeypatch):
+    replays, lines = counted_replays(monkeypatch), []
+    monkeypatch.setattr(
+        speculator.logger, "warning_once", lambda line, *args: lines.append(line % args)
+    )
+    arguments = dict(enforce_eager=False, when_started=replays.clear)
+    check(name, models, references, **arguments, **TURNS)
     assert replays["decisions"] == (replays["steps"] if FUNCTIONS[name] else 0)
     assert replays["readings"] > 0, "members' passes are in graphs in any case"
-    lines = [r.getMessage() for r in caplog.records if "Decisions run without" in r.getMessage()]
+    lines = [line for line in lines if "Decisions run without CUDA graphs" in line]
     if FUNCTIONS[name]:
         assert not lines
     else:

@@ -303,3 +303,18 @@ def masked(ops: ModuleType, where: bool) -> torch.Tensor:
 def test_tokens_that_a_grammar_forbids_are_masked(where, monkeypatch):
     monkeypatch.setattr(fused, "VOCAB_BLOCK", 16)
     assert masked(eager, where).equal(masked(fused, where))
+
+
+@pytest.mark.parametrize("ops", [eager, fused], ids=["eager", "fused"])
+def test_no_row_lies_outside_the_logits_when_graphs_are_captured(ops):
+    """Then no request is there, and all inputs are 0. A row -1 would lie before the logits."""
+    turns = TURNS["sd outside"]
+    world = World(turns, ops, seed=0)
+    world.cycle = world.all_cycle
+    no_slots = torch.zeros(0, dtype=torch.int32, device=DEVICE)
+    ops.load(world.cycle, no_slots, world.cycle.slot_states)
+    zeros = torch.zeros(MAX_NUM_REQS + 1, dtype=torch.int32, device=DEVICE)
+    ops.begin_cycle(world.state, world.cycle, zeros, zeros, zeros[1:], zeros)
+    found = ops.candidates(world.state, world.cycle, range(2), turns.window + 1)
+    rows = [found.step_rows, found.kept_rows, ops.last_scored(world.cycle).rows]
+    assert all((of_columns >= 0).all() for of_columns in rows)

@@ -123,6 +123,8 @@ def candidates(
     is_proposed = (offsets > 0) & (offsets <= lengths.sum(1)[:, None])
     proposed = before.masked_fill(~is_proposed, -1)
     step_rows = cycle.first_step_row[:, None] + torch.minimum(columns, cycle.num_drafts[:, None])
+    # Before the first step no request has a row of logits. Graphs are captured then.
+    step_rows = step_rows.clamp(min=0)
     positions = cycle.first_position[:, None] + columns
     kept_rows = kept_row(state, cycle, positions, torch.ones_like(positions, dtype=torch.bool))
     segment = segment_of(offsets, lengths)
@@ -247,7 +249,7 @@ def last_scored(cycle: Cycle) -> LastScored:
     proposed there.
     """
     rows = cycle.first_step_row + torch.minimum(cycle.end, cycle.num_drafts)
-    return LastScored(rows, cycle.last_position)
+    return LastScored(rows.clamp(min=0), cycle.last_position)
 
 
 def prepare_tokens(

@@ -347,6 +347,8 @@ def _candidates_kernel(
     )
     first_step_row = tl.load(first_step_row_ptr + row)
     step_rows = first_step_row + tl.minimum(column, tl.load(num_drafts_ptr + row))
+    # Before the first step no request has a row of logits. Graphs are captured then.
+    step_rows = tl.maximum(step_rows, 0)
     position = first_position + column
     out_ptr += row * NUM_COLUMNS + offset
     tl.store(out_ptr, proposed, mask=is_column)
@@ -650,7 +652,7 @@ def _last_scored_kernel(
     first_step_row = tl.load(first_step_row_ptr + row)
     end = tl.load(end_ptr + row)
     num_drafts = tl.load(num_drafts_ptr + row)
-    tl.store(out_ptr + row, first_step_row + tl.minimum(end, num_drafts))
+    tl.store(out_ptr + row, tl.maximum(first_step_row + tl.minimum(end, num_drafts), 0))
     tl.store(out_ptr + out_stride + row, first_position + end - 1)
 
 
