@@ -154,6 +154,18 @@ def test_no_graph_is_larger_than_a_step_may_be():
         assert num_reqs <= graphs.max_decided() <= max_num_tokens
 
 
+@pytest.mark.parametrize("auto", [False, True])
+def test_the_largest_batch_has_graphs_of_its_own(auto):
+    """vLLM rounds its sizes 16 and 24 up to 6 and 8 requests, which are more than there are."""
+    turns = chef_turns((1, 2), (2, 1), (True, True))
+    schedule = depth_schedule(turns) if auto else None
+    graphs = cycle_graphs(config([1, 2, 4, 8, 16, 24], 5, 2, schedule), turns, [turns.window])
+    assert graphs.max_decided() == 5
+    for num_reqs in range(1, 6):
+        assert graphs.find_decisions(2, num_reqs, Processing.ALL), num_reqs
+        assert graphs.find_readings(2, num_reqs, 1 + turns.window), num_reqs
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_tokens_of_any_layout_get_the_next_larger_piecewise_graph(sizes):
     turns = chef_turns((1, 5), (2, 1), (True, True))

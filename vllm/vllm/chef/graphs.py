@@ -62,7 +62,11 @@ def for_the_same_batches(vllm_config: VllmConfig, step_len: int, length: int) ->
     config.speculative_config = None
     config.compilation_config = compilation = copy(vllm_config.compilation_config)
     largest = compilation.max_cudagraph_capture_size or 0
-    nums_reqs = {ceil(size / step_len) for size in compilation.cudagraph_capture_sizes or []}
+    # A size that is rounded up past the largest batch becomes the largest batch.
+    most = vllm_config.scheduler_config.max_num_seqs
+    nums_reqs = {
+        min(ceil(size / step_len), most) for size in compilation.cudagraph_capture_sizes or []
+    }
     sizes = {n * length for n in nums_reqs if n * step_len <= largest}
     # No step is larger. vLLM's slot mappings have no room for more tokens either.
     max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
