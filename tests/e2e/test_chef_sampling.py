@@ -152,7 +152,7 @@ BLOCK = {"rejection_sample_method": "block"}
 BLOCK_CASES = ["raw-logits", "probs", "probs-3", "outside", "sd", "sd-3", "sd outside"]
 
 
-@pytest.mark.parametrize("case", quick(BLOCK_CASES, "raw-logits"))
+@pytest.mark.parametrize("case", quick(BLOCK_CASES))
 def test_blocks_leave_the_distribution_what_it_is(case, models, references):
     """Requests with penalties are judged token by token, so these ask for filters only."""
     found = p_values(case, models, references, FILTERS, speculative_config=BLOCK)

@@ -281,6 +281,7 @@ def test_without_arguments_two_default_models_run_cd(command, root):
     check_screen(result, summary, run.relative_to(command.cwd))
 
 
+@pytest.mark.slow  # two engines; test_comparison.py has the table without one
 def test_comparison_ends_with_a_table_of_both_runs(command):
     result = command.run(*f"method=cd {SHORT} save_path=both".split(), entry="main_compare.py")
     assert result.status == 0, result.stderr

@@ -157,7 +157,7 @@ def check_greedy(case: str, llm: LLM, references: list[torch.nn.Module]) -> None
             assert_same_tokens(tokens, expected[i], references, scores, prompt)
 
 
-@pytest.mark.parametrize("case", quick(CASES, "plain raw-logits", "turns probs"))
+@pytest.mark.parametrize("case", quick(CASES, "turns probs"))
 def test_greedy_tokens_are_those_of_the_requests_own_parameters(case, models, references):
     model, settings, turns = settings_of(case, models)
     with engine(model, settings, max_num_seqs=5, **turns) as llm:
@@ -188,7 +188,7 @@ LOGPROBS_CASES = [
 
 
 @pytest.mark.parametrize("mode", quick(["raw_logprobs", "processed_logprobs"], "raw_logprobs"))
-@pytest.mark.parametrize("case", quick(LOGPROBS_CASES, "plain raw-logits", "turns probs"))
+@pytest.mark.parametrize("case", quick(LOGPROBS_CASES, "turns probs"))
 def test_logprobs_are_of_the_requests_own_parameters(case, mode, models, references):
     """Of sampled tokens and of prompts, which are read in chunks."""
     model, settings, turns = settings_of(case, models)
@@ -292,7 +292,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("case", ["plain probs", "turns probs"])
+@pytest.mark.parametrize("case", quick(["plain probs", "turns probs"], "turns probs"))
 def test_a_bad_value_ends_its_request_only(case, models, references):
     model, settings, turns = settings_of(case, models)
     prompt, asked = PROMPTS[0], [0.3, 0.7]

@@ -93,7 +93,7 @@ def rows_of(name: str, slots: list[int], rows_per_slot: int) -> RowCoefficients:
 @pytest.mark.parametrize("probs", [False, True])
 @pytest.mark.parametrize("removed", [False, True])
 @pytest.mark.parametrize("vocab_size", quick([7, fused.BLOCK + 100], fused.BLOCK + 100))
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", quick(ASKED, "contrastive"))
 def test_each_row_has_coefficients_of_its_own(name, vocab_size, removed, probs, dtype):
     scores = logits(3, vocab_size, removed, dtype)
     rows = rows_of(name, SLOTS, 1)

@@ -250,6 +250,7 @@ def trained(scripts, root, base, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow  # a whole training
 def test_training_lowers_what_it_minimises(scripts, root, base, trained):
     """The loss of the stored weights, on the text that was trained on."""
     corpus = scripts.training_text.collect([root])
