@@ -16,8 +16,8 @@ from harness.errors import ConfigError
 from harness.run import run
 
 CPU_NOTE = (
-    "On a CPU, turns can be slower than the plain ensemble. With method=cd and all requests at "
-    "once, their speed was 0.8 of the plain speed."
+    "On a CPU, turns can be slower than the plain ensemble, above all with method=cd and all "
+    "requests at once."
 )
 
 

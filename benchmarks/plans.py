@@ -191,7 +191,7 @@ BIG, SMALL = "llama-7b", "llama-68m"
 TWO, THREE = f"{BIG}+{BIG}", f"{BIG}+{BIG}+{BIG}"
 CHEF_CD, SD_TARGET_ALONE = f"cd0.1:{BIG}+{SMALL}@1,5", f"cd0:{BIG}+{SMALL}@sd5"
 STOCK = f"{BIG}/{SMALL}@5"
-OUTSIDE = (f"{TWO}+{SMALL}:0@1,1,5", f"{TWO}/{SMALL}@5")
+OUTSIDE = (f"{TWO}+{SMALL}:0@1,1,5", f"{TWO}/{SMALL}@5", f"{TWO}+{SMALL}:0@sd5")
 
 # The most important runs come first, because a killed benchmark lacks the last ones. Groups of four
 # fit into 139 GiB together (--engines-at-once 4).
@@ -203,6 +203,7 @@ DESIGN = [
         Plan(f"cd0.1:{BIG}+{SMALL}@auto1,5", (0.8,)),
         Plan(f"{TWO}@auto1,1", (0.8,)),
         Plan(OUTSIDE[1], (0.8,)),
+        Plan(OUTSIDE[2], (0.8,)),
     ),
     Plan(THREE, batch_sizes=(1, 8, 64)),
     Plan(f"{THREE}@1,1,1", (0.95,), batch_sizes=(1, 8, 64)),

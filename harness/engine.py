@@ -27,9 +27,9 @@ SHUTDOWN_TIMEOUT_S = 60
 
 
 def configure_process(verbose: bool) -> None:
-    """Settings of the process. Call this before torch and vLLM are imported: they read it then.
+    """Set the process up. torch and vLLM read these settings when they are imported.
 
-    Variables that the environment already sets keep their values.
+    So call this before the imports. Variables that the environment already sets keep their values.
     """
     if not verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -41,9 +41,9 @@ def configure_process(verbose: bool) -> None:
         # On a GPU, a separate engine process works while this one prepares the next step. On a CPU,
         # both would share the cores, and the second one would import everything again.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # One core stays free, as vLLM arranges for an engine process of its own. Threads on every
-        # core wait for one another in loops. They run ten times slower if anything else uses a
-        # core.
+        # One core stays free, as in vLLM's own set-up of an engine process. Threads wait for one
+        # another in loops. With a thread on every core, all of them become much slower as soon as
+        # another process uses a core.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() - 1)))
 
 
@@ -130,8 +130,8 @@ class Engine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        # vLLM collects garbage a dozen times as it starts. Without this line, each collection looks
-        # through all imported objects and takes half a second on a CPU.
+        # vLLM collects garbage several times while it starts. Without this line, each collection
+        # looks through all imported objects, which takes long.
         gc.freeze()
         llm_engine = LLMEngine.from_vllm_config(
             config, UsageContext.LLM_CLASS, disable_log_stats=True
@@ -174,7 +174,7 @@ class Engine:
         self._llm_engine.collective_rpc("synchronize_device")
 
     def proposals(self) -> Counts:
-        """What became of the tokens proposed since the warm-up; empty if none are proposed."""
+        """Counts of the tokens proposed since the warm-up; empty if none are proposed."""
         if self._takes_turns:
             # Every worker has the same counts.
             return self._llm_engine.collective_rpc("turn_stats")[0]

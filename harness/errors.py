@@ -6,7 +6,7 @@ MAX_LENGTH = 400
 
 
 class ConfigError(ValueError):
-    """The configuration holds something that cannot be meant. The text is one line."""
+    """A value of the configuration is not valid. The text is one line."""
 
 
 def one_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ class Keys:
 
     Args:
         others: the key of the members after the first.
-        draft_model: the key of a model that proposes and has no say.
+        draft_model: the key of a model that only proposes.
     """
 
     others: str

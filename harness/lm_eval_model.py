@@ -67,9 +67,9 @@ class SpeculativeEnsembleLM(TemplateLM):
         self.tokenizer = tokenizer
         self.max_length = max_model_len
         self.num_tokens, self.time_s = 0, 0.0
-        """of generated texts: tokens, and seconds around the engine"""
+        """Of generated texts: tokens, and seconds around the engine"""
         self.counts: Counts = {}
-        """of tokens proposed for generated texts"""
+        """Counts of the tokens proposed for generated texts"""
         self._start = start
         self._sampling_params = dict(sampling_params or {})
         self._seed, self._batch_size = seed, batch_size

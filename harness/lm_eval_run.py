@@ -45,7 +45,7 @@ KEYS = (
 RESULTS, SUMMARY, CONFIG = "results.json", "summary.json", "config.yaml"
 # The run writes nothing into a folder that holds one of these files, whatever run they are from.
 FILES = (RESULTS, SUMMARY, CONFIG, "samples.jsonl")
-# Loggers whose messages at level INFO nobody asked for.
+# Loggers whose messages at level INFO say nothing about the run.
 CHATTY = ("lm_eval", "datasets", "httpx", "evaluate")
 # Stands for the number of samples, which is unknown before the data sets are read.
 MANY = 1 << 16

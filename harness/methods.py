@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Keys under method.llm that decide other arguments of an ensemble.
 READ_KEYS = ("max_model_len", "trust_remote_code")
-# Keys under method.llm that every run sets itself: there is one engine, and its prompts are text.
+# Keys under method.llm that every run sets itself. A run has one engine, and its prompts are text.
 RUN_KEYS = (
     "model",
     "seed",
@@ -95,7 +95,7 @@ def _sd(method: Mapping[str, Any]) -> MethodSpec:
 
 
 def _plain(method: Mapping[str, Any]) -> MethodSpec:
-    """All members score every token. A draft model, if given, proposes only and has no say."""
+    """All members score every token. A draft model, if given, only proposes."""
     named = _named_members(method)
     parameters = {}
     if method.get("draft_model") is not None:
@@ -118,7 +118,7 @@ def _plain(method: Mapping[str, Any]) -> MethodSpec:
 
 
 def _by_turns(policy: str) -> Callable[[Mapping[str, Any]], MethodSpec]:
-    """Members propose in turn (`chef`), or the last member always proposes (`sd`)."""
+    """Members take turns to propose (`chef`), or the last member always proposes (`sd`)."""
 
     def make_spec(method: Mapping[str, Any]) -> MethodSpec:
         members = _resolve_members(_named_members(method))

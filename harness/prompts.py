@@ -73,7 +73,7 @@ def _encode_choices(
     choices = {ids[-1]: text for ids, text in zip(encoded, texts, strict=True)}
     if len(choices) < len(texts) or any(ids[:-1] != encoded[0][:-1] for ids in encoded):
         raise ConfigError(
-            f"method.model: its tokenizer makes more than one token of {' or '.join(texts)} behind "
+            f"method.model: its tokenizer makes more than one token of {' or '.join(texts)} after "
             f"the prompt of example {example.index}; let the answer be generated, or choose others"
         )
     return encoded[0][:-1], choices

@@ -1,4 +1,4 @@
-"""What became of proposed tokens: counts, the fields of `summary.json`, and lines on screen.
+"""How many proposed tokens were accepted: counts, fields of `summary.json`, and lines on screen.
 
 A proposed token is judged only if all proposals before it in the turn were accepted. It is then
 accepted or rejected.

@@ -23,7 +23,7 @@ KEYS_WITHOUT_EFFECT = ("save_path", "verbose")
 
 
 class Progress(NamedTuple):
-    """In how many parts a run was generated so far, and what became of its proposed tokens."""
+    """In how many parts a run was generated so far, and the counts of its proposed tokens."""
 
     parts: int = 0
     counts: Counts = {}
@@ -149,8 +149,8 @@ class RunDirectory:
         if not file.exists():
             if self._size():
                 raise ConfigError(
-                    f"save_path: '{self.path}' holds samples but no config.yaml that says of what; "
-                    "choose another or remove it"
+                    f"save_path: '{self.path}' holds samples but no config.yaml, so their run is "
+                    "unknown; choose another folder, or remove this one"
                 )
             return
         try:

@@ -156,7 +156,7 @@ def _devices(num_devices: int) -> Iterator[_Devices]:
     This waits until that many GPUs are free. If the host has too few, the environment is empty.
     """
     visible = _visible_devices()
-    if len(visible) < num_devices:  # without a GPU vLLM may run on the CPU; else it says "too few"
+    if len(visible) < num_devices:  # vLLM runs on the CPU, or says that there are too few GPUs
         yield _Devices({}, ())
         return
     with contextlib.ExitStack() as stack:

@@ -34,8 +34,8 @@ def write_paired(directories: list[Path], output: Path, with_margins: bool) -> b
         if not pairs:
             names = ", ".join(run.name for run in alone) or "there is no such run"
             raise ConfigError(
-                f"'{directories[0]}' holds no run in which tokens are proposed beside one of its "
-                f"plain ensemble: {names}"
+                f"'{directories[0]}' holds no run in which tokens are proposed together with a run "
+                f"of its plain ensemble: {names}"
             )
     comparisons = [paired.compare(a, b) for a, b in pairs]
     if with_margins and any(comparison.divergences for comparison in comparisons):
@@ -79,7 +79,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--margins",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="where completions differ, run the plain ensemble and report its margin",
+        help="if completions differ, run the plain ensemble and report its margins",
     )
     parser.add_argument(
         "--strict", action="store_true", help="exit with 1 if completions differ at temperature 0"

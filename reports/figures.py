@@ -23,8 +23,9 @@ from reports.records import METHOD_ORDER
 Record = Mapping[str, Any]
 # Foreground, faint lines, background: GitHub's, because most readers see the pictures there.
 THEMES = {"light": ("#1f2328", "#d1d9e0", "#ffffff"), "dark": ("#f0f6fc", "#3d444d", "#0d1117")}
-# Okabe and Ito's colours, which colour-blind readers can tell apart. The last two are our own: they
-# are darker or lighter than the colours that they resemble. All are legible on both backgrounds.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart, and two of our own at the
+# end. Ours are darker or lighter than the colours that they resemble. All are legible on both
+# backgrounds.
 COLORS = {
     "sd": "#999999",
     "cd": "#56B4E9",
@@ -160,17 +161,17 @@ FIGURES = {
     "speed_up": (
         speed_up,
         "Speed-up over the plain ensemble of the same members and data set. A bar is the mean over "
-        "configurations (gamma, alpha and the like), the line on it their range; a star marks one "
-        "that rests on a run that was continued.",
+        "configurations (gamma, alpha and the like). The line on the bar is their range. A star "
+        "marks a bar that uses a run that was continued.",
     ),
     "score_against_speed": (
         score_against_speed,
-        "Score against speed, a point per run with the 95% interval of its score.",
+        "Score against speed. Each point is a run, with the 95% interval of its score.",
     ),
     "acceptance_by_position": (
         acceptance_by_position,
         "Share of judged proposals that were accepted, by position in a proposal. A line is the "
-        "mean over the configurations that propose so far.",
+        "mean over the configurations that have this position.",
     ),
 }
 

@@ -21,11 +21,11 @@ from reports.tables import markdown, number, with_interval
 STEPS = {"float32": 2.0**-19, "bfloat16": 2.0**-3}
 STEP_NOTE = (
     "Margin: the difference of the two largest log-probabilities of the plain ensemble, given the "
-    "prompt and the tokens that both runs have in common. Logits often lie from 16 to 32; there, "
-    f"neighbouring numbers are {STEPS['float32']:.1e} apart in float32 and {STEPS['bfloat16']} in "
-    "bfloat16, and the same sum in another order differs by several of these steps. 'below a step "
-    "of' names the precisions in which a step is larger than the margin: two logits so close can "
-    "be one number."
+    "prompt and the tokens that both runs have in common. Logits often lie between 16 and 32. "
+    f"There, neighbouring numbers are {STEPS['float32']:.1e} apart in float32 and "
+    f"{STEPS['bfloat16']} in bfloat16. Adding the same numbers in another order can change a logit "
+    "by several of these steps. 'below a step of' names the precisions in which a step is larger "
+    "than the margin. In these precisions, both logits can be rounded to the same number."
 )
 DIVERGENCE_COLUMNS = (
     *("a", "b", "index", "task_id", "position", "token_a", "token_b", "text_a", "text_b"),
@@ -42,7 +42,7 @@ class Divergence:
 
     Args:
         index, task_id: of the example.
-        position: in the completion, from 0.
+        position: in the completion, counted from 0.
         tokens: the tokens of the first and the second run there; None past the end of a completion.
         prefix: the tokens before the position, which both completions share.
         texts: both tokens as text; None before a tokenizer has decoded them.
@@ -210,7 +210,7 @@ def text(comparisons: Sequence[Comparison], alone: Sequence[Run] = ()) -> str:
     """Markdown for screen and file."""
     parts = [
         markdown(pd.DataFrame([_shown(c) for c in comparisons])),
-        "Differences are a minus b, over the samples that both runs have scores of, with a 95% "
+        "Differences are a minus b, over the samples with a score in both runs, with a 95% "
         "bootstrap interval. p-values are not corrected for the number of comparisons.",
         *(_divergence_text(c) for c in comparisons if c.divergences),
     ]
@@ -229,7 +229,7 @@ def _check_same_task(a: Run, b: Run, first: Mapping[str, Any], second: Mapping[s
     if first["task_id"] != second["task_id"]:
         raise ConfigError(
             f"sample {first['index']} is {first['task_id']} in '{a.path}' and {second['task_id']} "
-            f"in '{b.path}': these are runs of different data"
+            f"in '{b.path}': these runs have different data"
         )
 
 

@@ -80,12 +80,14 @@ def _notes(comparison: Comparison) -> list[str]:
     notes = []
     if comparison.divergences:
         notes.append(
-            "Completions differ, as rounding may cause. To see where, and by what margin:\n"
+            "Completions differ. Rounding can cause this. The next command shows where they "
+            "differ, and the margins there:\n"
             f"python scripts/report.py --paired {turns.path} {plain.path}"
         )
     if any(run.num_parts > 1 for run in (turns, plain)):
         notes.append(
-            f"{CONTINUED} A run was stopped and continued. What was in flight then was begun twice."
+            f"{CONTINUED} A run was stopped and continued. Requests that were in flight then were "
+            "begun twice."
         )
     return notes
 

@@ -34,8 +34,8 @@ RESULTS = ("tokens/s", "speed-up", "tokens/cycle", "acceptance")
 # Marks a speed that covers more than one part of a run, or that is relative to such a speed.
 CONTINUED = "*"
 CONTINUED_NOTE = (
-    f"\\{CONTINUED} of a run that was continued, or over one. Its speed is not quite that of an "
-    "unbroken run: what was in flight at the break was begun twice."
+    f"\\{CONTINUED} This speed uses a run that was continued. It differs slightly from the speed "
+    "of an unbroken run, because requests that were in flight at the break were begun twice."
 )
 
 
@@ -150,10 +150,11 @@ def _notes(records: Sequence[Mapping[str, Any]]) -> str:
     used = [f"{kind} ({', '.join(sorted(of))})" for kind, of in sorted(kinds.items())]
     intervals = f"95% intervals: {'; '.join(used)}. " if used else ""
     return (
-        f"{intervals}Speed-up: over the mean of the finished runs of the plain ensemble with the "
-        "same members, data and settings; empty where there is none. Acceptance: by member, in "
-        "their order. An unfinished run has the samples so far. A figure has room for a few "
-        "settings only; report.csv has everything."
+        f"{intervals}Speed-up: the run's speed over the mean speed of the finished runs of the "
+        "plain ensemble with the same members, data and settings. It is empty if there is no such "
+        "run. Acceptance: one value per member, in the order of the members. The results of an "
+        "unfinished run are those of its samples so far. Figures leave out some settings; "
+        "report.csv has everything."
     )
 
 

@@ -146,8 +146,8 @@ def select(
         `random.Random(seed).random()`, in order, and the set is sorted by these draws. All versions
         of Python give the same draws. The examples of a smaller size are the first ones of a larger
         size.
-    indices: positions in `examples`, used instead of the size, in the given order. They exclude a
-        seed.
+    indices: positions in `examples`, counted from 0. They are used instead of the size, in the
+        given order. They exclude a seed.
 
     Raises:
         ValueError: the size, seed or list of positions is not valid.
@@ -179,7 +179,8 @@ def _check_seed(seed: int, indices: Sequence[int] | None) -> None:
 def _checked_indices(indices: Sequence[int], num_examples: int) -> Sequence[int]:
     if not isinstance(indices, Sequence) or isinstance(indices, str) or not indices:
         raise ValueError(
-            f"dataset.indices={indices!r} is not a list of positions: use null, or such as [0,3,7]"
+            f"dataset.indices={indices!r} is not a list of positions: use null, or a list like "
+            "[0,3,7]"
         )
     seen = set()
     for index in indices:

@@ -4,8 +4,9 @@ This module knows processes, resource limits and system calls. It does not know 
 program tests. The parent imports this file; the confined child runs it as a script (see
 `_child_main`).
 
-The confinement is made for programs that a language model wrote. Such programs do harm by mistake,
-not by studying this file. `docs/tasks.md` lists what is prevented and what is not.
+The confinement is made for programs that a language model wrote. Such programs do harm by mistake.
+They are not written to break out of this sandbox. `docs/tasks.md` lists what is prevented and what
+is not.
 """
 
 import contextlib
@@ -114,16 +115,16 @@ def warn_of_execution() -> None:
     """Log, once per process, what executing generated code risks."""
     logger.warning(
         "evaluate.execute_code=true: code written by a language model will be executed on this "
-        "machine. It runs in a confined subprocess, but that is no proof against malice: it can "
-        "read what you can read. Use a container or a machine without secrets."
+        "machine. It runs in a confined subprocess. The code can still read every file that you "
+        "can read. Use a container, or a machine without secrets."
     )
 
 
 @functools.cache
 def _warn_of_missing(missing: tuple[str, ...]) -> None:
     logger.warning(
-        "executed programs are not kept from using %s: this platform offers no way that is known "
-        "here. Use a container.",
+        "executed programs can use %s, because this project knows no way to prevent that on this "
+        "platform. Use a container.",
         ", ".join(missing),
     )
 

@@ -124,7 +124,7 @@ class Mmlu(Task):
             if self.split == "validation":
                 raise
             raise ValueError(
-                f"{error}; where only the split validation is at hand: task.mmlu.split=validation"
+                f"{error}; if you have the split validation only, set task.mmlu.split=validation"
             ) from error
 
     def _worked(self) -> dict[str, list[Mapping[str, Any]]]:
