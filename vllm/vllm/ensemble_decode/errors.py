@@ -14,9 +14,9 @@ _FIELD = re.compile(r"(?<![\w./-])(?:--[a-z][\w-]*|(?:ensemble|chef)\.\w+)(?:\.\
 
 
 class ConfigFieldError(ValueError):
-    """A value that cannot be meant.
+    """A value that an engine cannot use.
 
-    `str` of it is one line, `field: message`.  vLLM sends an exception between processes pickled or
+    `str` of it is one line, `field: message`. vLLM sends an exception between processes pickled or
     as text, and both keep that line.
 
     Args:

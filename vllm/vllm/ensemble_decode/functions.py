@@ -219,7 +219,7 @@ class ContrastivePlausible(Contrastive):
 
 @dataclass(frozen=True)
 class ProxyTuning(EnsembleFunction):
-    """Proxy tuning, `l_1 + scale * (l_2 - l_3)`, on logits or log-probabilities.
+    """Proxy tuning, `l_0 + scale * (l_1 - l_2)`, on logits or log-probabilities.
 
     Liu et al. 2024 (arXiv 2401.08565). The first member is the large model. The others are a small
     model that was tuned, and the same small model before.
