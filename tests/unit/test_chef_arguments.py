@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import llama_config
+from tiny_models import llama_config, save_byte_tokenizer
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from vllm.chef import config as chef_config
@@ -258,6 +258,11 @@ def test_the_arguments_are_plain_data_and_the_callers_are_left_alone(made):
             dict(gamma=2, speculative_config={"rejection_sample_method": "synthetic"}),
             "speculative_config: rejection_sample_method='synthetic' requires",
         ),
+        (
+            dict(gamma=2, speculative_config={"rejection_sample_method": "bogus"}),
+            "speculative_config.rejection_sample_method: Input should be",
+        ),
+        (dict(kv_cache_dtype="x"), "kv_cache_dtype: Input should be"),
         (dict(pipeline_parallel_size=2, gamma=1), "pipeline_parallel_size: "),
     ],
 )
@@ -267,6 +272,20 @@ def test_bad_input_is_told_in_one_line(made, asked, line):
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
     assert not re.search(r"--\w|(?:ensemble|chef)\.\w", str(caught.value))
+
+
+@pytest.mark.parametrize("members", [("large", "read"), ("read", "large")])
+def test_a_member_without_a_tokenizer_is_told_in_one_line(root, tmp_path, members):
+    """`large` has none."""
+    read = tmp_path / "read"
+    llama_config(257).save_pretrained(read)
+    save_byte_tokenizer(str(read))
+    paths = [str({"read": read, "large": root / "large"}[name]) for name in members]
+    with pytest.raises(ConfigFieldError) as caught:
+        ensemble_args(*paths, gamma=1)
+    line = f"model/extra_model: the tokenizer of '{root / 'large'}' cannot be read: "
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("others", [[], ["nope"]])

@@ -373,9 +373,14 @@ def _with_limits(arguments: dict[str, Any], turns: Turns | None) -> dict[str, An
 def named_argument(error: Exception, engine_args: Mapping[str, Any]) -> str | None:
     """The engine argument that an error of vLLM is about. None if the error does not tell.
 
-    pydantic names the field. Other errors may mention an argument in their text.
+    pydantic names the field of a configuration. Other errors may mention an argument in their text.
     """
-    details = error.errors()[0] if hasattr(error, "errors") else {}
     names = sorted(engine_args.keys() - {"model"}, key=len, reverse=True)
-    mentioned = (name for name in names if name in reason(error))
-    return next(iter(details.get("loc", ())), None) or next(mentioned, None)
+    details = error.errors()[0] if hasattr(error, "errors") else {}
+    field = next(iter(details.get("loc", ())), None)
+    if field is None:
+        return next((name for name in names if name in reason(error)), None)
+    if error.title == "SpeculativeConfig":
+        return f"speculative_config.{field}"
+    # Some arguments have a longer name than their field: `kv_cache_dtype` for `cache_dtype`.
+    return next((name for name in names if name.endswith(f"_{field}")), field)

@@ -115,10 +115,9 @@ class EnsembleRunner(MemberRunner):
             return super().sample(hidden_states, input_batch, grammar_output)
 
     def replace_helpers(self) -> None:
-        """Replace two helpers of a step. Ours take the logits of all members, and know what
-        each request overrides.
+        """Replace two helpers of a step, because vLLM has no hook for them.
 
-        vLLM has no hook for them.
+        Ours take the logits of all members, and know what each request overrides.
         """
         self.prompt_logprobs_worker = EnsemblePromptLogprobsWorker(
             self.model, self.max_num_reqs, self.device, self.model_config.logprobs_mode

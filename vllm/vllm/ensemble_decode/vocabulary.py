@@ -9,6 +9,7 @@ module knows tokenizers and configs, and loads no weights.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm.ensemble_decode.errors import ConfigFieldError
+from vllm.ensemble_decode.errors import ConfigFieldError, reason
 
 logger = init_logger(__name__)
 
@@ -53,14 +54,15 @@ def check_tokenizers(members: Sequence[ModelConfig], field: str = FIELD) -> None
     A token that only one model has must be an added or special token, such as a fine-tune brings.
 
     Raises:
-        ConfigFieldError: one line that begins with `field` and names the first token that differs.
+        ConfigFieldError: one line that begins with `field`. It names the first token that differs,
+            or the model whose tokenizer cannot be read.
     """
     first, *others = members
     if first.skip_tokenizer_init:
         return
-    tokenizer = cached_tokenizer_from_config(first)
+    tokenizer = _tokenizer(first, field)
     for member in others:
-        difference = _difference(tokenizer, cached_tokenizer_from_config(member))
+        difference = _difference(tokenizer, _tokenizer(member, field))
         if difference is not None:
             raise ConfigFieldError(
                 field,
@@ -158,6 +160,15 @@ class FittedMember(nn.Module):
 def fitted(model: nn.Module, vocabulary: MemberVocabulary, device: torch.device) -> nn.Module:
     """The model itself if it has all of the ensemble's tokens. Otherwise a `FittedMember`."""
     return model if vocabulary.is_whole else FittedMember(model, vocabulary, device)
+
+
+def _tokenizer(member: ModelConfig, field: str) -> Any:
+    try:
+        return cached_tokenizer_from_config(member)
+    except (ValueError, OSError) as error:
+        raise ConfigFieldError(
+            field, f"the tokenizer of '{member.model}' cannot be read: {reason(error)}"
+        ) from error
 
 
 def _ids(member: ModelConfig) -> set[int]:
