@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.plans import Run
 from benchmarks.shapes import SHAPES
-from repository import ROOT
+from repository import model_root, read_env
 
 
 def add_shared(parser: argparse.ArgumentParser, kv_cache: str) -> None:
@@ -19,13 +19,14 @@ def add_shared(parser: argparse.ArgumentParser, kv_cache: str) -> None:
 
     `kv_cache` says how large the KV cache is by default.
     """
+    read_env()
     add = parser.add_argument
     add("--target", default="probs", help="ensemble_target of weighted ensembles")
     add("--dtype", default="bfloat16")
     add("--enforce-eager", action="store_true")
     add("--kv-cache-gib", type=float, help=f"default: {kv_cache}")
     add("--engine-args", type=json_object, default={}, metavar="JSON", help="of vLLM's EngineArgs")
-    add("--models", type=Path, default=ROOT / "models", help="folder of real members")
+    add("--models", type=Path, default=model_root(), help="folder of real members")
     add("--prompts", type=Path, help="JSON lines with `prompt`; default: HumanEval's")
     add("--out", type=Path)
     add("--resume", action="store_true", help="keep what --out has, and measure the rest")

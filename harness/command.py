@@ -9,12 +9,11 @@ from collections.abc import Callable
 # errors, so it is switched off.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
-from dotenv import load_dotenv
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.errors import one_line
-from repository import ROOT
+from repository import read_env
 
 
 def call(job: Callable[[], None], interrupted: str) -> None:
@@ -25,7 +24,7 @@ def call(job: Callable[[], None], interrupted: str) -> None:
     """
     # torch, vLLM and the hub's client read the environment when they are imported, so this comes
     # first.
-    load_dotenv(ROOT / ".env")
+    read_env()
     # A cluster or a user may stop the run with SIGTERM. It then ends as with Ctrl-C, so that no
     # process is left running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -10,8 +10,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from harness.command import ROOT
 from harness.errors import ConfigError
+from repository import ROOT
 from tasks.execution import find_missing_protections
 
 BY_TURNS = {"ensemble": "ensemble_chef", "cd": "cd_chef"}

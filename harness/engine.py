@@ -47,12 +47,6 @@ def configure_process(verbose: bool) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() - 1)))
 
 
-def is_ensemble(config: "VllmConfig") -> bool:
-    from vllm.ensemble_decode.config import CONFIG_KEY
-
-    return isinstance(config.additional_config, dict) and CONFIG_KEY in config.additional_config
-
-
 def forget_closed_engines() -> None:
     """Free what closed engines leave in this process, so that another engine can start in it."""
     if "vllm.distributed.parallel_state" in sys.modules:

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from harness.engine import is_ensemble
 from harness.errors import ConfigError, one_line, shortened
 from harness.fields import Keys
 from harness.methods import MethodSpec, keys_of
@@ -70,7 +69,7 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
 
     # With an ensemble no parameter is refused because of speculation; see
     # vllm.ensemble_decode.frontend.
-    speculative_config = None if is_ensemble(config) else config.speculative_config
+    speculative_config = None if _is_ensemble(config) else config.speculative_config
 
     def check(params: Mapping[str, Any]) -> None:
         SamplingParams(**params).verify(
@@ -87,6 +86,12 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
     except Exception as error:  # vLLM's own errors, and those that a value of a wrong type causes
         key = f".{culprit}" if (culprit := _culprit(check, params)) else ""
         raise ConfigError(f"method.generate{key}: {one_line(error)}") from error
+
+
+def _is_ensemble(config: "VllmConfig") -> bool:
+    from vllm.ensemble_decode.config import CONFIG_KEY
+
+    return isinstance(config.additional_config, dict) and CONFIG_KEY in config.additional_config
 
 
 def _num_depths(arguments: Mapping[str, Any]) -> int:
@@ -114,7 +119,7 @@ def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
     # With another tokenizer, the proposed token ids would mean other text.
     check_tokenizers([config.model_config, speculative.draft_model_config], PROPOSER)
     check_draft_context(config)
-    if not is_ensemble(config):
+    if not _is_ensemble(config):
         _check_stock_draft(config, _keys(spec).of_field(PROPOSER))
 
 

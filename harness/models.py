@@ -4,19 +4,10 @@ This module reads a model's config.json, not its weights.
 """
 
 import json
-import os
 from pathlib import Path
 
 from harness.errors import ConfigError
-from repository import ROOT
-
-
-def model_root() -> Path:
-    """The root of model folders: MODEL_PATH (environment or `.env`), by default `models`.
-
-    A relative path starts at the repository's root, wherever the command is called.
-    """
-    return ROOT / Path(os.environ.get("MODEL_PATH") or "models").expanduser()
+from repository import model_root
 
 
 def resolve_model(name: object, key: str) -> str:

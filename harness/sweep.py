@@ -20,13 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple
 
-from dotenv import load_dotenv
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from harness.errors import ConfigError
 from harness.results import KEYS_WITHOUT_EFFECT
-from repository import ROOT, search_path
+from repository import read_env, search_path
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +210,7 @@ def _visible_devices() -> dict[str, str]:
 def main() -> None:
     from harness.run import run
 
-    load_dotenv(ROOT / ".env")
+    read_env()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         run(OmegaConf.create(sys.stdin.read()), sys.argv[1])

@@ -22,13 +22,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dotenv import load_dotenv
-
 if __name__ == "__main__" and not __package__:
     # Python looks for modules beside the program that it starts. They are one folder up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from repository import ROOT
+from repository import ROOT, model_root, read_env
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,12 +49,6 @@ LAYERS = "layers.safetensors"
 SUMS = "SHA256SUMS"
 
 TICK_S = 1.0
-
-
-def model_root() -> Path:
-    """MODEL_PATH from the environment or .env; a relative path starts at the repository's root."""
-    load_dotenv(ROOT / ".env")
-    return ROOT / Path(os.environ.get("MODEL_PATH") or "models").expanduser()
 
 
 def find_gguf() -> Path:
@@ -244,6 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the default models from a package.")
     parser.add_argument("--force", action="store_true", help="write models again that exist")
     force = parser.parse_args().force
+    read_env()
     # Three libraries have progress bars. They would write a line for every step to a file.
     os.environ.setdefault("TQDM_DISABLE", "1")
     prepare(model_root() / FULL, write_full, force)

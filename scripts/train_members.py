@@ -36,6 +36,7 @@ if __name__ == "__main__" and not __package__:
     # Python looks for modules beside the program that it starts. They are one folder up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from repository import model_root, read_env
 from scripts.member_cards import model_card
 from scripts.prepare_models import (
     ADAPTER,
@@ -46,7 +47,6 @@ from scripts.prepare_models import (
     WEIGHTS,
     load_amateur,
     load_python,
-    model_root,
     write_sums,
 )
 from scripts.training_text import Corpus, collect
@@ -475,6 +475,7 @@ def make_recipe(name: str, args: argparse.Namespace) -> Recipe:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    read_env()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--members", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

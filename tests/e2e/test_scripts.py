@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from repository import ROOT
+from repository import ROOT, model_root
 from scripts import prepare_models
 
 TORCH_CPU = "torch==2.13.0+cpu"
@@ -222,7 +222,7 @@ def test_check_names_the_fault(tmp_path, distributions, fault):
 def models() -> Path:
     """The folder of the default models; it is made if it is missing."""
     subprocess.run([sys.executable, ROOT / "scripts" / "prepare_models.py"], check=True)
-    return prepare_models.model_root()
+    return model_root()
 
 
 def test_shallow_model_is_the_first_and_last_layers_of_the_full_one(models):
@@ -281,13 +281,3 @@ def test_no_model_is_left_half_written(tmp_path):
         prepare_models.prepare(model, interrupted, force=True)
     assert [file.name for file in model.parent.iterdir()] == ["model"]
     assert "new" in (model / "config.json").read_text()
-
-
-def test_model_path_is_relative_to_the_repository(monkeypatch):
-    monkeypatch.setattr(prepare_models, "load_dotenv", lambda path: None)
-    monkeypatch.setenv("MODEL_PATH", "")
-    assert prepare_models.model_root() == ROOT / "models"
-    monkeypatch.setenv("MODEL_PATH", "./elsewhere")
-    assert prepare_models.model_root() == ROOT / "elsewhere"
-    monkeypatch.setenv("MODEL_PATH", "/absolute")
-    assert prepare_models.model_root() == Path("/absolute")

@@ -7,7 +7,7 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
-from harness import models
+import repository
 from harness.errors import ConfigError
 from harness.models import resolve_member, resolve_model
 
@@ -132,9 +132,9 @@ def test_text_member_is_what_its_name_means(tmp_path, root, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (None, models.ROOT / "models"),
-        ("", models.ROOT / "models"),
-        ("./elsewhere", models.ROOT / "elsewhere"),
+        (None, repository.ROOT / "models"),
+        ("", repository.ROOT / "models"),
+        ("./elsewhere", repository.ROOT / "elsewhere"),
         ("/absolute", Path("/absolute")),
     ],
 )
@@ -142,5 +142,5 @@ def test_model_path_is_relative_to_the_repository(monkeypatch, value, expected):
     monkeypatch.delenv("MODEL_PATH")
     if value is not None:
         monkeypatch.setenv("MODEL_PATH", value)
-    assert models.model_root() == expected
-    assert (models.ROOT / "main_dataset.py").is_file()
+    assert repository.model_root() == expected
+    assert (repository.ROOT / "main_dataset.py").is_file()

@@ -350,7 +350,7 @@ def test_log_of_the_job_stands_beside_its_results(engine, tmp_path, caplog):
 
 def test_interrupted_command_ends_in_one_line(engine, tmp_path, monkeypatch, capsys):
     engine.dies_after, engine.error = 1, KeyboardInterrupt()
-    monkeypatch.setattr(harness.command, "load_dotenv", lambda path: None)
+    monkeypatch.setattr(harness.command, "read_env", lambda: None)
     monkeypatch.setattr(sys, "argv", ["main_dataset.py", *overrides(tmp_path)])
     with pytest.raises(SystemExit) as exit:
         main_dataset.main()

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 import main_dataset
 from harness import sweep
+from repository import ROOT
 
 CONFIG = {
     "method": {"name": "cd", "gamma": 5, "llm": {"tensor_parallel_size": None}},
@@ -108,7 +109,7 @@ def test_job_runs_in_a_process_with_its_configuration(monkeypatch, tmp_path, cap
     call, folder = run_job(monkeypatch, tmp_path, 0, "fine\n", SUMMARY)
     assert call.command == [sys.executable, "-m", "harness.sweep", str(folder)]
     assert call.config == {**CONFIG, "save_path": str(folder)}
-    assert call.env["PYTHONPATH"].split(os.pathsep)[0] == str(sweep.ROOT)
+    assert call.env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
     assert (folder / "log.txt").read_text() == "fine\n"
     assert not (folder / "failure.json").exists()
     assert caplog.messages[-1].endswith("(seed=0 method=cd): pass@1 0.250, 12.0 tokens/s")

@@ -21,7 +21,7 @@ NAMES = [prepare.FULL, prepare.SHALLOW, prepare.PYTHON, prepare.AMATEUR]
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """MODEL_PATH with a tiny base, and an empty folder of weights."""
-    monkeypatch.setattr(prepare, "load_dotenv", lambda path: None)
+    monkeypatch.setattr(prepare, "read_env", lambda: None)
     monkeypatch.setattr(prepare, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(sys, "argv", ["prepare_models.py"])
     monkeypatch.setenv("MODEL_PATH", str(tmp_path / "models"))
