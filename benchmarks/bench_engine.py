@@ -5,7 +5,6 @@ This module knows vLLM's engine and how decoding is timed. It compares nothing.
 
 import gc
 import json
-import os
 import re
 import statistics
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from benchmarks.kinds import Kind, needs_tokenizer, requests_of
 from benchmarks.plans import Plan, Run
 from benchmarks.shapes import SHAPES, make_shape
+from harness.engine import configure_process
 from triton_cpu_interpreter import is_cpu_build
 
 BATCHED_TOKENS, SCHEDULED_TOKENS = 8192, 4096
@@ -414,7 +414,7 @@ def speculation_options(run: Run, acceptance: Sequence[float], samples: bool) ->
 
     options = {}
     if run.proposer:
-        # The harness uses the same rule: probabilistic if tokens are sampled.
+        # `ensemble_args` would draw at every temperature. Greedy proposals cost less time.
         options["draft_sample_method"] = "probabilistic" if samples else "greedy"
     if acceptance and run.policy:
         rates = unconditional_rates(acceptance[0], run.window)
@@ -489,17 +489,6 @@ def read_texts(path: Path | None) -> list[str]:
     return [problem["prompt"] for problem in read_problems().values()]
 
 
-def configure_process() -> None:
-    """Set what vLLM reads when it is imported, unless the environment already sets it."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if is_cpu_build():
-        # An engine in a process of its own would share the cores with this process.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # Threads on every core wait for one another in loops. If anything else uses a core, they
-        # run ten times slower.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1)))
-
-
 def in_child(measure: Callable[[Plan, Namespace, Callable[[str, Any], None]], None]) -> None:
     """`python -m MODULE REQUEST LINES`: have `measure` do what REQUEST (JSON) asks for.
 
@@ -514,7 +503,7 @@ def in_child(measure: Callable[[Plan, Namespace, Callable[[str, Any], None]], No
     args = Namespace(**request["args"] | paths)
     plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in request["plan"].items()})
 
-    configure_process()
+    configure_process(verbose=False)
 
     def write(kind: str, content: Any) -> None:
         with lines.open("a") as file:

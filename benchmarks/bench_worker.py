@@ -34,7 +34,7 @@ class BenchWorker:
             return None
         return {
             "turns": [[list(turn.members), turn.gamma] for turn in turns],
-            "scores": list(turns.scores),
+            "scores": list(turns.counted),
         }
 
     def bench_reset_memory(self) -> None:

@@ -79,8 +79,9 @@ def compared(row: Row, run: Run, index: Index) -> Row:
 def add_shares(rows: Sequence[Row]) -> None:
     """What remains of the speed over the plain ensemble if requests ask for more.
 
-    It is the speed over that of the bare request: temperature 0 and nothing else, of the same run
-    and batch. A value is None if a speed is missing.
+    The share is a row's speed over the plain ensemble, divided by the bare request's in the same
+    run and batch. A bare request has temperature 0 and nothing else. A share is None if one of the
+    two speeds is missing.
     """
     bare = {
         _but_request(row): row.get("speed_over_plain")
@@ -194,4 +195,4 @@ def expected_tokens(run: Run, turns: Turns | None, rates: Sequence[float | None]
     order = [(turn.members, turn.gamma) for turn in turns]
     if any(rates[members[0]] is None for members, gamma in order if gamma):
         return None
-    return tokens_per_cycle(order, turns.scores, rates)
+    return tokens_per_cycle(order, turns.counted, rates)

@@ -32,8 +32,10 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
+    from vllm.chef.arguments import engine_config
     from vllm.ensemble_decode import ConfigFieldError
-    from vllm.ensemble_decode.members import check_ensemble
+    from vllm.ensemble_decode.frontend import is_ensemble
+    from vllm.ensemble_decode.members import check_draft_model
 
     arguments = {"use_tqdm_on_load": False, **spec.engine_args, "seed": seed}
     _check_known("method.llm", arguments, EngineArgs.__dataclass_fields__)
@@ -45,12 +47,10 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
             _, defaults = EngineArgs.get_batch_defaults(world_size=1)
             num_slots = min(num_slots, defaults[UsageContext.LLM_CLASS])
             engine_args.max_num_seqs = max(num_slots, _num_depths(arguments))
-        config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
-        if spec.turns is not None:
-            _check_turns(config, spec)
-        elif "additional_config" in arguments:
-            check_ensemble(config)
-        _check_draft_model(config, spec)
+        config = engine_config(engine_args, spec.turns)
+        if not is_ensemble(config) and config.speculative_config is not None:
+            check_draft_model(config)
+            _check_stock_draft(config, _keys(spec).of_field(PROPOSER))
     except ConfigFieldError as error:
         raise ConfigError(shortened(_keys(spec).line(error))) from error
     except (ValueError, OSError) as error:  # OSError: files of a model are missing
@@ -67,9 +67,11 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
     """Raise ConfigError for sampling parameters that an engine of `config` would refuse."""
     from vllm import SamplingParams
 
+    from vllm.ensemble_decode.frontend import is_ensemble
+
     # With an ensemble no parameter is refused because of speculation; see
     # vllm.ensemble_decode.frontend.
-    speculative_config = None if _is_ensemble(config) else config.speculative_config
+    speculative_config = None if is_ensemble(config) else config.speculative_config
 
     def check(params: Mapping[str, Any]) -> None:
         SamplingParams(**params).verify(
@@ -88,45 +90,18 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
         raise ConfigError(f"method.generate{key}: {one_line(error)}") from error
 
 
-def _is_ensemble(config: "VllmConfig") -> bool:
-    from vllm.ensemble_decode.config import CONFIG_KEY
-
-    return isinstance(config.additional_config, dict) and CONFIG_KEY in config.additional_config
-
-
 def _num_depths(arguments: Mapping[str, Any]) -> int:
     """How many depths `gamma: auto` chooses from; vLLM prepares one per number of requests."""
     speculative = arguments.get("speculative_config") or {}
     return len(speculative.get("num_speculative_tokens_per_batch_size") or [])
 
 
-def _check_turns(config: "VllmConfig", spec: MethodSpec) -> None:
-    from vllm.chef.config import check_chef, scheduled_tokens
-
-    if "max_num_scheduled_tokens" not in spec.engine_args:
-        config.scheduler_config.max_num_scheduled_tokens = scheduled_tokens(config, spec.turns)
-    check_chef(config)
-
-
-def _check_draft_model(config: "VllmConfig", spec: MethodSpec) -> None:
-    """Find what vLLM would not notice: proposals that are never accepted, and errors in mid-run."""
-    from vllm.ensemble_decode.members import check_draft_context
-    from vllm.ensemble_decode.vocabulary import check_tokenizers
-
-    speculative = config.speculative_config
-    if speculative is None or speculative.method != "draft_model":
-        return
-    # With another tokenizer, the proposed token ids would mean other text.
-    check_tokenizers([config.model_config, speculative.draft_model_config], PROPOSER)
-    check_draft_context(config)
-    if not _is_ensemble(config):
-        _check_stock_draft(config, _keys(spec).of_field(PROPOSER))
-
-
 def _check_stock_draft(config: "VllmConfig", key: str) -> None:
     """Find what vLLM's own speculation cannot do; an ensemble loads drafts differently."""
     from vllm import ModelRegistry
 
+    if config.speculative_config.method != "draft_model":
+        return
     draft = config.speculative_config.draft_model_config
     if draft.is_moe and not config.model_config.is_moe:
         raise ConfigError(

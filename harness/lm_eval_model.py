@@ -95,8 +95,8 @@ class SpeculativeEnsembleLM(TemplateLM):
             if token is not None:
                 return token
         raise ConfigError(
-            "method.model: its tokenizer has neither a BOS nor an EOS token, one of which stands "
-            "before texts without context; choose other tasks or members"
+            "method.model: texts without context need a BOS or an EOS token before them, and its "
+            "tokenizer has neither; choose other tasks or members"
         )
 
     @property
@@ -162,9 +162,9 @@ class SpeculativeEnsembleLM(TemplateLM):
         # which the first scored token depends on.
         if len(continuation) > self.max_length - 2:
             raise ConfigError(
-                f"tasks: {len(continuation)} tokens are to be scored and the members read "
-                f"{self.max_length}, of which two are needed; raise method.llm.max_model_len, or "
-                "choose other tasks or members"
+                f"tasks: {len(continuation)} tokens are to be scored, and a context of "
+                f"{self.max_length} has room for {self.max_length - 2}; raise "
+                "method.llm.max_model_len, or choose other tasks or members"
             )
         return bool(continuation)
 

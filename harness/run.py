@@ -23,7 +23,7 @@ from harness.proposals import add, fields, rows
 from harness.results import Progress, RunDirectory, table
 from harness.scoring import Scorer, means
 from harness.session import Session
-from tasks import Example, Task, load_task, select, task_name
+from tasks import Example, Task, load_task, select, task_name, task_options
 
 logger = logging.getLogger(__name__)
 
@@ -183,19 +183,30 @@ def _check_run(plain: Mapping[str, Any]) -> None:
 
 
 def _load_examples(plain: Mapping[str, Any]) -> tuple[Task, list[Example]]:
-    options = {**plain["dataset"], **plain["evaluate"]}
-    name, *selection = (options.pop(key) for key in ("name", "size", "seed", "indices"))
+    of_dataset = dict(plain["dataset"])
+    name, *selection = (of_dataset.pop(key) for key in ("name", "size", "seed", "indices"))
     try:
-        task = load_task(name, **options, **_task_options(plain["task"], task_name(name)))
+        group = f"task.{task_name(name)}"
+        of_task = plain["task"].get(task_name(name)) or {}
+        groups = {"dataset": of_dataset, "evaluate": plain["evaluate"], group: of_task}
+        task = load_task(name, **_options(groups, name))
         return task, select(task.examples(), *selection)
     except ValueError as error:
         raise ConfigError(one_line(error)) from error
 
 
-def _task_options(groups: Mapping[str, Any], name: str) -> dict[str, Any]:
-    options = groups.get(name) or {}
-    if not isinstance(options, dict):
-        raise ConfigError(f"task.{name}: {options!r} is not a group of keys; see configs/")
+def _options(groups: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The options of a task, from the groups of keys that have some."""
+    known, options = task_options(name), {}
+    for group, of_group in groups.items():
+        if not isinstance(of_group, dict):
+            raise ConfigError(f"{group}: {of_group!r} is not a group of keys; see configs/")
+        for option in of_group:
+            if option not in known:
+                raise ConfigError(
+                    f"{group}.{option}: {name} has no such key; it has {', '.join(known)}"
+                )
+        options |= of_group
     return options
 
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from tasks.base import Example, Task, select
 
-__all__ = ["TASKS", "Example", "Task", "load_task", "select", "task_name"]
+__all__ = ["TASKS", "Example", "Task", "load_task", "select", "task_name", "task_options"]
 
 # `dataset.name` -> "module:class"
 TASKS = {
@@ -27,20 +27,20 @@ def load_task(name: str, **options) -> Task:
     those that this task adds.
 
     Raises:
-        ValueError:
-            - there is no such task,
-            - the path leads to no task,
-            - the task does not have an option, or
-            - the value of an option is bad.
+        ValueError: there is no such task, the path leads to no task, or the value of an option is
+            bad.
+        TypeError: the task has no such option; see `task_options`.
     """
-    task_class = _find_class(name)
-    known = [field.name for field in fields(task_class)]
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"dataset.name={name} has no option {option!r}: it has {', '.join(known)}"
-            )
-    return task_class(**options)
+    return _find_class(name)(**options)
+
+
+def task_options(name: str) -> list[str]:
+    """The options of the task that `load_task` finds by `name`.
+
+    Raises:
+        ValueError: there is no such task, or the path leads to no task.
+    """
+    return [field.name for field in fields(_find_class(name))]
 
 
 def task_name(name: str) -> str:

@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 import vllm.chef.graphs
+from vllm.chef.graphs import can_capture_passes
 from vllm.chef.sampling import Processing, needed_processing
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.verifier import Verifier
@@ -91,7 +92,7 @@ def logprobs_of(output: Any) -> list[Any] | None:
 BATCHES = {
     Processing.TEMPERATURE: requests([{}] * 5),
     Processing.FILTERS: requests(FILTERS),
-    Processing.ALL: requests(PROCESSORS),
+    Processing.BUILT_IN: requests(PROCESSORS),
 }
 REPORTED = requests(REPORTS)
 CASES = {
@@ -178,7 +179,7 @@ def use_graphs(speculator: ChefSpeculator, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(vllm.chef.graphs, "SpeculatorCudaGraphManager", make_manager)
     speculator.rebuild_metadata = rebuild_metadata
-    speculator._can_capture_passes = lambda: True
+    monkeypatch.setattr(vllm.chef.graphs, "can_capture_passes", lambda _: True)
     speculator._update_draft_decode_metadata = lambda _, num_reqs: rebuild_metadata(speculator.desc)
     speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
     for key, manager in speculator.graphs.managers.items():
@@ -299,7 +300,7 @@ def test_a_step_passes_through_what_its_requests_ask_for(models):
     with engine(models[0], settings, dict(gamma=[1, 4]), 4) as llm:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
 
-        def needed(*requests: SamplingParams) -> Processing | None:
+        def needed(*requests: SamplingParams) -> Processing:
             for slot, params in enumerate(requests):
                 runner.sampler.add_request(slot, params)
             slots = np.arange(len(requests))
@@ -312,13 +313,15 @@ def test_a_step_passes_through_what_its_requests_ask_for(models):
             expected = Processing.FILTERS if more else Processing.TEMPERATURE
             assert needed(*plain, SamplingParams(temperature=0.7, **more)) == expected
         for more in MORE_THAN_FILTERS:
-            assert needed(*plain, SamplingParams(temperature=0, **more)) == Processing.ALL, more
+            assert needed(*plain, SamplingParams(temperature=0, **more)) == Processing.BUILT_IN, (
+                more
+            )
         bad_words = SamplingParams(temperature=0.7)
         bad_words._bad_words_token_ids = [[1, 2]]
-        assert needed(bad_words) == Processing.ALL
+        assert needed(bad_words) == Processing.BUILT_IN
         assert needed(*plain) == Processing.TEMPERATURE, "slots are free again"
         runner.sampler.logits_processors.append(SimpleNamespace(add_request=lambda *_: True))
-        assert needed(*plain) is None, "a processor of the user's own may ask the host"
+        assert needed(*plain) == Processing.CUSTOM, "a processor of the user's own may ask the host"
 
 
 def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeypatch):
@@ -332,13 +335,13 @@ def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeyp
         for of_backend in AttentionCGSupport:
             support.min_cg_support = of_backend
             can = of_backend in (AttentionCGSupport.ALWAYS, AttentionCGSupport.UNIFORM_BATCH)
-            assert speculator._can_capture_passes() == can
+            assert can_capture_passes(speculator) == can
         support.min_cg_support = AttentionCGSupport.ALWAYS
         (group,) = [group for groups in speculator.attn_groups for group in groups]
         # A member reads its own last proposal, and the first turn's.
         for threshold, can in ((None, True), (6, True), (2, True), (1, False)):
             monkeypatch.setattr(group.get_metadata_builder(), "reorder_batch_threshold", threshold)
-            assert speculator._can_capture_passes() == can
+            assert can_capture_passes(speculator) == can
         monkeypatch.setattr(group.get_metadata_builder(), "reorder_batch_threshold", None)
 
         def parts(mode: CUDAGraphMode) -> set[str]:
@@ -354,7 +357,7 @@ def test_turns_are_captured_where_nothing_is_planned_on_the_host(models, monkeyp
             assert found == {"decide", "read", "propose_more"}
             assert speculator.graphs.lengths == {(1, 5): length}
         with monkeypatch.context() as patch:
-            patch.setattr(vllm.chef.speculator, "has_compiled_submodule", lambda _: True)
+            patch.setattr(vllm.chef.graphs, "has_compiled_submodule", lambda _: True)
             assert "member" in parts(CUDAGraphMode.FULL_AND_PIECEWISE)
             assert parts(CUDAGraphMode.PIECEWISE) == {"member"}
         assert "member" not in parts(CUDAGraphMode.FULL_AND_PIECEWISE), "nothing is compiled"

@@ -601,7 +601,7 @@ BY_THE_ENGINE = {
     f"{SD} method.draft_model=wide": r"method\.draft_model: .*same vocabulary size",
     f"{ENSEMBLE} method.weights=[1,1,1]": r"method\.weights: 3 weights for 2 members; give one",
     f"{ENSEMBLE} method.weights=[-1,2]": r"method\.weights: .* out of range; weights must be",
-    f"{CD} method.alpha=1.1": r"method\.alpha: 1\.1 is out of range; it must lie between 0 and 1",
+    f"{CD} method.alpha=1.1": r"method\.alpha: 1\.1 is out of range; it must be at least 0 and at",
     f"{CD} method.amateur_model=short method.llm.max_model_len=515": r"method\.llm\.max_model_len: "
     r"515 is beyond '.*short', whose longest context is 512; set it to that or less",
     f"{CD} method.llm.max_model_len=9999": r"method\.llm\.max_model_len: .*9999.* is greater than",

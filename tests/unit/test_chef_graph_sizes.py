@@ -85,18 +85,6 @@ def is_held_by(sizes: list[int], max_num_seqs: int, num_reqs: int, length: int) 
     return any(num_reqs <= held <= max_num_seqs and held * length <= max(sizes) for held in rounded)
 
 
-def num_covered_tokens(sizes: str, max_num_seqs: int, length: int) -> int:
-    """Batches with this many tokens or fewer have a graph."""
-    if sizes == "none":
-        return 0
-    if sizes == "default":
-        # All but those at the end, which rounding up moves past the largest size.
-        return max(SIZES[sizes]) - 16
-    # 448 is the largest size, and rounding up may move it past itself. 192 has no graph where it
-    # holds more requests than there are. 48 always has one.
-    return 192 if 192 <= max_num_seqs * length else 48
-
-
 @pytest.mark.parametrize("auto", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("max_num_seqs", [64, 256])
@@ -118,9 +106,7 @@ def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
         desc = step.dispatch(num_reqs, num_reqs * length, length, num_active_loras=0)
         expected = is_held_by(SIZES[sizes], max_num_seqs, num_reqs, length)
         assert (desc.cg_mode == FULL) == expected, (num_reqs, length)
-        num_covered = num_covered_tokens(sizes, max_num_seqs, length)
-        assert expected or num_reqs * length > num_covered, (num_reqs, length)
-        decisions = graphs.find_decisions(num_turns, num_reqs, Processing.ALL)
+        decisions = graphs.find_decisions(num_turns, num_reqs, Processing.BUILT_IN)
         readings = graphs.find_readings(num_turns, num_reqs, length)
         if desc.cg_mode == FULL:
             found += 1
@@ -132,7 +118,7 @@ def test_what_has_a_graph_in_the_engine_step_has_one_in_the_turns(
             lengths = [turns.num_read(turn, length) for turn in further]
             check_replays(readings, of_turns, num_reqs, lengths)
         if decisions is not None:
-            of_turns = [managers["decide", turn, Processing.ALL] for turn in range(num_turns)]
+            of_turns = [managers["decide", turn, Processing.BUILT_IN] for turn in range(num_turns)]
             check_replays(decisions, of_turns, num_reqs, [1] * num_turns)
             assert num_reqs <= graphs.max_decided()
     for manager in managers.values():
@@ -162,7 +148,7 @@ def test_the_largest_batch_has_graphs_of_its_own(auto):
     graphs = cycle_graphs(config([1, 2, 4, 8, 16, 24], 5, 2, schedule), turns, [turns.window])
     assert graphs.max_decided() == 5
     for num_reqs in range(1, 6):
-        assert graphs.find_decisions(2, num_reqs, Processing.ALL), num_reqs
+        assert graphs.find_decisions(2, num_reqs, Processing.BUILT_IN), num_reqs
         assert graphs.find_readings(2, num_reqs, 1 + turns.window), num_reqs
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from vllm.chef.ops import eager as ops
-from vllm.chef.sampling import AllParams, DeviceParams, Processing
+from vllm.chef.sampling import DeviceParams, Processing, SamplerParams
 from vllm.chef.state import (
     NO_TOP_K,
     Candidates,
@@ -220,7 +220,7 @@ def test_members_are_judged_by_the_scores_that_they_proposed_from():
         proposers=[0, 1, 2],
         ensemble=SimpleNamespace(num_members=3),
     )
-    scores = StepScores([first], AllParams(None, None))  # which takes raw logits
+    scores = StepScores([first], SamplerParams(None, None))  # which takes raw logits
     cycle, segments = make_cycle(state, 1), range(3)
     members, proposal = Verifier._gather(verifier, cycle, candidates, scores, segments, False)
     assert members.shape == (3, 1, 2, VOCAB_SIZE)

@@ -203,7 +203,7 @@ def test_member_of_weight_0_proposes_only():
         "method.weights=[0.5,0.5,0]",
         "method.gamma=4",
     )
-    assert result.turns.scores == (True, True, False)
+    assert result.turns.counted == (True, True, False)
     assert result.parameters["gamma"] == [1, 1, 4]
 
 

@@ -405,8 +405,10 @@ def test_running_score_and_speed_are_on_the_bar(engine, tmp_path, capsys):
     ("override", "message"),
     [
         ("+foo=1", "^foo: unknown key; known are method"),
-        ("+dataset.foo=1", "^dataset.name=.* has no option 'foo'"),
-        ("+evaluate.foo=1", "^dataset.name=.* has no option 'foo'"),
+        ("+dataset.foo=1", "^dataset.foo: .*Letters has no such key; it has .*use_fewshot"),
+        ("+evaluate.foo=1", "^evaluate.foo: .* has no such key; it has "),
+        ("+task.letters.foo=1", "^task.letters.foo: .* has no such key; it has "),
+        ("+task.letters=5", "^task.letters: 5 is not a group of keys"),
         ("+method.foo=1", "^method.foo: large_model has no such key"),
         ("method.llm=null", "^method.llm: None is not a group"),
         ("method.generate=5", "^method.generate: 5 is not a group"),

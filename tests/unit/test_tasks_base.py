@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from scipy.stats import chisquare
 
 from repository import ROOT
-from tasks import TASKS, Example, Task, load_task, select, task_name
+from tasks import TASKS, Example, Task, load_task, select, task_name, task_options
 from tasks.base import chat_messages, check_at_least, truncate_at_stop
 
 EXAMPLES = [Example(index=i, task_id=f"t/{i}", prompt=str(i), reference=-i) for i in range(250)]
@@ -187,9 +187,13 @@ def test_path_that_leads_to_no_task(name, why):
     assert why in str(caught.value)
 
 
-def test_unknown_option_is_named_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"no option 'shots'.*use_fewshot.*timeout_s"):
-        load_task("humaneval", shots=3)
+def test_options_of_a_task_are_those_of_every_task_and_its_own():
+    every = task_options("tasks.base:Task")
+    assert {"path", "use_fewshot", "chat"} <= {*every}
+    assert task_options("mmlu")[: len(every)] == every
+    assert "mode" in task_options("mmlu") and "mode" not in every
+    with pytest.raises(ValueError, match=r"dataset\.name='nope'"):
+        task_options("nope")
 
 
 def test_task_name_is_the_name_of_the_group_of_options():

@@ -1,7 +1,6 @@
 """From an ensemble to vLLM's engine arguments: the Python API.
 
-The harness, the benchmarks and the tests use it too. It reads the models' configs for their costs
-and contexts. It loads no weights and starts no engine.
+It reads the models' configs for their costs and contexts. It loads no weights and starts no engine.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.usage.usage_lib import UsageContext
@@ -30,6 +29,7 @@ from vllm.chef.turns import Turns
 from vllm.ensemble_decode import config as ensemble_config
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.errors import ConfigFieldError, reason
+from vllm.ensemble_decode.frontend import is_ensemble
 from vllm.ensemble_decode.functions import ENSEMBLE_FUNCTIONS
 from vllm.ensemble_decode.members import check_ensemble
 
@@ -97,9 +97,8 @@ def ensemble_args(
         `max_num_batched_tokens`: as given, or else those that vLLM has for `LLM`.
 
     Raises:
-        ConfigFieldError: one line that names the argument and the remedy. An engine that is
-            configured in another way has the names of `additional_config` and of vLLM's flags in
-            such a line: `ensemble.alpha` for `alpha`, `chef.gamma` for `gamma`.
+        ConfigFieldError: one line that names the argument and the remedy. `vllm serve` shows the
+            same lines, with `ensemble.alpha` for `alpha`, and `chef.gamma` for `gamma`.
     """
     with _errors_of_arguments(engine_args):
         if policy not in (None, PLAIN, *POLICIES):
@@ -350,24 +349,41 @@ def _with_limits(arguments: dict[str, Any], turns: Turns | None) -> dict[str, An
         ConfigFieldError: what vLLM or the ensemble would refuse when the engine starts.
     """
     try:
-        config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+        config = engine_config(EngineArgs(**arguments), turns)
+    except ConfigFieldError:
+        raise
     except ValueError as error:
         is_speculative = getattr(error, "title", "") == "SpeculativeConfig"
         default = "speculative_config" if is_speculative else "model"
         name = named_argument(error, arguments) or default
         raise ConfigFieldError(f"--{name.replace('_', '-')}", reason(error)) from error
-    if turns is None:
-        check_ensemble(config)
-        return arguments
-    scheduler = config.scheduler_config
-    limits = {}
     is_open = arguments.get("max_num_scheduled_tokens") is None
-    if is_open and turns.num_new(len(turns) - 1) > 1:
-        scheduler.max_num_scheduled_tokens = scheduled_tokens(config, turns)
-        names = ("max_num_seqs", "max_num_batched_tokens", "max_num_scheduled_tokens")
-        limits = {name: getattr(scheduler, name) for name in names}
-    check_chef(config)
-    return arguments | limits
+    if turns is None or not is_open or turns.num_new(len(turns) - 1) <= 1:
+        return arguments
+    names = ("max_num_seqs", "max_num_batched_tokens", "max_num_scheduled_tokens")
+    return arguments | {name: getattr(config.scheduler_config, name) for name in names}
+
+
+def engine_config(engine_args: EngineArgs, turns: Turns | None) -> VllmConfig:
+    """vLLM's configuration of an engine, checked; for an ensemble, with the limits of its turns.
+
+    Args:
+        engine_args: of an ensemble, or of any other engine.
+        turns: of the ensemble (`ResolvedEnsemble.turns`). None: there are none.
+
+    Raises:
+        ConfigFieldError: what the ensemble would refuse when the engine starts.
+        ValueError: what vLLM would refuse.
+    """
+    config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
+    if turns is not None:
+        if engine_args.max_num_scheduled_tokens is None:
+            limit = scheduled_tokens(config, turns)
+            config.scheduler_config.max_num_scheduled_tokens = limit
+        check_chef(config)
+    elif is_ensemble(config):
+        check_ensemble(config)
+    return config
 
 
 def named_argument(error: Exception, engine_args: Mapping[str, Any]) -> str | None:

@@ -59,7 +59,7 @@ class StepInputs:
         self.cu_num_logits[: num_reqs + 1] = step.cu_num_logits
         # Rows that fill up the batch have no logits.
         self.cu_num_logits[num_reqs + 1 :] = step.cu_num_logits[-1]
-        if processing == Processing.ALL:
+        if processing == Processing.BUILT_IN:
             self._load_grammar(step)
 
     def _load_grammar(self, step: EngineStep) -> None:
@@ -73,7 +73,7 @@ class StepInputs:
 
     def step(self, num_reqs: int, processing: Processing) -> EngineStep:
         """The loaded step, with `num_reqs` rows of requests."""
-        inputs, has_all = self.engine_inputs, processing == Processing.ALL
+        inputs, has_all = self.engine_inputs, processing == Processing.BUILT_IN
         params = DeviceParams(self.samples_members, processing, self.states)
         return EngineStep(
             inputs.query_start_loc[: num_reqs + 1],

@@ -33,7 +33,7 @@ class ChefConfig(PlainData):
     """Turns as the user asks for them, or resolved: with all that follows from the members.
 
     Resolved, it has a gamma for each member and the order of their calls. Turns are made from that
-    alone. `ensemble_args` and the harness pass it on like this, so an engine derives nothing again.
+    alone. `ensemble_args` passes it on like this, so an engine derives nothing again.
 
     Args:
         policy: `chef`: members take turns. `sd`: the last member always proposes.
@@ -88,21 +88,21 @@ class ChefConfig(PlainData):
             return not self.is_adaptive or self.max_gamma is not None
         return isinstance(self.gamma_limit, tuple) and self.turn_order is not None
 
-    def resolved(self, costs: Sequence[float], scores: Sequence[bool]) -> Self:
-        """The same for members with these relative costs. For `scores`, see `Turns`.
+    def resolved(self, costs: Sequence[float], counted: Sequence[bool]) -> Self:
+        """The same for members with these relative costs. For `counted`, see `Turns`.
 
         Raises:
             ConfigFieldError: one line that names the field and the remedy.
         """
-        self._check_scores(scores)
+        self._check_counted(counted)
         name = "max_gamma" if self.is_adaptive else "gamma"
         limit, order = self.gamma_limit, self.turn_order
         if self.policy == "sd":
             return replace(self, **{name: limit})
         gammas = tuple(spread_gamma(limit, costs)) if isinstance(limit, int) else limit
-        self._check_length(gammas, len(scores))
+        self._check_length(gammas, len(counted))
         if order is None:
-            order = tuple(default_order(gammas, costs, scores))
+            order = tuple(default_order(gammas, costs, counted))
         return replace(self, **{name: gammas}, turn_order=order)
 
     def _checked_gamma(self, name: str) -> int | tuple[int, ...]:
@@ -134,35 +134,35 @@ class ChefConfig(PlainData):
             )
         object.__setattr__(self, "turn_order", tuple(order))
 
-    def make_turns(self, scores: Sequence[bool]) -> Turns:
-        """The turns of a resolved configuration. For `scores`, see `Turns`.
+    def make_turns(self, counted: Sequence[bool]) -> Turns:
+        """The turns of a resolved configuration. For `counted`, see `Turns`.
 
         Raises:
             ConfigFieldError: one line that names the field and the remedy.
         """
         assert self.is_resolved
-        self._check_scores(scores)
+        self._check_counted(counted)
         if self.policy == "sd":
-            return sd_turns(len(scores), self.gamma_limit, scores)
-        self._check_length(self.gamma_limit, len(scores))
-        return chef_turns(self.gamma_limit, None, scores, self.turn_order)
+            return sd_turns(len(counted), self.gamma_limit, counted)
+        self._check_length(self.gamma_limit, len(counted))
+        return chef_turns(self.gamma_limit, None, counted, self.turn_order)
 
-    def _check_scores(self, scores: Sequence[bool]) -> None:
-        if sum(scores) < 2:
+    def _check_counted(self, counted: Sequence[bool]) -> None:
+        if sum(counted) < 2:
             raise ConfigFieldError(
                 "ensemble.weights",
-                f"only member {scores.index(True)} (counted from 0) has a weight above 0, and "
+                f"only member {counted.index(True)} (counted from 0) has a weight above 0, and "
                 "turns need two such members; raise another weight",
             )
-        if not scores[0]:
+        if not counted[0]:
             raise ConfigFieldError(
                 "ensemble.weights",
                 "the first member has weight 0; put a member with a weight above 0 first",
             )
-        if self.policy == "sd" and not all(scores[:-1]):
+        if self.policy == "sd" and not all(counted[:-1]):
             raise ConfigFieldError(
                 "ensemble.weights",
-                f"member {scores.index(False)} (counted from 0) has weight 0 and would neither "
+                f"member {counted.index(False)} (counted from 0) has weight 0 and would neither "
                 "score nor propose, because with policy sd only the last member proposes; leave "
                 "the member out, or put it last",
             )
@@ -208,10 +208,10 @@ def resolve_turns(
     Raises:
         ConfigFieldError: one line that names the field and the remedy.
     """
-    scores = ensemble.make_function().counted
+    counted = ensemble.make_function().counted
     if not config.is_resolved:
-        config = config.resolved([relative_cost(member) for member in members], scores)
-    return config, config.make_turns(scores)
+        config = config.resolved([relative_cost(member) for member in members], counted)
+    return config, config.make_turns(counted)
 
 
 def relative_cost(member: ModelConfig) -> float:

@@ -22,7 +22,7 @@ class EngineStep(NamedTuple):
     query_start_loc: torch.Tensor  # [num_reqs + 1]
     cu_num_logits: torch.Tensor  # [num_reqs + 1]
     seq_lens: torch.Tensor  # [num_reqs]
-    input_ids: torch.Tensor  # [num_tokens]
+    input_ids: torch.Tensor  # [at least num_tokens]
     scores: StepScores
     forbidden: torch.Tensor | None = None  # [num_reqs], see `begin_cycle`
 

@@ -15,20 +15,32 @@ from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from functools import partial
 from math import ceil
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.cudagraph_utils import (
+    BatchExecutionDescriptor,
+    CudaGraphManager,
+    has_compiled_submodule,
+)
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
 from vllm.chef.captured import GraphFunctions
-from vllm.chef.sampling import Processing
+from vllm.chef.sampling import IN_GRAPHS, Processing
+from vllm.ensemble_decode.functions import Custom
+from vllm.ensemble_decode.trial import obstacle_to_capture
+
+if TYPE_CHECKING:
+    from vllm.chef.speculator import ChefSpeculator
+
+logger = init_logger(__name__)
 
 Replay = Callable[[], None]
 
@@ -63,9 +75,10 @@ def for_the_same_batches(vllm_config: VllmConfig, step_len: int, length: int) ->
     config.compilation_config = compilation = copy(vllm_config.compilation_config)
     largest = compilation.max_cudagraph_capture_size or 0
     # A size that is rounded up past the largest batch becomes the largest batch.
-    most = vllm_config.scheduler_config.max_num_seqs
+    max_num_reqs = vllm_config.scheduler_config.max_num_seqs
     nums_reqs = {
-        min(ceil(size / step_len), most) for size in compilation.cudagraph_capture_sizes or []
+        min(ceil(size / step_len), max_num_reqs)
+        for size in compilation.cudagraph_capture_sizes or []
     }
     sizes = {n * length for n in nums_reqs if n * step_len <= largest}
     # No step is larger. vLLM's slot mappings have no room for more tokens either.
@@ -124,7 +137,7 @@ class CycleGraphs:
         """
         config = for_the_same_batches(self.vllm_config, step_len, 1)
         for turn in range(num_turns):
-            for processing in Processing:
+            for processing in IN_GRAPHS:
                 self._add(("decide", turn, processing), config, 1)
 
     def add_readings(self, turn: int, lengths: Mapping[int, int]) -> None:
@@ -225,3 +238,52 @@ class CycleGraphs:
                 return None
             replays.append(partial(manager.run_fullgraph, desc))
         return replays
+
+
+def graphs_to_capture(speculator: "ChefSpeculator", mode: CUDAGraphMode) -> CycleGraphs:
+    """The graphs that the speculator's turns can have. They are not captured yet."""
+    graphs = CycleGraphs(speculator.vllm_config, speculator.device)
+    turns, gammas = speculator.turns, speculator.gammas
+    further, step_len = range(1, len(turns)), 1 + turns.window
+    if mode.decode_mode() == CUDAGraphMode.FULL:
+        if can_capture_decisions(speculator):
+            graphs.add_decisions(len(turns), step_len)
+        if can_capture_passes(speculator):
+            for turn in further:
+                lengths = {1 + n: turns.num_read(turn, 1 + n) for n in gammas.depths}
+                longest = speculator.max_model_len
+                graphs.add_readings(turn, {n: min(lengths[n], longest) for n in lengths})
+                graphs.add_passes(turn, gammas.possible_passes(turn))
+    if mode.mixed_mode() == CUDAGraphMode.PIECEWISE:
+        for turn in further:
+            # Piecewise graphs are made by compilation.
+            if has_compiled_submodule(speculator.model[turn - 1]):
+                graphs.add_mixed_readings(turn)
+    return graphs
+
+
+def can_capture_decisions(speculator: "ChefSpeculator") -> bool:
+    """Whether graphs can hold the decisions. If not, the log says why."""
+    function, ensemble = speculator.verifier.function, speculator.ensemble
+    if not isinstance(function, Custom):
+        return True
+    obstacle = obstacle_to_capture(
+        function, speculator.vocab_size, ensemble.combines_probs, speculator.device
+    )
+    if obstacle is not None:
+        logger.warning_once(
+            "Decisions run without CUDA graphs, because of the ensemble_fn '%s': %s.",
+            ensemble.ensemble_fn,
+            obstacle,
+        )
+    return obstacle is None
+
+
+def can_capture_passes(speculator: "ChefSpeculator") -> bool:
+    """Whether graphs can hold the members' passes. If not, the log says why."""
+    turns = speculator.turns
+    query_len = max(turns.num_read(turn, 1 + turns.window) for turn in range(1, len(turns)))
+    obstacle = obstacle_to_graphs(speculator, query_len)
+    if obstacle is not None:
+        logger.warning_once("Members run without full CUDA graphs: %s.", obstacle)
+    return obstacle is None

@@ -79,7 +79,7 @@ class Chef:
         self.scorers = range(len(members)) if scorers is None else scorers
         self.scoring = [any(member in self.scorers for member in turn.members) for turn in turns]
         self.last_scoring = max(i for i in range(len(turns)) if self.scoring[i])
-        # `*_sd`: the first turn only scores. The token past the window is drawn from r.
+        # policy `sd`: the first turn only scores. The token past the window is drawn from r.
         self.is_sd = turns[0].gamma == 0
 
     def generate(self, prompt: Tokens, max_tokens: int, eos: int | None = None) -> Output:

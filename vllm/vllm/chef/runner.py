@@ -14,7 +14,7 @@ from vllm.chef.cycle import EngineStep
 from vllm.chef.grammar import allowed_tokens
 from vllm.chef.graphs import offer_every_length
 from vllm.chef.prompt_logprobs import TurnPromptLogprobsWorker
-from vllm.chef.sampling import AllParams, Processing, StepParams, needed_processing
+from vllm.chef.sampling import Processing, SamplerParams, StepParams, needed_processing
 from vllm.chef.speculator import ChefSpeculator
 from vllm.chef.state import Outputs
 from vllm.chef.step import CycleStep
@@ -125,14 +125,10 @@ class ChefRunner(MemberRunner):
         logprobs = None if dims is None else self.speculator.logprobs(step, dims)
         return sampler_output(outputs, logprobs)
 
-    def _processing(
-        self, batch: InputBatch, grammar_output: GrammarOutput | None
-    ) -> Processing | None:
-        """What the step's logits pass through. None: more than graphs hold."""
+    def _processing(self, batch: InputBatch, grammar_output: GrammarOutput | None) -> Processing:
+        """What the step's logits pass through."""
         processing = needed_processing(self.sampler, batch)
-        if processing is None or grammar_output is None:
-            return processing
-        return Processing.ALL
+        return processing if grammar_output is None else max(processing, Processing.BUILT_IN)
 
     @torch.inference_mode()
     def _dummy_sampler_run(
@@ -143,7 +139,7 @@ class ChefRunner(MemberRunner):
         num_reqs = hidden_states.shape[0]
         batch = InputBatch.make_dummy(num_reqs, num_reqs, self.input_buffers)
         logits = self.model.compute_member_logits(hidden_states)
-        scores = StepScores(logits, AllParams(self.sampler, batch))
+        scores = StepScores(logits, SamplerParams(self.sampler, batch))
         self.speculator.dummy_decision(batch, scores)
 
     def _engine_step(

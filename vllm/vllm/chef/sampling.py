@@ -3,7 +3,7 @@
 A decision applies them in one of two ways:
 
 - `DeviceParams` runs on the device only, so CUDA graphs can hold it.
-- `AllParams` uses vLLM's sampler, which asks the host what each request wants.
+- `SamplerParams` uses vLLM's sampler, which asks the host what each request wants.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,11 @@ class Processing(IntEnum):
 
     TEMPERATURE = 0
     FILTERS = 1  # min-p, top-k and top-p
-    ALL = 2  # penalties, biases, bad words, thinking budgets, grammars
+    BUILT_IN = 2  # penalties, biases, bad words, thinking budgets, grammars
+    CUSTOM = 3  # logits processors of the user's own, which no graph holds
+
+
+IN_GRAPHS = (Processing.TEMPERATURE, Processing.FILTERS, Processing.BUILT_IN)
 
 
 class Layout(NamedTuple):
@@ -188,7 +192,7 @@ class DeviceParams:
 
     Args:
         samples_members: see `EnsembleConfig.samples_members`.
-        states: used if `processing` is `ALL`.
+        states: used if `processing` is `BUILT_IN`.
     """
 
     def __init__(
@@ -196,9 +200,9 @@ class DeviceParams:
     ) -> None:
         self.processing, self.states = processing, states
         # Penalties and biases come before the temperature.
-        self.scales = samples_members and processing < Processing.ALL
+        self.scales = samples_members and processing < Processing.BUILT_IN
         self.needs_float32 = samples_members
-        self.needs_all_columns = processing == Processing.ALL
+        self.needs_all_columns = processing == Processing.BUILT_IN
 
     def processor(
         self, part: slice, cycle: Cycle, candidates: Candidates, layout: Layout
@@ -207,7 +211,7 @@ class DeviceParams:
 
         def apply(logits: torch.Tensor) -> torch.Tensor:
             rows, count = logits.flatten(0, 1), len(logits)
-            if self.processing == Processing.ALL:
+            if self.processing == Processing.BUILT_IN:
                 self._apply_processors(rows, count, cycle, candidates, layout)
             if not self.scales:
                 apply_temperature(rows, layout.request.repeat(count), cycle.temperature)
@@ -241,7 +245,7 @@ class DeviceParams:
         )
 
 
-class AllParams:
+class SamplerParams:
     """All sampling parameters, applied by vLLM's sampler.
 
     Only this class runs logits processors of the user's own.
@@ -287,8 +291,8 @@ def input_tokens(
     return torch.cat([first, cycle.tokens[:, : num_columns - 1].int()], dim=1)
 
 
-def needed_processing(sampler: Sampler, batch: InputBatch) -> Processing | None:
-    """What the step's requests ask for. None: logits processors of the user's own.
+def needed_processing(sampler: Sampler, batch: InputBatch) -> Processing:
+    """What the step's requests ask for.
 
     Grammars and log-probabilities are not considered.
     """
@@ -298,14 +302,14 @@ def needed_processing(sampler: Sampler, batch: InputBatch) -> Processing | None:
     thinking = sampler.thinking_budget_state
     bias, penalties, bad_words, *custom = sampler.logits_processors
     if custom:
-        return None
+        return Processing.CUSTOM
     if (
         (thinking.enabled and thinking.use_thinking_budget[slots].any())
         or bias.use_logit_bias[slots].any()
         or penalties.use_penalty[slots].any()
         or bad_words.num_bad_words.np[slots].any()
     ):
-        return Processing.ALL
+        return Processing.BUILT_IN
     return Processing.FILTERS if asks_for_filters(sampler, batch) else Processing.TEMPERATURE
 
 

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
@@ -23,15 +21,15 @@ from vllm.chef.captured import GraphFunctions, ReadingBuffers, StepInputs
 from vllm.chef.cycle import EngineStep, TurnRunner
 from vllm.chef.gammas import StepGammas
 from vllm.chef.grammar import forbidden_tokens
-from vllm.chef.graphs import CycleGraphs, StepGraphs, obstacle_to_graphs
+from vllm.chef.graphs import CycleGraphs, StepGraphs, graphs_to_capture
 from vllm.chef.ops import ops_for
 from vllm.chef.passes import EagerPasses, MemberCaller
 from vllm.chef.prompt_logprobs import LogitsFn
 from vllm.chef.sampling import (
-    AllParams,
     DeviceParams,
     Processing,
     ProcessorStates,
+    SamplerParams,
     StepParams,
     draw_proposals,
     reserve_buffers,
@@ -42,13 +40,9 @@ from vllm.chef.step import CycleStep, uniform_step_len
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores, Verifier
 from vllm.ensemble_decode.config import EnsembleConfig
-from vllm.ensemble_decode.functions import Custom
 from vllm.ensemble_decode.members import load_member
 from vllm.ensemble_decode.model import MemberGroup
 from vllm.ensemble_decode.request_args import SlotCoefficients
-from vllm.ensemble_decode.trial import obstacle_to_capture
-
-logger = init_logger(__name__)
 
 
 class ChefSpeculator(StandaloneARSpeculator):
@@ -167,58 +161,15 @@ class ChefSpeculator(StandaloneARSpeculator):
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        self.graphs = graphs = CycleGraphs(self.vllm_config, self.device)
-        further = range(1, len(self.turns))
-        step_len = 1 + self.turns.window
-        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
-            if self._can_capture_decisions():
-                graphs.add_decisions(len(self.turns), step_len)
-            if self._can_capture_passes():
-                for turn in further:
-                    graphs.add_readings(turn, self._reading_lengths(turn))
-                    graphs.add_passes(turn, self.gammas.possible_passes(turn))
-        if cudagraph_mode.mixed_mode() == CUDAGraphMode.PIECEWISE:
-            for turn in further:
-                # Piecewise graphs are made by compilation.
-                if has_compiled_submodule(self.model[turn - 1]):
-                    graphs.add_mixed_readings(turn)
-
-    def _reading_lengths(self, turn: int) -> dict[int, int]:
-        """Tokens that the turn's member reads, by tokens per request in the engine step."""
-        lengths = {1 + depth: self.turns.num_read(turn, 1 + depth) for depth in self.gammas.depths}
-        return {step_len: min(length, self.max_model_len) for step_len, length in lengths.items()}
-
-    def _can_capture_decisions(self) -> bool:
-        """Whether graphs can hold the decisions. If not, the log says why."""
-        function = self.verifier.function
-        if not isinstance(function, Custom):
-            return True
-        obstacle = obstacle_to_capture(
-            function, self.vocab_size, self.ensemble.combines_probs, self.device
-        )
-        if obstacle is not None:
-            logger.warning_once(
-                "Decisions run without CUDA graphs, because of the ensemble_fn '%s': %s.",
-                self.ensemble.ensemble_fn,
-                obstacle,
-            )
-        return obstacle is None
-
-    def _can_capture_passes(self) -> bool:
-        """Whether graphs can hold the members' passes. If not, the log says why."""
-        step_len, further = 1 + self.turns.window, range(1, len(self.turns))
-        query_len = max(self.turns.num_read(turn, step_len) for turn in further)
-        obstacle = obstacle_to_graphs(self, query_len)
-        if obstacle is not None:
-            logger.warning_once("Members run without full CUDA graphs: %s.", obstacle)
-        return obstacle is None
+        self.graphs = graphs_to_capture(self, cudagraph_mode)
 
     def capture(self) -> None:
         graphs = self.graphs
         if not graphs.managers:
             return
-        everything = self.all_cycle
-        self.ops.load(everything, everything.slots[:0], everything.slot_states)
+        cycle = self.all_cycle
+        # No row has a request, so what is run for a capture changes no request's state.
+        self.ops.load(cycle, cycle.slots[:0], cycle.slot_states)
         reserve_buffers(self.vocab_size, self.device)
         self.captured = self._make_captured()
         graphs.capture(
@@ -258,17 +209,17 @@ class ChefSpeculator(StandaloneARSpeculator):
         self,
         batch: InputBatch,
         engine_step: EngineStep,
-        processing: Processing | None,
-        num_tokens: int,
+        processing: Processing,
+        depth: int,
         keeps_readings: bool,
     ) -> CycleStep:
-        """Start the step's cycle. It leaves at most `num_tokens` in each window.
+        """Start the step's cycle. It leaves at most `depth` tokens in each window.
 
         Args:
-            processing: what the requests ask for. None: more than graphs hold.
+            processing: what the requests ask for.
             keeps_readings: see `CycleStep`. Full graphs cannot keep them.
         """
-        self.gammas.set_depth(num_tokens)
+        self.gammas.set_depth(depth)
         if self.graphs.managers:
             self._refresh_block_tables()
         found = self._find_graphs(batch, processing, keeps_readings)
@@ -288,12 +239,11 @@ class ChefSpeculator(StandaloneARSpeculator):
         return self.step
 
     def _find_graphs(
-        self, batch: InputBatch, processing: Processing | None, keeps_readings: bool
+        self, batch: InputBatch, processing: Processing, keeps_readings: bool
     ) -> StepGraphs:
         num_turns, step_len = len(self.turns), uniform_step_len(batch)
-        decisions = readings = None
-        if processing is not None:
-            decisions = self.graphs.find_decisions(num_turns, batch.num_reqs, processing)
+        decisions = self.graphs.find_decisions(num_turns, batch.num_reqs, processing)
+        readings = None
         if step_len is not None and not keeps_readings:
             readings = self.graphs.find_readings(num_turns, batch.num_reqs, step_len)
         return StepGraphs(decisions, readings)
@@ -321,15 +271,11 @@ class ChefSpeculator(StandaloneARSpeculator):
                 tables = self.block_tables.input_block_tables[group.kv_cache_group_id]
                 group.map_to_kernel_block_table(tables)
 
-    def step_params(self, batch: InputBatch, processing: Processing | None) -> StepParams:
-        """The sampling parameters of a step.
-
-        Args:
-            processing: what the requests ask for. None: more than `DeviceParams` can do.
-        """
-        if processing is None:
-            return AllParams(self.sampler, batch)
-        if processing == Processing.ALL:
+    def step_params(self, batch: InputBatch, processing: Processing) -> StepParams:
+        """The sampling parameters of a step whose requests ask for `processing`."""
+        if processing == Processing.CUSTOM:
+            return SamplerParams(self.sampler, batch)
+        if processing == Processing.BUILT_IN:
             self.processor_states.load()
         return DeviceParams(self.ensemble.samples_members, processing, self.processor_states)
 

@@ -99,7 +99,7 @@ class Cycle:
     first_step_row: torch.Tensor  # [num_reqs] row of column 0 in the engine step
     lengths: torch.Tensor  # [num_reqs, num_turns] lengths of the segments that the step found
     new_lengths: torch.Tensor  # [num_reqs, num_turns] lengths of the segments that the step leaves
-    tokens: torch.Tensor  # [num_reqs, num_columns + 1], the last column is never read
+    tokens: torch.Tensor  # [num_reqs, ring_size], the last column is never read
     end: torch.Tensor  # [num_reqs] number of columns in use
     num_accepted: torch.Tensor  # [num_reqs] columns whose proposal was accepted
     num_decided: torch.Tensor  # [num_reqs] columns that are decided; they are the step's output

@@ -17,9 +17,12 @@ class TurnStats:
         """[num_turns] turns in the order of their segments in the window"""
         shape = len(turns) * self.width
         self.judged = torch.zeros(shape, dtype=torch.int64, device=device)
+        """[num_turns * width], and so is `accepted`"""
         self.accepted = torch.zeros(shape, dtype=torch.int64, device=device)
         self.calls = torch.zeros(len(turns), dtype=torch.int64, device=device)
+        """[num_turns]"""
         self.totals = torch.zeros(2, dtype=torch.int64, device=device)
+        """[2] cycles, and tokens that they emitted"""
 
     def reset(self) -> None:
         for counts in (self.judged, self.accepted, self.calls, self.totals):

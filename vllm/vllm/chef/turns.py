@@ -25,15 +25,15 @@ class Turns:
     """A cycle of calls. The first turn opens the engine's step, and the others follow in it.
 
     Args:
-        sequence: the first turn proposes one token (chef) or none (`*_sd`). If it proposes none,
-            the token past the window is drawn from the ensemble, once the last scorer has scored
-            it. Each other turn has one member, which proposes one token or more.
-        scores: by member, whether the ensemble counts it. A member that is not counted only
+        sequence: the first turn proposes one token (policy `chef`) or none (`sd`). If it proposes
+            none, the token past the window is drawn from the ensemble, once the last scorer has
+            scored it. Each other turn has one member, which proposes one token or more.
+        counted: by member, whether the ensemble counts it. A member that is not counted only
             proposes. No decision waits for its scores.
     """
 
     sequence: tuple[Turn, ...]
-    scores: tuple[bool, ...]
+    counted: tuple[bool, ...]
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -82,7 +82,7 @@ class Turns:
         return self.draws and turn > self.last_scorer
 
     def is_scorer(self, turn: int) -> bool:
-        return any(self.scores[member] for member in self.sequence[turn].members)
+        return any(self.counted[member] for member in self.sequence[turn].members)
 
     def num_new(self, turn: int) -> int:
         """The most tokens that follow the engine step's tokens when a turn after the first is
@@ -123,21 +123,21 @@ class Turns:
         further = range(1, len(self))
         return (1, *(1 + self.num_passes(turn, gammas[turn]) for turn in further))
 
-    def gammas(self, num_tokens: int) -> tuple[int, ...]:
-        """Tokens that each turn proposes in a step that leaves a window of at most `num_tokens`.
+    def gammas(self, depth: int) -> tuple[int, ...]:
+        """Tokens that each turn proposes in a step that leaves at most `depth` in the window.
 
         The last turns get the room first, because the cheapest members come last.
         """
         first, *others = self.max_gammas
         gammas = [first]
         for max_gamma in reversed(others):
-            gammas.insert(1, min(max_gamma, num_tokens))
-            num_tokens -= gammas[1]
+            gammas.insert(1, min(max_gamma, depth))
+            depth -= gammas[1]
         return tuple(gammas)
 
-    def places(self, num_tokens: int) -> list[tuple[int, int]]:
-        """By token of a window of `num_tokens`: its turn, and its place in that segment."""
-        gammas = self.gammas(num_tokens)
+    def places(self, depth: int) -> list[tuple[int, int]]:
+        """By token of a window of `depth` tokens: its turn, and its place in that segment."""
+        gammas = self.gammas(depth)
         return [(turn, at) for turn in range(1, len(self)) for at in range(gammas[turn])]
 
     def num_decidable(self, turn: int) -> int:
@@ -161,26 +161,26 @@ class Turns:
         return sum(self.max_gammas[self.in_window[at]] for at in segments)
 
 
-def sd_turns(num_members: int, gamma: int, scores: Sequence[bool] | None = None) -> Turns:
+def sd_turns(num_members: int, gamma: int, counted: Sequence[bool] | None = None) -> Turns:
     """`*_sd`: the last member always proposes. The others only score, in one call.
 
-    For `scores`, see `Turns`. None: all members count.
+    For `counted`, see `Turns`. None: all members count.
     """
     *others, last = range(num_members)
-    scores = (True,) * num_members if scores is None else tuple(scores)
-    return Turns((Turn(tuple(others), 0), Turn((last,), gamma)), scores)
+    counted = (True,) * num_members if counted is None else tuple(counted)
+    return Turns((Turn(tuple(others), 0), Turn((last,), gamma)), counted)
 
 
 def chef_turns(
     gammas: Sequence[int],
     costs: Sequence[float] | None,
-    scores: Sequence[bool],
+    counted: Sequence[bool],
     order: Sequence[int] | None = None,
 ) -> Turns:
     """Turns of one member each.
 
     Args:
-        gammas, costs, scores: by member, in the user's order. `costs` are relative. They may be
+        gammas, costs, counted: by member, in the user's order. `costs` are relative. They may be
             None if there is an order.
         order: the members in the order of their calls. None: `default_order`.
 
@@ -188,41 +188,41 @@ def chef_turns(
         ConfigFieldError: one line that names the field and the remedy.
     """
     if order is None:
-        order = default_order(gammas, costs, scores)
+        order = default_order(gammas, costs, counted)
     elif sorted(order) != list(range(len(gammas))):
         raise ConfigFieldError(
             "chef.turn_order",
             f"{list(order)} must name each member once, by its place from 0 to {len(gammas) - 1}",
         )
-    elif gammas[order[0]] != 1 or not scores[order[0]]:
+    elif gammas[order[0]] != 1 or not counted[order[0]]:
         raise ConfigFieldError(
             "chef.turn_order",
             f"member {order[0]} (counted from 0) cannot be the first; the first member must have "
             "gamma 1 and a weight above 0, so begin with another member, or set its gamma to 1",
         )
-    return Turns(tuple(Turn((member,), gammas[member]) for member in order), tuple(scores))
+    return Turns(tuple(Turn((member,), gammas[member]) for member in order), tuple(counted))
 
 
 def default_order(
-    gammas: Sequence[int], costs: Sequence[float], scores: Sequence[bool]
+    gammas: Sequence[int], costs: Sequence[float], counted: Sequence[bool]
 ) -> list[int]:
     """The members in the order of their calls: `primary`, then those that propose fewest tokens.
 
     Raises:
         ConfigFieldError: one line that names the field and the remedy.
     """
-    opens = primary(gammas, costs, scores)
+    opens = primary(gammas, costs, counted)
     others = [member for member in range(len(gammas)) if member != opens]
     return [opens, *sorted(others, key=lambda member: gammas[member])]
 
 
-def primary(gammas: Sequence[int], costs: Sequence[float], scores: Sequence[bool]) -> int:
+def primary(gammas: Sequence[int], costs: Sequence[float], counted: Sequence[bool]) -> int:
     """The member that opens the step: the costliest scorer among those that propose one token.
 
     Raises:
         ConfigFieldError: one line that names the field and the remedy.
     """
-    candidates = [m for m in range(len(gammas)) if gammas[m] == 1 and scores[m]]
+    candidates = [m for m in range(len(gammas)) if gammas[m] == 1 and counted[m]]
     if not candidates:
         raise ConfigFieldError(
             "chef.gamma",

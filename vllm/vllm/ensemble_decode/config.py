@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from vllm.ensemble_decode.errors import ConfigFieldError
-from vllm.ensemble_decode.functions import METHOD_KEYS, EnsembleFunction, make_function
+from vllm.ensemble_decode.functions import FIELD_PARAMETERS, EnsembleFunction, make_function
 from vllm.ensemble_decode.plain_data import PlainData
 
 ENSEMBLE_TARGETS = ("raw-logits", "logits", "probs")
@@ -77,7 +77,7 @@ class EnsembleConfig(PlainData):
         return self.ensemble_target == "probs"
 
     def make_function(self) -> EnsembleFunction:
-        named = {key: getattr(self, key) for key in METHOD_KEYS}
+        named = {key: getattr(self, key) for key in FIELD_PARAMETERS}
         args = {key: value for key, value in named.items() if value is not None}
         return make_function(self.ensemble_fn, self.num_members, {**args, **self.ensemble_args})
 

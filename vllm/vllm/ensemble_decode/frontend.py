@@ -12,14 +12,19 @@ if TYPE_CHECKING:
 OUR_PACKAGES = ("vllm.ensemble_decode.", "vllm.chef.")
 
 
+def is_ensemble(vllm_config: "VllmConfig") -> bool:
+    """Whether the engine runs an ensemble. Its worker decides that."""
+    return vllm_config.parallel_config.worker_cls.startswith(OUR_PACKAGES)
+
+
 @cache
 def allow_all_sampling_params() -> None:
     """Make front ends accept `min_p` and `logit_bias` beside speculation, for ensembles only.
 
-    vLLM refuses both. The refusal is older than Model Runner V2, whose sampler applies both at
-    every verified position. vLLM decides it from the input processor's `speculative_config`, and
-    has no hook there. That configuration serves only one other refusal there, the replay of traces.
-    `check_ensemble` makes that refusal for the whole engine.
+    vLLM refuses both, because older model runners could not apply them. The sampler of Model Runner
+    V2 applies both at every verified position. vLLM's input processor refuses them if it has a
+    `speculative_config`, and there is no hook. So an ensemble's input processor has none. It needs
+    the configuration for one other check only, of replayed traces, which `check_ensemble` makes.
 
     The same front ends check what a request overrides of its ensemble (`request_args.py`).
 
@@ -34,7 +39,7 @@ def allow_all_sampling_params() -> None:
         self: InputProcessor, vllm_config: "VllmConfig", *args: Any, **kwargs: Any
     ) -> None:
         init(self, vllm_config, *args, **kwargs)
-        if vllm_config.parallel_config.worker_cls.startswith(OUR_PACKAGES):
+        if is_ensemble(vllm_config):
             self.speculative_config = None
             self.validate_logits_processors_params = also_checking_overrides(
                 self.validate_logits_processors_params, vllm_config

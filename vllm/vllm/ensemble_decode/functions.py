@@ -17,8 +17,8 @@ import torch
 from vllm.ensemble_decode.errors import ConfigFieldError
 
 NEG_INF = float("-inf")
-# Parameters with a key of their own. All others are given in `ensemble_args`.
-METHOD_KEYS = ("alpha", "weights")
+# Parameters that are fields of `EnsembleConfig`. All others are given in `ensemble_args`.
+FIELD_PARAMETERS = ("alpha", "weights")
 
 
 @dataclass(frozen=True)
@@ -362,7 +362,7 @@ def make_function(name: str, num_members: int, args: Mapping[str, Any]) -> Ensem
     for key in args:
         if key not in known:
             takes = f"takes {', '.join(sorted(known))}" if known else "takes no parameters"
-            where = key if key in METHOD_KEYS else f"ensemble_args.{key}"
+            where = key if key in FIELD_PARAMETERS else f"ensemble_args.{key}"
             raise ConfigFieldError(
                 f"ensemble.{where}",
                 f"the ensemble function '{name}' has no parameter '{key}' "
@@ -424,4 +424,5 @@ def _check_fraction(field: str, value: float, low_open: bool) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ConfigFieldError(field, f"{value!r} is not a number; give one between 0 and 1")
     if not (0 < value <= 1 if low_open else 0 <= value <= 1):
-        raise ConfigFieldError(field, f"{value} is out of range; it must lie between 0 and 1")
+        lowest = "above 0" if low_open else "at least 0"
+        raise ConfigFieldError(field, f"{value} is out of range; it must be {lowest} and at most 1")

@@ -41,7 +41,7 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     # A contrast can never emit a token that the first member lacks, whatever the others say.
     member_vocabularies(members, union_needed=not ensemble.make_function().subtracts)
     _check_max_model_len(members)
-    check_draft_context(vllm_config)
+    check_draft_model(vllm_config)
     check_attention(vllm_config, members)
     _check_experts(vllm_config, members)
     _check_function(ensemble, members[0].get_vocab_size())
@@ -210,18 +210,24 @@ def _check_max_model_len(members: list[ModelConfig]) -> None:
         member.max_model_len = max_model_len
 
 
-def check_draft_context(vllm_config: VllmConfig) -> None:
-    """Refuse a draft model whose context is shorter than the engine's. vLLM would read past it.
+def check_draft_model(vllm_config: VllmConfig) -> None:
+    """Refuse a draft model that vLLM would run wrongly, or in vain.
+
+    With another tokenizer, the proposed ids would mean other text and never be accepted. With a
+    context that is shorter than the engine's, vLLM would read past its end.
 
     Raises:
         ConfigFieldError: one line that names the field and the remedy.
     """
-    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    max_model_len = vllm_config.model_config.max_model_len
-    if draft is not None and draft.max_model_len < max_model_len:
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method != "draft_model":
+        return
+    model, draft = vllm_config.model_config, speculative.draft_model_config
+    check_tokenizers([model, draft], "--speculative-config.model")
+    if draft.max_model_len < model.max_model_len:
         raise ConfigFieldError(
             "--max-model-len",
-            f"{max_model_len} is beyond the draft model '{draft.model}', "
+            f"{model.max_model_len} is beyond the draft model '{draft.model}', "
             f"whose longest context is {draft.max_model_len}; set it to that or less",
         )
 

@@ -56,7 +56,7 @@ def begin_cycle(
     query_start_loc: torch.Tensor,  # [num_reqs + 1] of the engine step
     cu_num_logits: torch.Tensor,  # [num_reqs + 1] of its rows of logits
     seq_lens: torch.Tensor,  # [num_reqs]
-    input_ids: torch.Tensor,  # [num_tokens]
+    input_ids: torch.Tensor,  # [at least num_tokens]
     forbidden: torch.Tensor | None = None,  # [num_reqs]
 ) -> None:
     """Take over the windows that vLLM scheduled, for the loaded requests.
@@ -376,9 +376,9 @@ def outputs(cycle: Cycle, num_tokens: int) -> Outputs:
 def kept_row(
     state: ProposalState,
     cycle: Cycle,
-    positions: torch.Tensor,  # [num_reqs, count]
-    keep: torch.Tensor,  # [num_reqs, count] bool
-) -> torch.Tensor:  # [num_reqs, count]
+    positions: torch.Tensor,  # [num_reqs, num_positions]
+    keep: torch.Tensor,  # [num_reqs, num_positions] bool
+) -> torch.Tensor:  # [num_reqs, num_positions]
     """Rows of `state.kept_scores`. Where not `keep`, the row of the ring that nobody reads."""
     ring = positions.remainder(state.ring_size).masked_fill(~keep, state.ring_size)
     slot = cycle.slots.long().masked_fill(cycle.slots < 0, len(state.lengths) - 1)
@@ -409,7 +409,11 @@ def _mark_scored(
     state.scored[cycle.slots, turn] = torch.maximum(state.scored[cycle.slots, turn], scored)
 
 
-def _count(cycle: Cycle, stats: TurnStats, calls: torch.Tensor) -> None:
+def _count(
+    cycle: Cycle,
+    stats: TurnStats,
+    calls: torch.Tensor,  # [num_turns]
+) -> None:
     columns = torch.arange(stats.turns.window + 1, device=cycle.slots.device)
     lengths = cycle.segments
     segment = segment_of(columns, lengths)

@@ -33,7 +33,11 @@ VOCAB_BLOCK = 4096
 
 
 @triton.jit
-def _slot(slots_ptr, row, spare_slot):
+def _slot(
+    slots_ptr,  # [num_reqs]
+    row,
+    spare_slot,
+):
     """The slot of a row. A row without a request has the spare slot."""
     slot = tl.load(slots_ptr + row).to(tl.int64)
     return tl.where(slot >= 0, slot, spare_slot)
@@ -54,7 +58,11 @@ def _nobodys_row(slot, RING_SIZE: tl.constexpr):
 
 @triton.jit
 def _segments_len(
-    lengths_ptr, row, FIRST: tl.constexpr, END: tl.constexpr, NUM_TURNS: tl.constexpr
+    lengths_ptr,  # [num_reqs, num_turns]
+    row,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    NUM_TURNS: tl.constexpr,
 ):
     """Tokens in some segments of the window, in the order of `Turns.in_window`."""
     total = tl.zeros((), tl.int64)
@@ -65,9 +73,10 @@ def _segments_len(
 
 def load(
     cycle: Cycle,
-    slots: torch.Tensor,
+    slots: torch.Tensor,  # [num_reqs]
     states: SlotStates,
 ) -> Cycle:
+    """See `eager.load`."""
     _load_kernel[(cycle.num_reqs,)](
         slots,
         *states,
@@ -91,29 +100,29 @@ def load(
 
 @triton.jit(do_not_specialize=["num_reqs"])
 def _load_kernel(
-    slots_ptr,
-    prefill_len_ptr,
-    temperature_ptr,
-    seeds_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
+    slots_ptr,  # [num_reqs]
+    prefill_len_ptr,  # [max_num_reqs]
+    temperature_ptr,  # [max_num_reqs]
+    seeds_ptr,  # [max_num_reqs]
+    top_k_ptr,  # [max_num_reqs]
+    top_p_ptr,  # [max_num_reqs]
+    min_p_ptr,  # [max_num_reqs]
     num_reqs,
-    cycle_slots_ptr,
-    cycle_prefill_len_ptr,
-    cycle_temperature_ptr,
-    cycle_seeds_ptr,
-    cycle_top_k_ptr,
-    cycle_top_p_ptr,
-    cycle_min_p_ptr,
-    active_ptr,
-    step_start_ptr,
-    first_position_ptr,
-    end_ptr,
-    num_drafts_ptr,
-    first_step_row_ptr,
-    lengths_ptr,
-    new_lengths_ptr,
+    cycle_slots_ptr,  # [max_num_reqs]
+    cycle_prefill_len_ptr,  # [max_num_reqs]
+    cycle_temperature_ptr,  # [max_num_reqs]
+    cycle_seeds_ptr,  # [max_num_reqs]
+    cycle_top_k_ptr,  # [max_num_reqs]
+    cycle_top_p_ptr,  # [max_num_reqs]
+    cycle_min_p_ptr,  # [max_num_reqs]
+    active_ptr,  # [max_num_reqs]
+    step_start_ptr,  # [max_num_reqs]
+    first_position_ptr,  # [max_num_reqs]
+    end_ptr,  # [max_num_reqs]
+    num_drafts_ptr,  # [max_num_reqs]
+    first_step_row_ptr,  # [max_num_reqs]
+    lengths_ptr,  # [max_num_reqs, num_turns]
+    new_lengths_ptr,  # [max_num_reqs, num_turns]
     NUM_TURNS: tl.constexpr,
     NO_TOP_K: tl.constexpr,
 ):
@@ -155,12 +164,13 @@ def _load_kernel(
 def begin_cycle(
     state: ProposalState,
     cycle: Cycle,
-    query_start_loc: torch.Tensor,
-    cu_num_logits: torch.Tensor,
-    seq_lens: torch.Tensor,
-    input_ids: torch.Tensor,
-    forbidden: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor,  # [num_reqs + 1]
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1]
+    seq_lens: torch.Tensor,  # [num_reqs]
+    input_ids: torch.Tensor,  # [at least num_tokens]
+    forbidden: torch.Tensor | None = None,  # [num_reqs]
 ) -> None:
+    """See `eager.begin_cycle`."""
     num_turns, width = len(state.turns), cycle.tokens.shape[1]
     _begin_cycle_kernel[(cycle.num_reqs,)](
         cycle.slots,
@@ -199,29 +209,29 @@ def begin_cycle(
 
 @triton.jit
 def _begin_cycle_kernel(
-    slots_ptr,
-    state_lengths_ptr,
-    scored_ptr,
-    query_start_loc_ptr,
-    cu_num_logits_ptr,
-    seq_lens_ptr,
-    input_ids_ptr,
-    prefill_len_ptr,
-    forbidden_ptr,
-    active_ptr,
-    step_start_ptr,
-    first_position_ptr,
-    num_drafts_ptr,
-    first_step_row_ptr,
-    lengths_ptr,
-    new_lengths_ptr,
-    tokens_ptr,
-    end_ptr,
-    num_accepted_ptr,
-    num_decided_ptr,
-    replaced_ptr,
-    settled_ptr,
-    just_settled_ptr,
+    slots_ptr,  # [num_reqs]
+    state_lengths_ptr,  # [num_slots, num_turns]
+    scored_ptr,  # [num_slots, num_turns]
+    query_start_loc_ptr,  # [num_reqs + 1]
+    cu_num_logits_ptr,  # [num_reqs + 1]
+    seq_lens_ptr,  # [num_reqs]
+    input_ids_ptr,  # [at least num_tokens]
+    prefill_len_ptr,  # [num_reqs]
+    forbidden_ptr,  # [num_reqs] if HAS_FORBIDDEN, else None
+    active_ptr,  # [num_reqs]
+    step_start_ptr,  # [num_reqs]
+    first_position_ptr,  # [num_reqs]
+    num_drafts_ptr,  # [num_reqs]
+    first_step_row_ptr,  # [num_reqs]
+    lengths_ptr,  # [num_reqs, num_turns]
+    new_lengths_ptr,  # [num_reqs, num_turns]
+    tokens_ptr,  # [num_reqs, ring_size]
+    end_ptr,  # [num_reqs]
+    num_accepted_ptr,  # [num_reqs]
+    num_decided_ptr,  # [num_reqs]
+    replaced_ptr,  # [num_reqs]
+    settled_ptr,  # [num_reqs]
+    just_settled_ptr,  # [num_reqs]
     spare_slot,
     NUM_TURNS: tl.constexpr,
     TURN_BLOCK: tl.constexpr,
@@ -286,6 +296,7 @@ def _begin_cycle_kernel(
 
 
 def candidates(state: ProposalState, cycle: Cycle, segments: range, num_columns: int) -> Candidates:
+    """See `eager.candidates`."""
     out = cycle.tokens.new_empty(5, cycle.num_reqs, num_columns)
     _candidates_kernel[(cycle.num_reqs,)](
         cycle.slots,
@@ -311,13 +322,13 @@ def candidates(state: ProposalState, cycle: Cycle, segments: range, num_columns:
 
 @triton.jit(do_not_specialize=["out_stride"])
 def _candidates_kernel(
-    slots_ptr,
-    lengths_ptr,
-    tokens_ptr,
-    first_position_ptr,
-    first_step_row_ptr,
-    num_drafts_ptr,
-    out_ptr,
+    slots_ptr,  # [num_reqs]
+    lengths_ptr,  # [num_reqs, num_turns]
+    tokens_ptr,  # [num_reqs, ring_size]
+    first_position_ptr,  # [num_reqs]
+    first_step_row_ptr,  # [num_reqs]
+    num_drafts_ptr,  # [num_reqs]
+    out_ptr,  # [5, num_reqs, num_columns]
     out_stride,
     spare_slot,
     NUM_TURNS: tl.constexpr,
@@ -360,13 +371,14 @@ def _candidates_kernel(
 
 def gather_scores(
     cycle: Cycle,
-    sources: Sequence[torch.Tensor],
-    rows: Sequence[torch.Tensor],
-    segment: torch.Tensor,
+    sources: Sequence[torch.Tensor],  # num_members x [any number of rows, vocab_size], raw logits
+    rows: Sequence[torch.Tensor],  # num_members x [num_reqs, num_columns], rows of `sources`
+    segment: torch.Tensor,  # [num_reqs, num_columns]
     proposers: Sequence[int],
     dtype: torch.dtype,
     scales: bool,
 ) -> GatheredScores:
+    """See `eager.gather_scores`."""
     num_columns, vocab_size = segment.shape[1], sources[0].shape[1]
     widest = reduce(torch.promote_types, (source.dtype for source in sources))
     members = sources[0].new_empty(len(sources), *segment.shape, vocab_size, dtype=dtype)
@@ -391,13 +403,13 @@ def gather_scores(
 
 @triton.jit
 def _gather_scores_kernel(
-    sources,
+    sources,  # num_members x [any number of rows, vocab_size]
     source_strides,
-    rows,
-    segment_ptr,
-    temperature_ptr,
-    members_ptr,
-    proposal_ptr,
+    rows,  # num_members x [num_reqs, num_columns]
+    segment_ptr,  # [num_reqs, num_columns]
+    temperature_ptr,  # [num_reqs]
+    members_ptr,  # [num_members, num_reqs, num_columns, vocab_size]
+    proposal_ptr,  # [num_reqs, num_columns, vocab_size]
     vocab_size,
     PROPOSERS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
@@ -426,11 +438,12 @@ def _gather_scores_kernel(
 
 
 def mask_scores(
-    scores: torch.Tensor,
-    bitmask: torch.Tensor,
-    step_rows: torch.Tensor,
-    where: torch.Tensor | None = None,
+    scores: torch.Tensor,  # [num_rows, vocab_size], written
+    bitmask: torch.Tensor,  # [num_step_rows, ceil(vocab_size / 32)] int32
+    step_rows: torch.Tensor,  # [num_rows], rows of `bitmask`
+    where: torch.Tensor | None = None,  # [num_rows] bool. None: everywhere
 ) -> None:
+    """See `eager.mask_scores`."""
     num_rows, vocab_size = scores.shape
     _mask_scores_kernel[(num_rows, triton.cdiv(vocab_size, VOCAB_BLOCK))](
         scores,
@@ -448,12 +461,12 @@ def mask_scores(
 
 @triton.jit
 def _mask_scores_kernel(
-    scores_ptr,
+    scores_ptr,  # [num_rows, vocab_size]
     scores_stride,
-    bitmask_ptr,
+    bitmask_ptr,  # [num_step_rows, ceil(vocab_size / 32)]
     bitmask_stride,
-    step_rows_ptr,
-    where_ptr,
+    step_rows_ptr,  # [num_rows]
+    where_ptr,  # [num_rows] if HAS_WHERE, else None
     vocab_size,
     BLOCK: tl.constexpr,
     HAS_WHERE: tl.constexpr,
@@ -475,11 +488,12 @@ def _mask_scores_kernel(
 def settle(
     state: ProposalState,
     cycle: Cycle,
-    sampled: torch.Tensor,
-    num_sampled: torch.Tensor,
+    sampled: torch.Tensor,  # [num_reqs, num_columns]
+    num_sampled: torch.Tensor,  # [num_reqs]
     segments: range,
     draws: bool,
 ) -> None:
+    """See `eager.settle`."""
     num_turns = len(state.turns)
     _settle_kernel[(cycle.num_reqs,)](
         cycle.slots,
@@ -511,22 +525,22 @@ def settle(
 
 @triton.jit
 def _settle_kernel(
-    slots_ptr,
-    scored_ptr,
-    sampled_ptr,
+    slots_ptr,  # [num_reqs]
+    scored_ptr,  # [num_slots, num_turns]
+    sampled_ptr,  # [num_reqs, num_columns]
     sampled_stride,
-    num_sampled_ptr,
-    active_ptr,
-    first_position_ptr,
-    lengths_ptr,
-    new_lengths_ptr,
-    tokens_ptr,
-    end_ptr,
-    num_accepted_ptr,
-    num_decided_ptr,
-    replaced_ptr,
-    settled_ptr,
-    just_settled_ptr,
+    num_sampled_ptr,  # [num_reqs]
+    active_ptr,  # [num_reqs]
+    first_position_ptr,  # [num_reqs]
+    lengths_ptr,  # [num_reqs, num_turns]
+    new_lengths_ptr,  # [num_reqs, num_turns]
+    tokens_ptr,  # [num_reqs, ring_size]
+    end_ptr,  # [num_reqs]
+    num_accepted_ptr,  # [num_reqs]
+    num_decided_ptr,  # [num_reqs]
+    replaced_ptr,  # [num_reqs]
+    settled_ptr,  # [num_reqs]
+    just_settled_ptr,  # [num_reqs]
     spare_slot,
     NUM_TURNS: tl.constexpr,
     TURN_BLOCK: tl.constexpr,
@@ -570,10 +584,11 @@ def append(
     state: ProposalState,
     cycle: Cycle,
     turn: int,
-    gammas: torch.Tensor,
-    tokens: torch.Tensor,
+    gammas: torch.Tensor,  # [num_turns]
+    tokens: torch.Tensor,  # [num_reqs]
     has_decided: bool = False,
 ) -> None:
+    """See `eager.append`."""
     _append_kernel[(cycle.num_reqs,)](
         tokens,
         gammas,
@@ -596,16 +611,16 @@ def append(
 
 @triton.jit
 def _append_kernel(
-    proposed_ptr,
-    gammas_ptr,
-    active_ptr,
-    first_position_ptr,
-    end_ptr,
-    num_drafts_ptr,
-    settled_ptr,
-    just_settled_ptr,
-    lengths_ptr,
-    tokens_ptr,
+    proposed_ptr,  # [num_reqs]
+    gammas_ptr,  # [num_turns]
+    active_ptr,  # [num_reqs]
+    first_position_ptr,  # [num_reqs]
+    end_ptr,  # [num_reqs]
+    num_drafts_ptr,  # [num_reqs]
+    settled_ptr,  # [num_reqs]
+    just_settled_ptr,  # [num_reqs]
+    lengths_ptr,  # [num_reqs, num_turns]
+    tokens_ptr,  # [num_reqs, ring_size]
     max_model_len,
     TURN: tl.constexpr,
     NUM_TURNS: tl.constexpr,
@@ -630,6 +645,7 @@ def _append_kernel(
 
 
 def last_scored(cycle: Cycle) -> LastScored:
+    """See `eager.last_scored`."""
     out = cycle.end.new_empty(2, cycle.num_reqs)
     _last_scored_kernel[(cycle.num_reqs,)](
         cycle.first_position,
@@ -645,7 +661,12 @@ def last_scored(cycle: Cycle) -> LastScored:
 
 @triton.jit(do_not_specialize=["out_stride"])
 def _last_scored_kernel(
-    first_position_ptr, first_step_row_ptr, end_ptr, num_drafts_ptr, out_ptr, out_stride
+    first_position_ptr,  # [num_reqs]
+    first_step_row_ptr,  # [num_reqs]
+    end_ptr,  # [num_reqs]
+    num_drafts_ptr,  # [num_reqs]
+    out_ptr,  # [2, num_reqs]
+    out_stride,
 ):
     row = tl.program_id(0)
     first_position = tl.load(first_position_ptr + row)
@@ -659,12 +680,13 @@ def _last_scored_kernel(
 def prepare_tokens(
     state: ProposalState,
     cycle: Cycle,
-    all_token_ids: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    input_ids: torch.Tensor,
-    positions: torch.Tensor,
-    seq_lens: torch.Tensor,
+    all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
+    query_start_loc: torch.Tensor,  # [num_reqs + 1]
+    input_ids: torch.Tensor,  # [num_tokens], written
+    positions: torch.Tensor,  # [num_tokens], written
+    seq_lens: torch.Tensor,  # [num_reqs], written
 ) -> PreparedTokens:
+    """See `eager.prepare_tokens`."""
     read_start = torch.empty_like(cycle.step_start)
     is_again = torch.empty_like(input_ids, dtype=torch.bool)
     _prepare_tokens_kernel[(cycle.num_reqs,)](
@@ -691,19 +713,19 @@ def prepare_tokens(
 
 @triton.jit
 def _prepare_tokens_kernel(
-    slots_ptr,
-    step_start_ptr,
-    first_position_ptr,
-    end_ptr,
-    tokens_ptr,
-    all_token_ids_ptr,
+    slots_ptr,  # [num_reqs]
+    step_start_ptr,  # [num_reqs]
+    first_position_ptr,  # [num_reqs]
+    end_ptr,  # [num_reqs]
+    tokens_ptr,  # [num_reqs, ring_size]
+    all_token_ids_ptr,  # [max_num_reqs, max_model_len]
     all_token_ids_stride,
-    query_start_loc_ptr,
-    input_ids_ptr,
-    positions_ptr,
-    seq_lens_ptr,
-    read_start_ptr,
-    is_again_ptr,
+    query_start_loc_ptr,  # [num_reqs + 1]
+    input_ids_ptr,  # [num_tokens]
+    positions_ptr,  # [num_tokens]
+    seq_lens_ptr,  # [num_reqs]
+    read_start_ptr,  # [num_reqs]
+    is_again_ptr,  # [num_tokens]
     max_model_len,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -740,11 +762,12 @@ def _prepare_tokens_kernel(
 def prepare_token(
     state: ProposalState,
     cycle: Cycle,
-    all_token_ids: torch.Tensor,
-    input_ids: torch.Tensor,
-    positions: torch.Tensor,
-    seq_lens: torch.Tensor,
-) -> torch.Tensor:
+    all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
+    input_ids: torch.Tensor,  # [num_reqs], written
+    positions: torch.Tensor,  # [num_reqs], written
+    seq_lens: torch.Tensor,  # [num_reqs], written
+) -> torch.Tensor:  # [num_reqs]
+    """See `eager.prepare_token`."""
     last = torch.empty_like(cycle.end)
     _prepare_token_kernel[(cycle.num_reqs,)](
         cycle.slots,
@@ -766,16 +789,16 @@ def prepare_token(
 
 @triton.jit
 def _prepare_token_kernel(
-    slots_ptr,
-    first_position_ptr,
-    end_ptr,
-    tokens_ptr,
-    all_token_ids_ptr,
+    slots_ptr,  # [num_reqs]
+    first_position_ptr,  # [num_reqs]
+    end_ptr,  # [num_reqs]
+    tokens_ptr,  # [num_reqs, ring_size]
+    all_token_ids_ptr,  # [max_num_reqs, max_model_len]
     all_token_ids_stride,
-    input_ids_ptr,
-    positions_ptr,
-    seq_lens_ptr,
-    last_ptr,
+    input_ids_ptr,  # [num_reqs]
+    positions_ptr,  # [num_reqs]
+    seq_lens_ptr,  # [num_reqs]
+    last_ptr,  # [num_reqs]
     max_model_len,
     WIDTH: tl.constexpr,
 ):
@@ -802,9 +825,10 @@ def place_scores(
     cycle: Cycle,
     turn: int,
     count: int,
-    query_start_loc: torch.Tensor,
-    read_start: torch.Tensor,
+    query_start_loc: torch.Tensor,  # [num_reqs + 1]
+    read_start: torch.Tensor,  # [num_reqs]
 ) -> ScorePlaces:
+    """See `eager.place_scores`."""
     out = cycle.tokens.new_empty(2, cycle.num_reqs, count)
     last = torch.empty_like(cycle.end)
     _place_scores_kernel[(cycle.num_reqs,)](
@@ -831,16 +855,16 @@ def place_scores(
 
 @triton.jit(do_not_specialize=["out_stride"])
 def _place_scores_kernel(
-    slots_ptr,
-    scored_ptr,
-    active_ptr,
-    first_position_ptr,
-    end_ptr,
-    query_start_loc_ptr,
-    read_start_ptr,
-    out_ptr,
+    slots_ptr,  # [num_reqs]
+    scored_ptr,  # [num_slots, num_turns]
+    active_ptr,  # [num_reqs]
+    first_position_ptr,  # [num_reqs]
+    end_ptr,  # [num_reqs]
+    query_start_loc_ptr,  # [num_reqs + 1]
+    read_start_ptr,  # [num_reqs]
+    out_ptr,  # [2, num_reqs, count]
     out_stride,
-    last_ptr,
+    last_ptr,  # [num_reqs]
     spare_slot,
     TURN: tl.constexpr,
     NUM_TURNS: tl.constexpr,
@@ -873,8 +897,12 @@ def _place_scores_kernel(
 
 
 def place_score(
-    state: ProposalState, cycle: Cycle, turn: int, gammas: torch.Tensor
-) -> torch.Tensor:
+    state: ProposalState,
+    cycle: Cycle,
+    turn: int,
+    gammas: torch.Tensor,  # [num_turns]
+) -> torch.Tensor:  # [num_reqs]
+    """See `eager.place_score`."""
     out = torch.empty_like(cycle.end)
     _place_score_kernel[(cycle.num_reqs,)](
         cycle.slots,
@@ -897,14 +925,14 @@ def place_score(
 
 @triton.jit
 def _place_score_kernel(
-    slots_ptr,
-    scored_ptr,
-    active_ptr,
-    first_position_ptr,
-    end_ptr,
-    new_lengths_ptr,
-    gammas_ptr,
-    out_ptr,
+    slots_ptr,  # [num_reqs]
+    scored_ptr,  # [num_slots, num_turns]
+    active_ptr,  # [num_reqs]
+    first_position_ptr,  # [num_reqs]
+    end_ptr,  # [num_reqs]
+    new_lengths_ptr,  # [num_reqs, num_turns]
+    gammas_ptr,  # [num_turns]
+    out_ptr,  # [num_reqs]
     spare_slot,
     max_model_len,
     TURN: tl.constexpr,
@@ -925,8 +953,12 @@ def _place_score_kernel(
 
 
 def end_cycle(
-    state: ProposalState, cycle: Cycle, stats: TurnStats, calls: torch.Tensor
-) -> torch.Tensor:
+    state: ProposalState,
+    cycle: Cycle,
+    stats: TurnStats,
+    calls: torch.Tensor,  # [num_turns]
+) -> torch.Tensor:  # [num_reqs, window]
+    """See `eager.end_cycle`."""
     num_turns, window = len(state.turns), state.turns.window
     tokens = cycle.tokens.new_empty(cycle.num_reqs, window)
     _end_cycle_kernel[(cycle.num_reqs,)](
@@ -960,22 +992,22 @@ def end_cycle(
 
 @triton.jit
 def _end_cycle_kernel(
-    slots_ptr,
-    state_lengths_ptr,
-    active_ptr,
-    lengths_ptr,
-    new_lengths_ptr,
-    tokens_ptr,
-    end_ptr,
-    num_accepted_ptr,
-    num_decided_ptr,
-    replaced_ptr,
-    window_ptr,
-    judged_ptr,
-    accepted_ptr,
-    totals_ptr,
-    calls_ptr,
-    calls_per_cycle_ptr,
+    slots_ptr,  # [num_reqs]
+    state_lengths_ptr,  # [num_slots, num_turns]
+    active_ptr,  # [num_reqs]
+    lengths_ptr,  # [num_reqs, num_turns]
+    new_lengths_ptr,  # [num_reqs, num_turns]
+    tokens_ptr,  # [num_reqs, ring_size]
+    end_ptr,  # [num_reqs]
+    num_accepted_ptr,  # [num_reqs]
+    num_decided_ptr,  # [num_reqs]
+    replaced_ptr,  # [num_reqs]
+    window_ptr,  # [num_reqs, window]
+    judged_ptr,  # [num_turns * stats_width]
+    accepted_ptr,  # [num_turns * stats_width]
+    totals_ptr,  # [2]
+    calls_ptr,  # [num_turns]
+    calls_per_cycle_ptr,  # [num_turns]
     spare_slot,
     NUM_TURNS: tl.constexpr,
     TURN_BLOCK: tl.constexpr,
@@ -1026,6 +1058,7 @@ def _end_cycle_kernel(
 
 
 def outputs(cycle: Cycle, num_tokens: int) -> Outputs:
+    """See `eager.outputs`."""
     tokens = cycle.tokens.new_empty(cycle.num_reqs, num_tokens)
     counts = tokens.new_empty(2, cycle.num_reqs, dtype=torch.int32)
     _outputs_kernel[(cycle.num_reqs,)](
@@ -1046,12 +1079,12 @@ def outputs(cycle: Cycle, num_tokens: int) -> Outputs:
 
 @triton.jit(do_not_specialize=["counts_stride"])
 def _outputs_kernel(
-    active_ptr,
-    cycle_tokens_ptr,
-    num_drafts_ptr,
-    num_decided_ptr,
-    tokens_ptr,
-    counts_ptr,
+    active_ptr,  # [num_reqs]
+    cycle_tokens_ptr,  # [num_reqs, ring_size]
+    num_drafts_ptr,  # [num_reqs]
+    num_decided_ptr,  # [num_reqs]
+    tokens_ptr,  # [num_reqs, num_tokens]
+    counts_ptr,  # [2, num_reqs]
     counts_stride,
     NUM_TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,

@@ -33,8 +33,10 @@ def combine(
 
 
 def _combine_logits(
-    function: EnsembleFunction, logits: torch.Tensor, rows: RowCoefficients | None
-) -> torch.Tensor:
+    function: EnsembleFunction,
+    logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
+    rows: RowCoefficients | None,
+) -> torch.Tensor:  # [num_rows, vocab_size]
     if rows is None:
         combined = function(logits, are_probs=False)
     else:
@@ -47,8 +49,10 @@ def _combine_logits(
 
 
 def _combine_probs(
-    function: EnsembleFunction, logits: torch.Tensor, rows: RowCoefficients | None
-) -> torch.Tensor:
+    function: EnsembleFunction,
+    logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
+    rows: RowCoefficients | None,
+) -> torch.Tensor:  # [num_rows, vocab_size]
     probs = logits.softmax(dim=-1)
     if rows is None:
         combined = function(probs, are_probs=True)
@@ -64,5 +68,5 @@ def _or_first(
     combined: torch.Tensor,  # [num_rows, vocab_size]
     offered: torch.Tensor,  # [num_rows, vocab_size], bool: the token can be sampled
     first: torch.Tensor,  # [num_rows, vocab_size]
-) -> torch.Tensor:
+) -> torch.Tensor:  # [num_rows, vocab_size]
     return torch.where(offered.any(dim=-1, keepdim=True), combined, first)

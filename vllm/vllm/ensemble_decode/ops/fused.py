@@ -19,7 +19,10 @@ from vllm.ensemble_decode.request_args import RowCoefficients
 BLOCK = 4096
 
 
-def can_combine(function: EnsembleFunction, logits: torch.Tensor) -> bool:
+def can_combine(
+    function: EnsembleFunction,
+    logits: torch.Tensor,  # [num_members, num_rows, vocab_size]
+) -> bool:
     return function.coefficients is not None and logits.stride(-1) == 1
 
 
@@ -82,12 +85,23 @@ def combine(
 
 
 @cache
-def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def _on_device(
+    values: tuple[float, ...],  # [num_members]
+    device: torch.device,
+) -> torch.Tensor:  # [num_members]
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 @triton.jit
-def _scores(logits_ptr, member_stride, row_stride, member, row, token, is_token):
+def _scores(
+    logits_ptr,  # [num_members, num_rows, vocab_size]
+    member_stride,
+    row_stride,
+    member,
+    row,
+    token,
+    is_token,
+):
     """A member's logits of a row at `token`. -inf past the end of the vocabulary."""
     # 64 bits, because offsets into the logits of many rows and members exceed 2^31.
     at = tl.cast(member_stride, tl.int64) * member + row * row_stride + token
@@ -96,12 +110,12 @@ def _scores(logits_ptr, member_stride, row_stride, member, row, token, is_token)
 
 @triton.jit
 def _members_kernel(
-    logits_ptr,
+    logits_ptr,  # [num_members, num_rows, vocab_size]
     member_stride,
     row_stride,
     vocab_size,
     num_blocks,
-    of_members_ptr,
+    of_members_ptr,  # [num_rows, 3, num_blocks, num_members]
     NUM_MEMBERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -123,7 +137,14 @@ def _members_kernel(
 
 
 @triton.jit
-def _log_mass(of_members_ptr, row, member, num_blocks, NUM_MEMBERS, COUNT_BLOCK: tl.constexpr):
+def _log_mass(
+    of_members_ptr,  # [num_rows, 3, num_blocks, num_members]
+    row,
+    member,
+    num_blocks,
+    NUM_MEMBERS,
+    COUNT_BLOCK: tl.constexpr,
+):
     """`log sum exp(x)` of a member's row."""
     block = tl.arange(0, COUNT_BLOCK)
     is_block = block < num_blocks
@@ -136,17 +157,17 @@ def _log_mass(of_members_ptr, row, member, num_blocks, NUM_MEMBERS, COUNT_BLOCK:
 
 @triton.jit(do_not_specialize=["rows_per_slot"])
 def _sum_kernel(
-    logits_ptr,
+    logits_ptr,  # [num_members, num_rows, vocab_size]
     member_stride,
     row_stride,
     vocab_size,
     num_blocks,
-    coefficients_ptr,
-    slots_ptr,
+    coefficients_ptr,  # [max_num_reqs, num_members] if HAS_SLOTS, else [num_members]
+    slots_ptr,  # [num_rows / rows_per_slot] if HAS_SLOTS, else None
     rows_per_slot,
-    of_members_ptr,
-    of_sum_ptr,
-    out_ptr,
+    of_members_ptr,  # [num_rows, 3, num_blocks, num_members]
+    of_sum_ptr,  # [num_rows, num_blocks]
+    out_ptr,  # [num_rows, vocab_size]
     NUM_MEMBERS: tl.constexpr,
     BLOCK: tl.constexpr,
     TAKES_PROBS: tl.constexpr,
@@ -195,14 +216,14 @@ def _sum_kernel(
 
 @triton.jit
 def _finish_kernel(
-    logits_ptr,
+    logits_ptr,  # [num_members, num_rows, vocab_size]
     member_stride,
     row_stride,
     vocab_size,
     num_blocks,
-    of_members_ptr,
-    of_sum_ptr,
-    out_ptr,
+    of_members_ptr,  # [num_rows, 3, num_blocks, num_members]
+    of_sum_ptr,  # [num_rows, num_blocks]
+    out_ptr,  # [num_rows, vocab_size]
     NUM_MEMBERS: tl.constexpr,
     BLOCK: tl.constexpr,
     TAKES_PROBS: tl.constexpr,
