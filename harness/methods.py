@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.errors import ConfigError, shortened
 from harness.fields import ENSEMBLE_KEYS, Keys
-from harness.models import resolve_member, resolve_model
+from harness.models import resolve_model
 
 if TYPE_CHECKING:
     from vllm.chef.arguments import ResolvedEnsemble
@@ -183,7 +183,7 @@ def _named_members(method: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _resolve_members(named: list[tuple[str, Any]]) -> tuple[str, ...]:
-    return tuple(resolve_member(name, key) for key, name in named)
+    return tuple(resolve_model(name, key) for key, name in named)
 
 
 def _resolve(

@@ -38,30 +38,6 @@ def resolve_model(name: object, key: str) -> str:
     )
 
 
-def resolve_member(name: object, key: str) -> str:
-    """A resolved model that reads text only, as members of an ensemble must.
-
-    vLLM would also find this error, but only after it imports the model. The import takes long. If
-    packages are missing, it fails with pages of text.
-    """
-    model = resolve_model(name, key)
-    config = json.loads(_config_file(model).read_text(encoding="utf-8"))
-    if any(entry.endswith(("vision_config", "audio_config")) for entry in config):
-        raise ConfigError(
-            f"{key}: '{model}' is multimodal; members must be decoder-only text models"
-        )
-    return model
-
-
-def _config_file(model: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    folder = Path(model)
-    return (
-        folder / "config.json" if folder.is_dir() else Path(hf_hub_download(model, "config.json"))
-    )
-
-
 def _checked_folder(path: Path, key: str) -> str:
     file = path / "config.json"
     if not file.is_file():

@@ -5,15 +5,19 @@ registry. It starts no engine.
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 import transformers
 from tiny_models import MAX_LEN, VOCAB_SIZE
+from transformers.utils import is_torchvision_available
 
 # For every family whose config has these names.
 SIZES = dict(
@@ -49,6 +53,27 @@ ROUTED_EXPERTS = dict(
     topk_group=1,
 )
 INTERLEAVED = dict(sliding_window=16, num_hidden_layers=4)
+# What sees images. No test runs it.
+VISION = dict(
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
+)
+QWEN_VISION = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64)
+IMAGE_TOKENS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "image_token_index",
+    "boi_token_index",
+    "eoi_token_index",
+)
+TORCHVISION_MODULES = ("transforms", "transforms.v2", "transforms.v2.functional")
+MROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
 
 
 @dataclass(frozen=True)
@@ -72,6 +97,15 @@ class Family:
 
 def _family(config_class: str, **options: Any) -> Family:
     return Family(config_class, options)
+
+
+def _multimodal(config_class: str, vision: Mapping[str, Any], **text: Any) -> Family:
+    """A family that also reads images, with options of its text model."""
+    options = {"text_config": {**SIZES, **text}, "vision_config": vision}
+    # No prompt has a token of an image.
+    for name in IMAGE_TOKENS:
+        options[name] = VOCAB_SIZE
+    return Family(config_class, options, sizes={})
 
 
 FAMILIES = {
@@ -105,6 +139,15 @@ FAMILIES = {
         tie_word_embeddings=True,
         **INTERLEAVED,
     ),
+    "gemma3_multimodal": _multimodal(
+        "Gemma3Config",
+        dict(VISION, model_type="siglip_vision_model"),
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window_pattern=2,
+        tie_word_embeddings=True,
+        **INTERLEAVED,
+    ),
     "glm4": _family("Glm4Config", head_dim=32),
     "glm4_moe": _family("Glm4MoeConfig", head_dim=32, n_group=1, **ROUTED_EXPERTS),
     "gpt2": Family("GPT2Config", {}, GPT2_SIZES),
@@ -129,9 +172,21 @@ FAMILIES = {
         intermediate_size_mlp=96,
         attention_chunk_size=128,
     ),
+    "llava": _multimodal(
+        "LlavaConfig",
+        dict(VISION, model_type="clip_vision_model", projection_dim=32),
+        model_type="llama",
+    ),
     "mistral": _family("MistralConfig", head_dim=32, sliding_window=None),
     "mistral_16": _family("MistralConfig", head_dim=32, sliding_window=16),
     "mistral_32": _family("MistralConfig", num_key_value_heads=2, sliding_window=32),
+    "mistral3": _multimodal(
+        "Mistral3Config",
+        dict(VISION, model_type="pixtral", head_dim=16),
+        model_type="mistral",
+        head_dim=32,
+        sliding_window=None,
+    ),
     "mixtral": _family("MixtralConfig", **LOCAL_EXPERTS),
     "nemotron": _family("NemotronConfig", head_dim=32),
     "olmo": _family("OlmoConfig"),
@@ -142,10 +197,21 @@ FAMILIES = {
     "phi": _family("PhiConfig", num_key_value_heads=2),
     "phi3": _family("Phi3Config", original_max_position_embeddings=MAX_LEN),
     "qwen2": _family("Qwen2Config"),
+    "qwen2_5_vl": _multimodal(
+        "Qwen2_5_VLConfig",
+        dict(QWEN_VISION, fullatt_block_indexes=[0]),
+        rope_parameters=MROPE,
+    ),
     "qwen2_moe": _family(
         "Qwen2MoeConfig", moe_intermediate_size=32, shared_expert_intermediate_size=32, **EXPERTS
     ),
     "qwen3": _family("Qwen3Config", head_dim=32),
+    "qwen3_vl": _multimodal(
+        "Qwen3VLConfig",
+        dict(QWEN_VISION, deepstack_visual_indexes=[0], num_position_embeddings=16),
+        head_dim=32,
+        rope_parameters={**MROPE, "mrope_interleaved": True},
+    ),
     "qwen3_moe": _family("Qwen3MoeConfig", head_dim=32, moe_intermediate_size=32, **EXPERTS),
     "seed_oss": _family("SeedOssConfig", head_dim=32),
     "smollm3": _family("SmolLM3Config"),
@@ -161,7 +227,8 @@ def save_family(root: Path, name: str) -> str:
     take 20 seconds.
     """
     torch.manual_seed(list(FAMILIES).index(name))
-    model = reference_class().from_config(FAMILIES[name].config(), dtype=torch.float32).eval()
+    config = FAMILIES[name].config()
+    model = reference_class(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -172,7 +239,9 @@ def save_family(root: Path, name: str) -> str:
     return str(path)
 
 
-def reference_class() -> type:
+def reference_class(config: transformers.PretrainedConfig) -> type:
+    if hasattr(config, "vision_config"):
+        return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
 
 
@@ -187,10 +256,11 @@ def logits_of(
     for them it changes the classes of this process.
     """
     # "eager", because the faster ways leave out Gemma 2's soft caps and gpt-oss's sinks.
-    model = reference_class().from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(path)
+    model = reference_class(config).from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
     )
-    return [model.eval()(torch.tensor([list(text)])).logits[0] for text in texts]
+    return [model.eval()(input_ids=torch.tensor([list(text)])).logits[0] for text in texts]
 
 
 @cache
@@ -200,4 +270,17 @@ def inspect_here(architecture: str) -> None:
 
     registered = ModelRegistry.models.get(architecture)
     if registered is not None:
+        stand_in_for_torchvision()
         ModelRegistry.register_model(architecture, registered.load_model_cls())
+
+
+def stand_in_for_torchvision() -> None:
+    """Put something into `sys.modules` that can be imported as torchvision, if it is missing.
+
+    vLLM's modules of multimodal models import it, and a text needs nothing of it. Not every index
+    has a torchvision without CUDA.
+    """
+    if is_torchvision_available() or "torchvision" in sys.modules:
+        return
+    for name in ("torchvision", *(f"torchvision.{name}" for name in TORCHVISION_MODULES)):
+        sys.modules[name] = MagicMock(__path__=[], __spec__=ModuleSpec(name, None))

@@ -14,7 +14,13 @@ import pytest
 import torch
 from engines import counted_replays, engine, generate, greedy
 from families import FAMILIES, logits_of, save_family
+from PIL import Image
 from tiny_models import VOCAB_SIZE, assert_same_tokens, greedy_loop, load_reference
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm.chef.arguments import ENSEMBLE_WORKER
+from vllm.ensemble_decode import ConfigFieldError
+from vllm.ensemble_decode.members import check_ensemble
 
 # The second prompt is longer than all windows. The third is too, with the tokens that follow it.
 PROMPTS = [[5, 6, 7], [(7 * i + 3) % VOCAB_SIZE for i in range(40)], [9] * 15]
@@ -39,6 +45,9 @@ PAIRS = [
     ("mistral_32", "gpt_oss"),
     ("gemma2", "qwen3_moe"),
     ("opt", "olmo3"),
+    ("gemma3", "gemma3_multimodal"),
+    ("qwen2_5_vl", "qwen2"),
+    ("qwen3_vl", "mistral3"),
 ]
 
 pytestmark = pytest.mark.slow
@@ -129,7 +138,7 @@ def test_pairs_emit_the_same_in_cuda_graphs(pair, swapped, compiled, models, tab
     assert replays["readings"] > 0
 
 
-@pytest.mark.parametrize("draft", ["mistral_16", "mixtral", "llama_wide", "phi"])
+@pytest.mark.parametrize("draft", ["mistral_16", "mixtral", "llama_wide", "phi", "qwen2_5_vl"])
 def test_a_proposer_outside_keeps_its_own_settings(draft, models):
     """One member decides alone; the ensemble accepts everything that the same model proposes."""
     ensemble = dict(
@@ -145,3 +154,31 @@ def test_a_proposer_outside_keeps_its_own_settings(draft, models):
     drafted = metrics["vllm:spec_decode_num_draft_tokens"]
     # Proposals past a request's last token are not accepted.
     assert metrics["vllm:spec_decode_num_accepted_tokens"] > 0.9 * drafted > 0
+
+
+@pytest.mark.parametrize("names", [("llava", "llama"), ("llama", "llava")], ids="+".join)
+def test_a_request_with_an_image_is_refused_alone(names, models):
+    ensemble = dict(extra_model=[models[names[1]]], ensemble_fn="mean")
+    image = {
+        "prompt_token_ids": PROMPTS[0],
+        "multi_modal_data": {"image": Image.new("RGB", (28, 28))},
+    }
+    with engine(models[names[0]], ensemble, dict(gamma=[1, 2], turn_order=[0, 1]), 2) as llm:
+        expected = generate(llm, PROMPTS, greedy(NUM_TOKENS))
+        with pytest.raises(ValueError, match="(?i)image|multi-?modal"):
+            llm.generate(image, greedy(NUM_TOKENS))
+        found = generate(llm, PROMPTS, greedy(NUM_TOKENS))
+    assert [list(o.token_ids) for o in found] == [list(o.token_ids) for o in expected]
+
+
+def test_an_engine_whose_requests_may_bring_images_is_refused(models):
+    """`vllm serve` without the flag; `ensemble_args` sets it."""
+    config = EngineArgs(
+        models["llava"],
+        skip_tokenizer_init=True,
+        max_model_len=96,
+        worker_cls=ENSEMBLE_WORKER,
+        additional_config={"ensemble": {"extra_model": [models["llama"]]}},
+    ).create_engine_config()
+    with pytest.raises(ConfigFieldError, match="^--language-model-only: '.*llava' is multimodal"):
+        check_ensemble(config)

@@ -22,7 +22,7 @@ import pytest
 from omegaconf import OmegaConf
 from quick import quick
 from tiny_models import llama_config, save_byte_tokenizer, save_model, save_noisy_copy
-from transformers import LlavaConfig, PretrainedConfig, T5Config
+from transformers import PretrainedConfig, T5Config
 
 import main_dataset
 from repository import ROOT
@@ -76,8 +76,6 @@ def root(tmp_path_factory) -> Path:
     save_config(root / "short", llama_config(VOCAB_SIZE, max_position_embeddings=512))
     sizes = dict(d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
     save_config(root / "t5", T5Config(vocab_size=VOCAB_SIZE, **sizes), "T5ForConditionalGeneration")
-    llava = LlavaConfig(text_config=base, image_token_index=256)
-    save_config(root / "llava", llava, "LlavaForConditionalGeneration")
     base.save_pretrained(root / "untokenized")
     return root
 
@@ -581,7 +579,6 @@ AT_ONCE = {
     f"{LARGE} method.model=nope": r"method\.model: no model 'nope': looked for .*MODEL_PATH.*hub",
     f"{SD} method.gamma=0": r"method\.gamma: 0 is out of range; it must be",
     f"{CD} method.generate.temperature=-0.1": r"method\.generate\.temperature: -0\.1 is out of",
-    f"{CD} method.amateur_model=llava": r"method\.amateur_model: '.*llava' is multimodal; members",
     f"{CD} save_path=/dev/null/run": r"save_path: '/dev/null/run' cannot be made.*choose another",
 }
 

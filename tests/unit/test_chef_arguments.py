@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import llama_config, save_byte_tokenizer
+from transformers import LlavaConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from vllm.chef import config as chef_config
@@ -286,6 +287,20 @@ def test_a_member_without_a_tokenizer_is_told_in_one_line(root, tmp_path, member
     line = f"model/extra_model: the tokenizer of '{root / 'large'}' cannot be read: "
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("members", [("small", "sees"), ("sees", "small")])
+def test_a_member_that_vllm_cannot_import_is_told_in_one_line(root, monkeypatch, members):
+    LlavaConfig(text_config=llama_config(257), architectures=["Llava"]).save_pretrained(
+        root / "sees"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigFieldError) as caught:
+        ensemble_args(*(str(root / name) for name in members), gamma=1)
+    assert str(caught.value) == (
+        f"{'model' if members[0] == 'sees' else 'extra_model'}: '{root / 'sees'}' is multimodal, "
+        "for which vLLM needs torchvision; install it"
+    )
 
 
 @pytest.mark.parametrize("others", [[], ["nope"]])

@@ -9,7 +9,7 @@ import pytest
 
 import repository
 from harness.errors import ConfigError
-from harness.models import resolve_member, resolve_model
+from harness.models import resolve_model
 
 
 def make_folder(path: Path, **config) -> str:
@@ -113,20 +113,6 @@ def test_folder_without_a_readable_config_is_refused(root):
     (root / "empty" / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"^method\.model: '.*config\.json' is not JSON"):
         resolve_model("empty", "method.model")
-
-
-@pytest.mark.parametrize("entry", ["vision_config", "audio_config", "thinker_vision_config"])
-def test_multimodal_member_is_refused(root, entry):
-    make_folder(root / "llava", **{entry: {}})
-    assert resolve_model("llava", "method.model") == str(root / "llava")
-    with pytest.raises(ConfigError, match="^method.extra_model: '.*llava' is multimodal; members"):
-        resolve_member("llava", "method.extra_model")
-
-
-def test_text_member_is_what_its_name_means(tmp_path, root, monkeypatch):
-    assert resolve_member(make_folder(root / "llama"), "method.model") == str(root / "llama")
-    cache_model(tmp_path, "org/llama")
-    assert resolve_member("org/llama", "method.model") == "org/llama"
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,9 @@ def test_long_contexts_lose_their_beginnings_with_one_warning(model, engine, cap
 
 def test_continuation_without_room_is_refused_before_the_engine_starts(model):
     longest = [*range(MAX_LEN - 2)]
-    with pytest.raises(ConfigError, match=r"^tasks: 11 tokens are to be scored, .* room for 10; raise"):
+    with pytest.raises(
+        ConfigError, match=r"^tasks: 11 tokens are to be scored, .* room for 10; raise"
+    ):
         model._loglikelihood_tokens([(None, [1], [2]), (None, [1], [*longest, 1])])
     assert not model.is_started
     ((answer, _),) = model._loglikelihood_tokens([(None, [1, 7], longest)])

@@ -54,9 +54,11 @@ def tensor(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 @pytest.fixture
 def sampler(pageable_memory) -> Sampler:
     """The sampler of a stock runner. It has a budget for thinking."""
-    names = ("start", "end")
-    ids = {f"reasoning_{name}_token_ids": [place] for place, name in enumerate(names)}
-    reasoning = SimpleNamespace(**ids, natural_reasoning_end_token_ids=[1])
+    reasoning = SimpleNamespace(
+        reasoning_start_token_ids=[0],
+        reasoning_end_token_ids=[1],
+        natural_reasoning_end_token_ids=[1],
+    )
     requests = RequestState(MAX_NUM_REQS, 32, 32, 2, VOCAB_SIZE, DEVICE)
     config = SimpleNamespace(reasoning_config=reasoning)
     return Sampler(config, MAX_NUM_REQS, VOCAB_SIZE, DEVICE, requests)
@@ -75,7 +77,7 @@ def owner_of(value: Any) -> Any:
     return getattr(value, "__self__", None)
 
 
-def test_verify_gets_the_requests_of_its_rows_in_the_eighth_place(fact, monkeypatch) -> None:
+def test_verify_gets_the_requests_of_its_rows_by_place(fact, monkeypatch) -> None:
     found = []
     batch = SimpleNamespace(
         num_reqs=1,
@@ -97,6 +99,10 @@ def test_verify_gets_the_requests_of_its_rows_in_the_eighth_place(fact, monkeypa
 
 
 class Rows(RowsPromptLogprobsWorker):
+    """Keeps the numbers that it gets instead of hidden states."""
+
+    seen: list[list[int]]
+
     def logits_of(self, rows: torch.Tensor, **_: Any) -> torch.Tensor:
         self.seen.append(rows.tolist())
         return torch.zeros(len(rows), VOCAB_SIZE, device=DEVICE)
@@ -194,25 +200,10 @@ def test_a_set_bit_allows_a_token(fact, stock_kernels) -> None:
 
 def test_only_small_values_of_processors_move(fact, sampler) -> None:
     states = [*sampler.logits_processors, sampler.thinking_budget_state]
-    moving = {
-        name: value
-        for state in states
-        for name, value in vars(state).items()
-        if isinstance(value, UvaBackedTensor)
-    }
-    kept = set(sampling.ProcessorStates(sampler).kept)
-    assert kept == {*moving, "prompt_len"}, fact
-    large = [
-        value.gpu if isinstance(value, StagedWriteTensor) else value
-        for owner in [*states, sampler.req_states]
-        for value in vars(owner).values()
-        if isinstance(value, StagedWriteTensor | torch.Tensor)
-    ]
-
-    def addresses() -> list[int]:
-        return [value.data_ptr() for value in large]
-
-    before, moved = addresses(), {name: moving[name].gpu.data_ptr() for name in moving}
+    small = set(addresses(states, UvaBackedTensor))
+    assert set(sampling.ProcessorStates(sampler).kept) == {*small, "prompt_len"}, fact
+    large = (states + [sampler.req_states], StagedWriteTensor, torch.Tensor)
+    before, small_before = addresses(*large), addresses(states, UvaBackedTensor)
     params = SamplingParams(
         logit_bias={1: 2.0},
         allowed_token_ids=[1, 2],
@@ -225,8 +216,19 @@ def test_only_small_values_of_processors_move(fact, sampler) -> None:
     sampler.req_states.apply_staged_writes()
     sampler.add_request(sampler.req_states.req_id_to_index["0"], params)
     sampler.apply_staged_writes()
-    assert addresses() == before, fact
-    assert all(moving[name].gpu.data_ptr() != moved[name] for name in moving), fact
+    assert addresses(*large) == before, fact
+    small_now = addresses(states, UvaBackedTensor)
+    assert all(small_now[name] != small_before[name] for name in small), fact
+
+
+def addresses(owners: list[Any], *types: type) -> dict[str, int]:
+    """By name, where the owners' values of these types lie on the device."""
+    values = {name: value for owner in owners for name, value in vars(owner).items()}
+    return {
+        name: getattr(value, "gpu", value).data_ptr()
+        for name, value in values.items()
+        if isinstance(value, types)
+    }
 
 
 # What `chef/sampling.py` launches in CUDA graphs.
@@ -252,13 +254,17 @@ def test_processors_read_nothing_on_the_host(fact, launcher, monkeypatch) -> Non
     # Tensors without values: whoever reads one gets an error.
     values = dict.fromkeys(inspect.signature(launcher).parameters, torch.zeros(3, 8, device="meta"))
     numbers = {"max_num_bad_words": 2, "check_all_masked_rows": True}
-    launcher(**{name: numbers.get(name, value) for name, value in values.items()})
+    try:
+        launcher(**{name: numbers.get(name, value) for name, value in values.items()})
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        pytest.fail(f"{fact} {launcher.__name__}: {error}")
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.__name__)
 def test_kernels_of_processors_return_early(fact, launcher) -> None:
     functions = functions_of(sys.modules[launcher.__module__])
     for name in kernels_of(launcher):
+        assert any(is_costly(node) for node in functions[name].body), f"{name} reads something else"
         unguarded = [node.lineno for node in before_any_guard(functions[name]) if is_costly(node)]
         assert not unguarded, f"{fact} {name} reads at once, in line {unguarded}"
 
@@ -275,12 +281,18 @@ def functions_of(module: ModuleType) -> dict[str, ast.FunctionDef]:
 
 
 def before_any_guard(function: ast.FunctionDef) -> Iterator[ast.stmt]:
-    """The statements that run for every request: outside of any `if`, up to `if ...: return`."""
+    """What may run for a request that asks for nothing.
+
+    These are the statements outside of any `if`, and those after an `else`, up to the first
+    `if ...: return`.
+    """
     for node in function.body:
         if not isinstance(node, ast.If):
             yield node
         elif any(isinstance(inner, ast.Return) for inner in node.body):
             return
+        else:
+            yield from node.orelse
 
 
 def is_costly(statement: ast.stmt) -> bool:
@@ -313,28 +325,31 @@ def test_top_k_keeps_its_buffer(fact, monkeypatch) -> None:
     assert buffers(1) == small, fact
     assert buffers(3) != small, fact
     sampling.reserve_buffers(VOCAB_SIZE, DEVICE)
-    reserved = {num_rows: buffers(num_rows) for num_rows in (1, 3, 8, 16, 70)}
-    assert {num_rows: buffers(num_rows) for num_rows in reserved} == reserved, fact
+    few = buffers(1)
+    reserved = {*few, *buffers(16)}
+    assert buffers(1) == few, fact
+    assert all(set(buffers(num_rows)) <= reserved for num_rows in (3, 8, 70)), fact
 
 
 @pytest.mark.parametrize("by_block", [False, True])
 def test_no_draft_logits_are_read_at_temperature_0(fact, by_block, stock_kernels) -> None:
     generator = torch.Generator().manual_seed(0)
-    target = torch.randn(3, VOCAB_SIZE, generator=generator).to(DEVICE)
+    target = torch.randn(6, VOCAB_SIZE, generator=generator).to(DEVICE)
     best = target.argmax(-1)
-    # The first proposal is accepted, the second one is not.
-    drafts = torch.stack([best[0], best[0], best[1] + 1])
+    # Two requests with two proposals each. Only the second one of the first request is rejected.
+    drafts = best.roll(1)
+    drafts[2] = (best[1] + 1) % VOCAB_SIZE
 
     def outcome(draft_logits: float) -> list[list[int]]:
         tokens, counts = rejection_sampler_utils.rejection_sample(
             target,
             torch.full((MAX_NUM_REQS, 2, VOCAB_SIZE), draft_logits, device=DEVICE),
             drafts,
-            tensor(0, 3),
-            tensor(4, 5, 6, dtype=torch.int64),
-            tensor(1),
-            tensor(1, 1, 1),
-            tensor(0, 1, 2),
+            tensor(0, 3, 6),
+            tensor(4, 5, 6, 7, 8, 9, dtype=torch.int64),
+            tensor(1, 3),
+            tensor(1, 1, 1, 3, 3, 3),
+            tensor(0, 1, 2, 0, 1, 2),
             torch.zeros(MAX_NUM_REQS, device=DEVICE),
             torch.zeros(MAX_NUM_REQS, dtype=torch.int64, device=DEVICE),
             2,
@@ -344,6 +359,6 @@ def test_no_draft_logits_are_read_at_temperature_0(fact, by_block, stock_kernels
         )
         return [row[:count].tolist() for row, count in zip(tokens, counts.tolist(), strict=True)]
 
-    expected = [best[:2].tolist()]
+    expected = [best[:2].tolist(), best[3:].tolist()]
     for value in (0.0, torch.nan, torch.inf):
         assert outcome(value) == expected, fact

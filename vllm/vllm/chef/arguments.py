@@ -3,6 +3,7 @@
 It reads the models' configs for their costs and contexts. It loads no weights and starts no engine.
 """
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.usage.usage_lib import UsageContext
 
 from vllm.chef import config as chef_config
@@ -163,7 +165,9 @@ def resolve_ensemble(
         own_args["scheduler_cls"] = SCHEDULER
         if chef.is_adaptive:
             speculative["num_speculative_tokens_per_batch_size"] = depth_schedule(turns)
-    for name in ("worker_cls", "scheduler_cls"):
+    if configs[0].is_multimodal_model:
+        own_args["language_model_only"] = True
+    for name in ("worker_cls", "scheduler_cls", "language_model_only"):
         given = engine_args.get(name)
         # "auto" is vLLM's default of `worker_cls`.
         if name in own_args and given not in (None, "auto", own_args[name]):
@@ -186,8 +190,19 @@ def model_config(path: str, field: str, engine_args: Mapping[str, Any]) -> Model
     Raises:
         ConfigFieldError: of `field`, where there is no such model, or none that vLLM knows.
     """
+    config = get_hf_file_to_dict("config.json", path) or {}
+    is_visual = any(key.endswith("vision_config") for key in config)
+    if is_visual and importlib.util.find_spec("torchvision") is None:
+        # vLLM would print pages before it fails.
+        raise ConfigFieldError(
+            field, f"'{path}' is multimodal, for which vLLM needs torchvision; install it"
+        )
     try:
-        return ModelConfig(model=path, trust_remote_code=bool(engine_args.get("trust_remote_code")))
+        return ModelConfig(
+            model=path,
+            trust_remote_code=bool(engine_args.get("trust_remote_code")),
+            language_model_only=True,
+        )
     except (ValueError, OSError) as error:  # OSError: files of a model that are missing
         raise ConfigFieldError(field, f"'{path}': {reason(error)}") from error
 

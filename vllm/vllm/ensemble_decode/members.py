@@ -34,6 +34,7 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     """
     ensemble = EnsembleConfig.from_additional_config(vllm_config.additional_config)
     _check_engine(vllm_config)
+    _check_reads_text(vllm_config.model_config)
     members = member_configs(vllm_config, ensemble)
     for member in members:
         _check_supported(member)
@@ -108,6 +109,7 @@ def _member_model_config(vllm_config: VllmConfig, path: str) -> ModelConfig:
         seed=first.seed,
         enforce_eager=first.enforce_eager,
         skip_tokenizer_init=first.skip_tokenizer_init,
+        language_model_only=True,
         **_asked_for(first),
     )
 
@@ -184,7 +186,6 @@ def _check_engine(vllm_config: VllmConfig) -> None:
 def _check_supported(member: ModelConfig) -> None:
     kinds = {
         "encoder-decoder": member.is_encoder_decoder,
-        "multimodal": member.is_multimodal_model,
         "pooling": member.runner_type != "generate",
         "attention-free or hybrid (state-space)": member.is_hybrid or member.is_attention_free,
     }
@@ -193,8 +194,18 @@ def _check_supported(member: ModelConfig) -> None:
             raise ConfigFieldError(
                 "--model/ensemble.extra_model",
                 f"'{member.model}' cannot be a member ({kind}); "
-                "members must be decoder-only text models with attention",
+                "members must be decoder-only models with attention that generate text",
             )
+
+
+def _check_reads_text(first: ModelConfig) -> None:
+    """Refuse an engine whose requests may bring images or sound. The other members get none."""
+    multimodal = first.multimodal_config
+    if multimodal is not None and not multimodal.language_model_only:
+        raise ConfigFieldError(
+            "--language-model-only",
+            f"'{first.model}' is multimodal, and an ensemble reads text alone; set it",
+        )
 
 
 def _check_max_model_len(members: list[ModelConfig]) -> None:

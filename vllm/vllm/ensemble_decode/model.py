@@ -14,6 +14,8 @@ from vllm.ensemble_decode.functions import EnsembleFunction
 from vllm.ensemble_decode.ops import combine
 from vllm.ensemble_decode.request_args import SlotCoefficients
 
+MAX_NUM_DIMS = 4  # of a position in an image, in any of vLLM's models
+
 
 class MemberGroup(nn.Module):
     """Members that run together on the same input. Each is a vLLM text-generation model.
@@ -38,6 +40,15 @@ class MemberGroup(nn.Module):
     def num_members(self) -> int:
         return len(self.members)
 
+    # vLLM asks the engine's model for positions in an image, if the first member knows such.
+    supports_mrope = True
+
+    def get_mrope_input_positions(
+        self, input_tokens: Sequence[int], mm_features: object
+    ) -> tuple[torch.Tensor, int]:  # [num_dims, num_tokens], offset of what follows
+        """Those of a text: all dimensions count the tokens."""
+        return torch.arange(len(input_tokens)).expand(MAX_NUM_DIMS, -1), 0
+
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The first member's embeddings. vLLM asks every generating model for them."""
         return self.members[0].embed_input_ids(input_ids)
@@ -45,10 +56,12 @@ class MemberGroup(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,  # [num_tokens]
-        positions: torch.Tensor,  # [num_tokens]
+        positions: torch.Tensor,  # [num_tokens], or of a text [num_dims, num_tokens]
         intermediate_tensors: None = None,
         inputs_embeds: None = None,
     ) -> torch.Tensor:  # [num_tokens, sum(hidden_sizes)]
+        if positions.dim() > 1:
+            positions = positions[0]
         if not self.hidden_sizes:
             return self._first_forward(input_ids, positions)
         if self.num_members == 1:

@@ -26,6 +26,8 @@ class OutsideSpeculator(StandaloneARSpeculator):
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> nn.Module:
+        if self.draft_model_config.multimodal_config is not None:
+            self.draft_model_config.multimodal_config.language_model_only = True
         draft = load_beside(
             self.vllm_config, self.draft_model_config, NAME, {"member": NAME}, self.members
         )
