@@ -190,9 +190,7 @@ def model_config(path: str, field: str, engine_args: Mapping[str, Any]) -> Model
     Raises:
         ConfigFieldError: of `field`, where there is no such model, or none that vLLM knows.
     """
-    config = get_hf_file_to_dict("config.json", path) or {}
-    is_visual = any(key.endswith("vision_config") for key in config)
-    if is_visual and importlib.util.find_spec("torchvision") is None:
+    if _is_visual(path) and importlib.util.find_spec("torchvision") is None:
         # vLLM would print pages before it fails.
         raise ConfigFieldError(
             field, f"'{path}' is multimodal, for which vLLM needs torchvision; install it"
@@ -205,6 +203,14 @@ def model_config(path: str, field: str, engine_args: Mapping[str, Any]) -> Model
         )
     except (ValueError, OSError) as error:  # OSError: files of a model that are missing
         raise ConfigFieldError(field, f"'{path}': {reason(error)}") from error
+
+
+def _is_visual(path: str) -> bool:
+    try:
+        config = get_hf_file_to_dict("config.json", path) or {}
+    except (ValueError, OSError):  # `ModelConfig` says why there is none
+        return False
+    return any(key.endswith("vision_config") for key in config)
 
 
 def common_context(
