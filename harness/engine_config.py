@@ -36,6 +36,7 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
     from vllm.ensemble_decode import ConfigFieldError
     from vllm.ensemble_decode.frontend import is_ensemble
     from vllm.ensemble_decode.members import check_draft_model
+    from vllm.ensemble_decode.recurrent import check_speculation
 
     arguments = {"use_tqdm_on_load": False, **spec.engine_args, "seed": seed}
     _check_known("method.llm", arguments, EngineArgs.__dataclass_fields__)
@@ -50,6 +51,7 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
         config = engine_config(engine_args, spec.turns)
         if not is_ensemble(config) and config.speculative_config is not None:
             check_draft_model(config)
+            check_speculation(config, [config.model_config], "--model")
             _check_stock_draft(config, _keys(spec).of_field(PROPOSER))
     except ConfigFieldError as error:
         raise ConfigError(shortened(_keys(spec).line(error))) from error

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Keys under method.llm that decide other arguments of an ensemble.
-READ_KEYS = ("max_model_len", "trust_remote_code")
+READ_KEYS = ("max_model_len", "trust_remote_code", "enable_prefix_caching", "mamba_cache_mode")
 # Keys under method.llm that every run sets itself. A run has one engine, and its prompts are text.
 RUN_KEYS = (
     "model",

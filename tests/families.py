@@ -52,6 +52,7 @@ ROUTED_EXPERTS = dict(
     first_k_dense_replace=1,
     topk_group=1,
 )
+MAMBA_HEADS = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1)
 INTERLEAVED = dict(sliding_window=16, num_hidden_layers=4)
 # What sees images. No test runs it.
 VISION = dict(
@@ -122,6 +123,16 @@ FAMILIES = {
     "falcon": _family(
         "FalconConfig", multi_query=True, new_decoder_architecture=False, parallel_attn=True
     ),
+    "falcon_h1": _family(
+        "FalconH1Config",
+        head_dim=32,
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_n_groups=1,
+        mamba_d_state=16,
+        mamba_chunk_size=16,
+    ),
     "gemma2": _family(
         "Gemma2Config",
         head_dim=32,
@@ -161,6 +172,15 @@ FAMILIES = {
         attention_multiplier=0.2,
     ),
     "granitemoe": _family("GraniteMoeConfig", **LOCAL_EXPERTS),
+    "granitemoehybrid": _family(
+        "GraniteMoeHybridConfig",
+        shared_intermediate_size=32,
+        layer_types=["mamba", "attention"],
+        position_embedding_type="rope",
+        mamba_chunk_size=32,
+        **MAMBA_HEADS,
+        **LOCAL_EXPERTS,
+    ),
     "hunyuan": _family("HunYuanDenseV1Config", head_dim=32),
     # A chunk must be a multiple of a block, and blocks have 128 tokens on a CPU.
     "llama4": _family(
@@ -189,6 +209,17 @@ FAMILIES = {
     ),
     "mixtral": _family("MixtralConfig", **LOCAL_EXPERTS),
     "nemotron": _family("NemotronConfig", head_dim=32),
+    "nemotron_h": _family(
+        "NemotronHConfig",
+        head_dim=32,
+        num_hidden_layers=3,
+        layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=1,
+        chunk_size=16,
+    ),
     "olmo": _family("OlmoConfig"),
     "olmo2": _family("Olmo2Config"),
     "olmo3": _family("Olmo3Config", **INTERLEAVED),
@@ -220,14 +251,14 @@ FAMILIES = {
 }
 
 
-def save_family(root: Path, name: str) -> str:
+def save_family(root: Path, name: str, **options: Any) -> str:
     """A random float32 model of a family below `root`; its seed is its place in the table.
 
     Its class is inspected in this process. vLLM would start another process for that, whose imports
     take 20 seconds.
     """
     torch.manual_seed(list(FAMILIES).index(name))
-    config = FAMILIES[name].config()
+    config = FAMILIES[name].config(**options)
     model = reference_class(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():

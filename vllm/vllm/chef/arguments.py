@@ -165,6 +165,8 @@ def resolve_ensemble(
         own_args["scheduler_cls"] = SCHEDULER
         if chef.is_adaptive:
             speculative["num_speculative_tokens_per_batch_size"] = depth_schedule(turns)
+    if any(config.is_hybrid for config in configs):
+        _add_cache_of_states(own_args, engine_args, configs[0])
     if configs[0].is_multimodal_model:
         own_args["language_model_only"] = True
     for name in ("worker_cls", "scheduler_cls", "language_model_only"):
@@ -182,6 +184,20 @@ def resolve_ensemble(
     if engine_args.get("max_model_len") is None:
         own_args["max_model_len"], is_shortened = common_context(configs, drafts)
     return ResolvedEnsemble(own_args, chef, turns, is_shortened)
+
+
+def _add_cache_of_states(
+    own_args: dict[str, Any], engine_args: Mapping[str, Any], first: ModelConfig
+) -> None:
+    """Arguments that vLLM would set itself if its own model had recurrent layers."""
+    if engine_args.get("enable_prefix_caching") is None:
+        own_args["enable_prefix_caching"] = False
+    elif (
+        engine_args["enable_prefix_caching"]
+        and engine_args.get("mamba_cache_mode") is None
+        and not first.is_hybrid
+    ):
+        own_args["mamba_cache_mode"] = "align"
 
 
 def model_config(path: str, field: str, engine_args: Mapping[str, Any]) -> ModelConfig:

@@ -188,6 +188,7 @@ def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfi
     config, turns = resolve_turns(config, ensemble, members)
     _check_carrier(vllm_config, turns, config.is_adaptive)
     _check_parallel(vllm_config, members)
+    _check_states(members, turns)
     _check_budget(vllm_config, turns)
     return ensemble, members, turns
 
@@ -318,6 +319,24 @@ def _check_parallel(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
             f"{parallel.data_parallel_size} is too large for turns, because '{experts[0]}' has "
             "experts; set it to 1",
         )
+
+
+def _check_states(members: Sequence[ModelConfig], turns: Turns) -> None:
+    """Refuse recurrent layers in the turns after the first.
+
+    Their members read what earlier turns proposed. If some of that is rejected, a recurrent state
+    cannot be taken back. In the first turn, vLLM keeps a state per token and goes on from the right
+    one.
+    """
+    late = [member for turn in turns.sequence[1:] for member in turn.members]
+    for member in late:
+        if members[member].is_hybrid:
+            raise ConfigFieldError(
+                "chef.turn_order",
+                f"member {member} (counted from 0), '{members[member].model}', has recurrent "
+                "layers, whose states cannot be taken back; let it open the cycle, or run the "
+                "plain ensemble",
+            )
 
 
 def _check_budget(vllm_config: VllmConfig, turns: Turns) -> None:

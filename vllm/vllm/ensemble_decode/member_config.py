@@ -12,10 +12,12 @@ and loads nothing.
 
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 from torch import nn
 from vllm.config import CacheConfig, ModelConfig, VllmConfig, replace
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 
@@ -98,9 +100,12 @@ def use_own_metadata(
     if place == 0:
         return
     for layer in layers:
-        backend = getattr(layer, "attn_backend", None)
-        if backend is not None:
-            layer.attn_backend = _backend_of(backend, member, place)
+        if isinstance(layer, MambaBase):
+            backend = _backend_of(layer.get_attn_backend(), member, place)
+            # Such a layer keeps no backend. It looks one up at each call.
+            layer.get_attn_backend = partial(_as_is, backend)
+        elif getattr(layer, "attn_backend", None) is not None:
+            layer.attn_backend = _backend_of(layer.attn_backend, member, place)
 
 
 def attention_settings(member: ModelConfig) -> dict[str, Any]:
@@ -108,6 +113,10 @@ def attention_settings(member: ModelConfig) -> dict[str, Any]:
     config = member.hf_text_config.to_dict()
     settings = {key: value for key, value in config.items() if key not in _NOT_OF_ATTENTION}
     return {**settings, "dtype": member.dtype, "quantization": member.quantization}
+
+
+def _as_is(backend: type[AttentionBackend]) -> type[AttentionBackend]:
+    return backend
 
 
 def _cache_config(vllm_config: VllmConfig, member: ModelConfig) -> CacheConfig:

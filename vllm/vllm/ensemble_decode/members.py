@@ -18,6 +18,7 @@ from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.errors import ConfigFieldError
 from vllm.ensemble_decode.member_config import loading_config, use_own_metadata
 from vllm.ensemble_decode.ops import combine
+from vllm.ensemble_decode.recurrent import check_recurrent
 from vllm.ensemble_decode.vocabulary import check_tokenizers, fitted, member_vocabularies
 
 # Speculative methods of Model Runner V2 that need only the target's logits.
@@ -44,6 +45,7 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     _check_max_model_len(members)
     check_draft_model(vllm_config)
     check_attention(vllm_config, members)
+    check_recurrent(vllm_config, members)
     _check_experts(vllm_config, members)
     _check_function(ensemble, members[0].get_vocab_size())
     return ensemble, members
@@ -187,7 +189,7 @@ def _check_supported(member: ModelConfig) -> None:
     kinds = {
         "encoder-decoder": member.is_encoder_decoder,
         "pooling": member.runner_type != "generate",
-        "attention-free or hybrid (state-space)": member.is_hybrid or member.is_attention_free,
+        "without attention": member.is_attention_free,
     }
     for kind, present in kinds.items():
         if present:

@@ -9,10 +9,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncsByType
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from vllm.ensemble_decode.functions import EnsembleFunction
 from vllm.ensemble_decode.ops import combine
+from vllm.ensemble_decode.recurrent import recurrent_layers
 from vllm.ensemble_decode.request_args import SlotCoefficients
+from vllm.ensemble_decode.vocabulary import FittedMember
 
 MAX_NUM_DIMS = 4  # of a position in an image, in any of vLLM's models
 
@@ -48,6 +55,22 @@ class MemberGroup(nn.Module):
     ) -> tuple[torch.Tensor, int]:  # [num_dims, num_tokens], offset of what follows
         """Those of a text: all dimensions count the tokens."""
         return torch.arange(len(input_tokens)).expand(MAX_NUM_DIMS, -1), 0
+
+    def get_model_state_cls(self) -> type[ModelState]:
+        """vLLM looks at the engine's configuration. That is one member's."""
+        return MambaHybridModelState if recurrent_layers(self) else DefaultModelState
+
+    def get_mamba_state_copy_funcs(
+        self, mamba_types: set[MambaAttentionBackendEnum]
+    ) -> MambaStateCopyFuncsByType:
+        """How vLLM copies the states of recurrent layers, by their kind."""
+        found = {}
+        for member in self.members:
+            model = member.model if isinstance(member, FittedMember) else member
+            own = {layer.mamba_type for layer in recurrent_layers(member)}
+            if needed := own & mamba_types:
+                found |= model.get_mamba_state_copy_funcs(needed)
+        return found
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The first member's embeddings. vLLM asks every generating model for them."""
@@ -126,7 +149,7 @@ class EnsembleModel(MemberGroup):
         function: EnsembleFunction,
         samples_members: bool,
         combines_probs: bool,
-        model_state_cls: type,
+        model_state_cls: type[ModelState],
         coefficients: SlotCoefficients | None = None,
     ) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, members=members)
@@ -180,7 +203,7 @@ class EnsembleModel(MemberGroup):
             rows = self.coefficients.of(slots)
         return combine(self.function, logits, self.combines_probs, rows)
 
-    def get_model_state_cls(self) -> type:
+    def get_model_state_cls(self) -> type[ModelState]:
         return self.model_state_cls
 
 

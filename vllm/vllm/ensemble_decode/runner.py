@@ -7,6 +7,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
@@ -15,11 +16,13 @@ from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.members import check_ensemble, load_members
 from vllm.ensemble_decode.model import EnsembleModel, MemberGroup
 from vllm.ensemble_decode.outside import OutsideSpeculator
+from vllm.ensemble_decode.recurrent import align_blocks
 from vllm.ensemble_decode.request_args import SlotCoefficients
 from vllm.ensemble_decode.sampler import (
     EnsembleModelState,
     EnsemblePromptLogprobsWorker,
     EnsembleStructuredOutputsWorker,
+    RecurrentModelState,
 )
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -66,6 +69,10 @@ class MemberRunner(ModelRunner):
         """Load the members that vLLM calls as its model."""
         raise NotImplementedError
 
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        align_blocks(self.vllm_config, self.member_configs)
+        return super().get_kv_cache_spec()
+
     def replace_helpers(self) -> None:
         """Replace vLLM's helpers of a step with ours. Called once everything is loaded."""
 
@@ -95,13 +102,14 @@ class EnsembleRunner(MemberRunner):
             self.speculator = OutsideSpeculator(vllm_config, device, member_configs)
 
     def make_model(self) -> EnsembleModel:
-        config = self.ensemble_config
+        config, members = self.ensemble_config, self.member_configs
+        has_recurrent = any(member.is_hybrid for member in members)
         return EnsembleModel(
-            members=load_members(self.vllm_config, self.member_configs),
+            members=load_members(self.vllm_config, members),
             function=self.coefficients.function,
             samples_members=config.samples_members,
             combines_probs=config.combines_probs,
-            model_state_cls=EnsembleModelState,
+            model_state_cls=RecurrentModelState if has_recurrent else EnsembleModelState,
             coefficients=self.coefficients,
         )
 

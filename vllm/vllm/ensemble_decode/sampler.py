@@ -14,6 +14,7 @@ import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
@@ -37,6 +38,10 @@ class EnsembleModelState(DefaultModelState):
         return ensemble_sampler, EnsembleRejectionSampler(
             ensemble_sampler, speculative_config, self.device
         )
+
+
+class RecurrentModelState(EnsembleModelState, MambaHybridModelState):
+    """The same, with the states of recurrent layers."""
 
 
 class EnsembleSampler(Sampler):
