@@ -42,6 +42,8 @@ class Keys:
         }
         if field in whole:
             return whole[field]
+        if field.startswith("ensemble.extra_model."):
+            return field.replace("ensemble.extra_model", f"method.{self.others}")
         group, _, name = field.partition(".")
         if group.startswith("--"):
             return f"method.llm.{field.removeprefix('--').replace('-', '_')}"

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Keys under method.llm that decide other arguments of an ensemble.
-READ_KEYS = ("max_model_len", "trust_remote_code", "enable_prefix_caching", "mamba_cache_mode")
+READ_KEYS = (
+    "max_model_len",
+    "trust_remote_code",
+    "revision",
+    "hf_overrides",
+    "enable_prefix_caching",
+    "mamba_cache_mode",
+)
 # Keys under method.llm that every run sets itself. A run has one engine, and its prompts are text.
 RUN_KEYS = (
     "model",
@@ -174,7 +181,7 @@ def _named_members(method: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if "amateur_model" in METHODS[method["name"]].keys:
         return [first, ("method.amateur_model", method["amateur_model"])]
     extra = method["extra_model"]
-    names = [extra] if isinstance(extra, str) else extra
+    names = [extra] if isinstance(extra, (str, Mapping)) else extra
     if not isinstance(names, (list, tuple)) or not names:
         raise ConfigError(
             f"method.extra_model: {extra!r} names no other model; give a name or a list of names"
@@ -182,13 +189,20 @@ def _named_members(method: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [first, *(("method.extra_model", name) for name in names)]
 
 
-def _resolve_members(named: list[tuple[str, Any]]) -> tuple[str, ...]:
-    return tuple(resolve_model(name, key) for key, name in named)
+def _resolve_members(named: list[tuple[str, Any]]) -> tuple[str | dict[str, Any], ...]:
+    """Each member's name, or the mapping that says how it is loaded, with its name resolved."""
+    return tuple(_resolve_member(entry, key) for key, entry in named)
+
+
+def _resolve_member(entry: Any, key: str) -> str | dict[str, Any]:
+    if not isinstance(entry, Mapping) or key == "method.model":
+        return resolve_model(entry, key)
+    return {**entry, "model": resolve_model(entry.get("model"), f"{key}.model")}
 
 
 def _resolve(
     method: Mapping[str, Any],
-    members: tuple[str, ...],
+    members: tuple[str | dict[str, Any], ...],
     chef: "ChefConfig | None",
     draft: dict[str, Any] | None,
 ) -> "ResolvedEnsemble":
@@ -257,7 +271,7 @@ def keys_of(name: str, has_draft_key: bool) -> Keys:
 
 def _spec(
     method: Mapping[str, Any],
-    members: tuple[str, ...],
+    members: tuple[str | dict[str, Any], ...],
     engine_args: dict[str, Any],
     parameters: dict[str, Any],
     turns: "Turns | None" = None,
@@ -272,7 +286,7 @@ def _spec(
         raise ConfigError("method.generate.n: a run keeps one completion per example; leave it out")
     return MethodSpec(
         name=method["name"],
-        members=members,
+        members=tuple(m if isinstance(m, str) else m["model"] for m in members),
         engine_args={"model": members[0], **_platform_defaults(), **given, **engine_args},
         sampling_params=generate,
         parameters=parameters,

@@ -116,7 +116,10 @@ class Run:
         """Names of the models whose distributions decide, in the user's order."""
         method = self.config["method"]
         extra = method.get("amateur_model") or method.get("extra_model") or []
-        return [method["model"], *([extra] if isinstance(extra, str) else extra)]
+        others = [extra] if isinstance(extra, (str, Mapping)) else extra
+        # A mapping says how a member is loaded, and names it.
+        names = [other if isinstance(other, str) else other["model"] for other in others]
+        return [method["model"], *names]
 
     @property
     def temperature(self) -> float:

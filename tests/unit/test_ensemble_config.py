@@ -7,7 +7,8 @@ from tiny_models import llama_config, save_model
 from vllm.config.watermarking import WatermarkConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm.ensemble_decode import EnsembleConfig
+from vllm.ensemble_decode import ConfigFieldError, EnsembleConfig
+from vllm.ensemble_decode.config import MemberSource
 from vllm.ensemble_decode.member_config import loading_config
 from vllm.ensemble_decode.members import check_ensemble
 
@@ -25,7 +26,7 @@ def test_round_trip_through_json():
 
 
 def test_one_extra_model_may_be_a_string():
-    assert EnsembleConfig(extra_model="a").extra_model == ("a",)
+    assert EnsembleConfig(extra_model="a").extra_model == (MemberSource("a"),)
 
 
 @pytest.mark.parametrize(
@@ -115,3 +116,31 @@ def test_watermarks_are_refused(tmp_path):
     config.watermark_config = WatermarkConfig(key=1)
     with pytest.raises(ValueError, match=r"^--watermark-config: watermarks cannot be combined"):
         check_ensemble(config)
+
+
+def test_members_that_are_loaded_in_a_way_of_their_own():
+    options = {"dtype": "float16", "quantization": "fp8", "revision": "abc"}
+    config = EnsembleConfig(["a", {"model": "b", **options}, {"model": "c"}])
+    assert [source.model for source in config.extra_model] == ["a", "b", "c"]
+    assert [source.options for source in config.extra_model] == [{}, options, {}]
+    data = config.to_dict()
+    assert data["extra_model"] == ["a", {"model": "b", **options}, "c"]
+    assert EnsembleConfig.from_dict(data) == config
+    assert EnsembleConfig({"model": "b", **options}).extra_model == (config.extra_model[1],)
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        (
+            {"model": "a", "dtyp": "x"},
+            r"ensemble\.extra_model\.dtyp: unknown key; known are model",
+        ),
+        ({"dtype": "float16"}, r"ensemble\.extra_model: None is not a model; give a path or"),
+        (5, r"ensemble\.extra_model: 5 is not a model; give a path or a hub id"),
+        ("", r"ensemble\.extra_model: '' is not a model"),
+    ],
+)
+def test_entries_that_are_no_members(entry, line):
+    with pytest.raises(ConfigFieldError, match=f"^{line}"):
+        EnsembleConfig([entry])

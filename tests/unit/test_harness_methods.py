@@ -116,6 +116,34 @@ def test_ensemble_of_a_list_keeps_its_order(root):
 
 
 @pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("cd", "method.amateur_model={model:small,dtype:float16,revision:x}"),
+        ("ensemble_chef", "method.extra_model=[{model:small,dtype:float16,revision:x}]"),
+    ],
+)
+def test_a_member_loaded_in_a_way_of_its_own(name, override, root):
+    result = spec(name, override)
+    small = str(root / "small")
+    assert result.members[1] == small
+    (other,) = result.engine_args["additional_config"]["ensemble"]["extra_model"]
+    assert other == {"model": small, "dtype": "float16", "revision": "x"}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("[{model:small,dtyp:x}]", r"^method\.extra_model\.dtyp: unknown key; known are model"),
+        ("[{dtype:float16}]", r"^method\.extra_model\.model: None is not a model"),
+        ("[{model:nope}]", r"^method\.extra_model\.model: no model 'nope'"),
+    ],
+)
+def test_entries_that_are_no_members(override, line):
+    with pytest.raises(ConfigError, match=line):
+        spec("ensemble", f"method.extra_model={override}")
+
+
+@pytest.mark.parametrize(
     ("name", "member"), [("cd", "method.amateur_model"), ("ensemble", "method.extra_model")]
 )
 def test_draft_model_proposes_to_the_plain_ensemble(root, name, member):

@@ -62,7 +62,7 @@ class ResolvedEnsemble:
 
 def ensemble_args(
     model: str,
-    extra_model: str | Sequence[str],
+    extra_model: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     *,
     ensemble_fn: str = "weighted",
     ensemble_target: str | None = None,
@@ -79,7 +79,9 @@ def ensemble_args(
     """The arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for an ensemble.
 
     Args:
-        model, extra_model: the members, paths or hub ids; `extra_model` is a name or a list.
+        model: the first member, a path or hub id.
+        extra_model: the other members, one or a list. Each is a path, a hub id, or a mapping of the
+            arguments of `MemberSource`: `{"model": ..., "dtype": ..., "quantization": ...}`.
         ensemble_fn, alpha, weights, ensemble_args: as `EnsembleConfig` has them.
         ensemble_target: as `EnsembleConfig` has it. None: `raw-logits` for functions that
             subtract, else `probs`.
@@ -149,19 +151,21 @@ def resolve_ensemble(
         ConfigFieldError: one line that names the field and the remedy.
     """
     configs = [model_config(model, "--model", engine_args)]
+    shared = {"trust_remote_code": engine_args.get("trust_remote_code")}
     configs += [
-        model_config(path, "ensemble.extra_model", engine_args) for path in ensemble.extra_model
+        model_config(source.model, "ensemble.extra_model", {**shared, **source.options})
+        for source in ensemble.extra_model
     ]
     own_args: dict[str, Any] = {"worker_cls": ENSEMBLE_WORKER}
     additional = {ensemble_config.CONFIG_KEY: ensemble.to_dict()}
     drafts, turns, speculative = [], None, draft
     if draft is not None:
-        drafts = [model_config(draft["model"], "draft_model", engine_args)]
+        drafts = [model_config(draft["model"], "draft_model", shared)]
     if chef is not None:
         chef, turns = resolve_turns(chef, ensemble, configs)
         own_args["worker_cls"] = CHEF_WORKER
         additional[chef_config.CONFIG_KEY] = chef.to_dict()
-        speculative = _carrier((model, *ensemble.extra_model), configs, turns)
+        speculative = _carrier(model, ensemble, configs, turns)
         own_args["scheduler_cls"] = SCHEDULER
         if chef.is_adaptive:
             speculative["num_speculative_tokens_per_batch_size"] = depth_schedule(turns)
@@ -215,6 +219,8 @@ def model_config(path: str, field: str, engine_args: Mapping[str, Any]) -> Model
         return ModelConfig(
             model=path,
             trust_remote_code=bool(engine_args.get("trust_remote_code")),
+            revision=engine_args.get("revision"),
+            hf_overrides=engine_args.get("hf_overrides") or {},
             language_model_only=True,
         )
     except (ValueError, OSError) as error:  # OSError: files of a model that are missing
@@ -331,13 +337,18 @@ def _chef(
     return config
 
 
-def _carrier(paths: Sequence[str], configs: Sequence[ModelConfig], turns: Turns) -> dict[str, Any]:
+def _carrier(
+    model: str, ensemble: EnsembleConfig, configs: Sequence[ModelConfig], turns: Turns
+) -> dict[str, Any]:
     """How vLLM carries the tokens that are pending from step to step."""
-    # vLLM requires the draft model to have as many rows as the target. It loads neither here.
+    # vLLM requires the draft model to have as many rows as the target, and knows no options of it.
+    # It loads neither here.
     carrier = turns[-1].members[0]
-    if configs[carrier].get_vocab_size() != configs[0].get_vocab_size():
-        carrier = 0
-    found = speculation(paths[carrier], turns.window)
+    name = model
+    if carrier > 0 and configs[carrier].get_vocab_size() == configs[0].get_vocab_size():
+        source = ensemble.extra_model[carrier - 1]
+        name = model if source.options else source.model
+    found = speculation(name, turns.window)
     if any(turns.max_tokens(turns.decidable(turn)) > 1 for turn in range(len(turns))):
         # At temperatures above 0, more is accepted if tokens are judged together.
         found["rejection_sample_method"] = "block"

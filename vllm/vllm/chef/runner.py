@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.outputs import LogprobsTensors
@@ -67,10 +68,12 @@ class ChefRunner(MemberRunner):
         return super().sample_tokens(*args, **kwargs)
 
     def make_model(self) -> MemberGroup:
-        first = self.turns[0].members
-        return MemberGroup(
-            members=[load_member(self.vllm_config, self.member_configs, m) for m in first]
-        )
+        loaded: dict[int, nn.Module] = {}
+        for member in self.turns[0].members:
+            loaded[member] = load_member(
+                self.vllm_config, self.ensemble_config, self.member_configs, member, loaded
+            )
+        return MemberGroup(members=list(loaded.values()))
 
     def replace_helpers(self) -> None:
         self.speculator.set_sampler(self.sampler, self.coefficients)

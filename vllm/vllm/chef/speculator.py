@@ -41,7 +41,7 @@ from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores, Verifier
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.members import load_member
-from vllm.ensemble_decode.model import MemberGroup
+from vllm.ensemble_decode.model import MemberGroup, widest
 from vllm.ensemble_decode.request_args import SlotCoefficients
 
 
@@ -103,14 +103,15 @@ class ChefSpeculator(StandaloneARSpeculator):
         return self._load_members()
 
     def _load_members(self) -> nn.ModuleList:  # [num_turns - 1]
-        models = [
-            MemberGroup(members=[self._load_member(self.turns[turn].members[0])])
-            for turn in range(1, len(self.turns))
-        ]
+        loaded = dict(zip(self.turns[0].members, self.first_members.members, strict=True))
+        models = []
+        for turn in self.turns.sequence[1:]:
+            (member,) = turn.members
+            loaded[member] = load_member(
+                self.vllm_config, self.ensemble, self.member_configs, member, loaded
+            )
+            models.append(MemberGroup(members=[loaded[member]]))
         return nn.ModuleList(models)
-
-    def _load_member(self, member: int) -> nn.Module:
-        return load_member(self.vllm_config, self.member_configs, member)
 
     def _make_state(self) -> None:
         """Allocate the windows and scores of all requests.
@@ -122,7 +123,7 @@ class ChefSpeculator(StandaloneARSpeculator):
             self.max_num_reqs,
             self.max_model_len,
             self.vocab_size,
-            self.vllm_config.model_config.head_dtype,
+            widest(config.head_dtype for config in self.member_configs),
             self.device,
         )
         self.all_cycle = make_cycle(self.state, self.max_num_reqs)
@@ -183,7 +184,8 @@ class ChefSpeculator(StandaloneARSpeculator):
 
     def _make_captured(self) -> GraphFunctions:
         """Allocate the memory that graphs share with a step."""
-        first, dtype = self.first_members, self.vllm_config.model_config.dtype
+        first = self.first_members
+        dtype = widest(config.dtype for config in self.member_configs)
         hidden = torch.zeros(1, sum(first.hidden_sizes), dtype=dtype, device=self.device)
         max_num_reqs = self.graphs.max_decided()
         inputs = StepInputs(

@@ -5,7 +5,7 @@ of the hash of vLLM's compile cache. This module knows no model and loads nothin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from vllm.ensemble_decode.errors import ConfigFieldError
@@ -17,11 +17,67 @@ CONFIG_KEY = "ensemble"
 
 
 @dataclass(frozen=True)
+class MemberSource:
+    """A member after the first, and how it is loaded. vLLM's own options are the first member's.
+
+    Args:
+        model: a path or hub id.
+        dtype, load_format, trust_remote_code: as vLLM has them. None: the first member's.
+        quantization: as vLLM has it. None: what the checkpoint says, or else the user's
+            `--quantization`.
+        revision, tokenizer_revision, hf_overrides: as vLLM has them. None: vLLM's defaults.
+    """
+
+    model: str
+    dtype: str | None = None
+    quantization: str | None = None
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    trust_remote_code: bool | None = None
+    load_format: str | None = None
+    hf_overrides: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_data(cls, data: Any) -> Self:
+        """From a name, or from a mapping of the arguments.
+
+        Raises:
+            ConfigFieldError: one line that names the field.
+        """
+        if isinstance(data, cls):
+            return data
+        if not isinstance(data, Mapping):
+            data = {"model": data}
+        known = [f.name for f in fields(cls)]
+        for key in data:
+            if key not in known:
+                raise ConfigFieldError(
+                    f"ensemble.extra_model.{key}", f"unknown key; known are {', '.join(known)}"
+                )
+        model = data.get("model")
+        if not isinstance(model, str) or not model:
+            raise ConfigFieldError(
+                "ensemble.extra_model", f"{model!r} is not a model; give a path or a hub id"
+            )
+        return cls(**data)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is set beside the name."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "model"}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def to_data(self) -> str | dict[str, Any]:
+        return {"model": self.model, **self.options} if self.options else self.model
+
+
+@dataclass(frozen=True)
 class EnsembleConfig(PlainData):
     """An ensemble of vLLM's model (the first member) and `extra_model`, in that order.
 
     Args:
-        extra_model: paths or hub ids of the members after the first.
+        extra_model: the members after the first. Each is a path, a hub id, or a mapping of the
+            arguments of `MemberSource`.
         ensemble_fn: a name in `ENSEMBLE_FUNCTIONS`, or `package.module:function`.
         ensemble_target: what the function combines. `raw-logits`: raw logits, and the sampling
             parameters apply to the result. `logits`: logits after the sampling parameters. `probs`:
@@ -39,7 +95,7 @@ class EnsembleConfig(PlainData):
         f'additional_config={{"{CONFIG_KEY}": {{"extra_model": [...], ...}}}}'
     )
 
-    extra_model: tuple[str, ...]
+    extra_model: tuple[MemberSource, ...]
     ensemble_fn: str = "weighted"
     ensemble_target: str = "probs"
     alpha: float | None = None
@@ -48,8 +104,8 @@ class EnsembleConfig(PlainData):
 
     def __post_init__(self) -> None:
         extra = self.extra_model
-        members = (extra,) if isinstance(extra, str) else tuple(extra or ())
-        object.__setattr__(self, "extra_model", members)
+        members = (extra,) if isinstance(extra, (str, Mapping, MemberSource)) else extra or ()
+        object.__setattr__(self, "extra_model", tuple(map(MemberSource.from_data, members)))
         if not isinstance(self.ensemble_args, Mapping):
             raise ConfigFieldError(
                 "ensemble.ensemble_args",
@@ -80,6 +136,10 @@ class EnsembleConfig(PlainData):
         named = {key: getattr(self, key) for key in FIELD_PARAMETERS}
         args = {key: value for key, value in named.items() if value is not None}
         return make_function(self.ensemble_fn, self.num_members, {**args, **self.ensemble_args})
+
+    def to_dict(self) -> dict[str, Any]:
+        members = [source.to_data() for source in self.extra_model]
+        return {**super().to_dict(), "extra_model": members}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

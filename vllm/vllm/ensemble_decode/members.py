@@ -4,21 +4,22 @@ The first member is the engine's own model. The others are loaded beside it, eac
 prefix. Their attention layers therefore get their own KV caches from vLLM, like the first member's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.model_executor.model_loader import get_model
 
-from vllm.ensemble_decode.config import EnsembleConfig
-from vllm.ensemble_decode.errors import ConfigFieldError
+from vllm.ensemble_decode.config import EnsembleConfig, MemberSource
+from vllm.ensemble_decode.errors import ConfigFieldError, reason
 from vllm.ensemble_decode.member_config import loading_config, use_own_metadata
 from vllm.ensemble_decode.ops import combine
 from vllm.ensemble_decode.recurrent import check_recurrent
+from vllm.ensemble_decode.shared_weights import has_same_weights, keep_once
 from vllm.ensemble_decode.vocabulary import check_tokenizers, fitted, member_vocabularies
 
 # Speculative methods of Model Runner V2 that need only the target's logits.
@@ -53,23 +54,49 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
 
 def member_configs(vllm_config: VllmConfig, ensemble: EnsembleConfig) -> list[ModelConfig]:
     """The model configs of all members, in the user's order. They are not checked."""
-    others = [_member_model_config(vllm_config, path) for path in ensemble.extra_model]
+    others = [_member_model_config(vllm_config, source) for source in ensemble.extra_model]
     return [vllm_config.model_config, *others]
 
 
-def load_members(vllm_config: VllmConfig, members: list[ModelConfig]) -> list[nn.Module]:
+def load_members(
+    vllm_config: VllmConfig, ensemble: EnsembleConfig, members: list[ModelConfig]
+) -> list[nn.Module]:
     """Load every member, in the order of `members` (from `check_ensemble`)."""
-    return [load_member(vllm_config, members, index) for index in range(len(members))]
+    loaded: dict[int, nn.Module] = {}
+    for index in range(len(members)):
+        loaded[index] = load_member(vllm_config, ensemble, members, index, loaded)
+    return list(loaded.values())
 
 
-def load_member(vllm_config: VllmConfig, members: list[ModelConfig], index: int) -> nn.Module:
-    """Load one member of `members` (from `check_ensemble`), with the ensemble's vocabulary."""
+def load_member(
+    vllm_config: VllmConfig,
+    ensemble: EnsembleConfig,
+    members: list[ModelConfig],
+    index: int,
+    loaded: Mapping[int, nn.Module],
+) -> nn.Module:
+    """Load one member of `members` (from `check_ensemble`), with the ensemble's vocabulary.
+
+    Args:
+        loaded: by index, the members that are loaded. Weights that one of them has are kept once.
+    """
+    formats = [vllm_config.load_config.load_format]
+    formats += [source.load_format or formats[0] for source in ensemble.extra_model]
     if index == 0:
         model = get_model(vllm_config=vllm_config)
     else:
         model = load_beside(
-            vllm_config, members[index], f"member_{index}", {"member": index}, members[:index]
+            vllm_config,
+            members[index],
+            f"member_{index}",
+            {"member": index},
+            members[:index],
+            formats[index],
         )
+    for other, same in loaded.items():
+        if formats[other] == formats[index] and has_same_weights(members[other], members[index]):
+            keep_once(same, model)
+            break
     vocabulary = member_vocabularies(members, union_needed=False)[index]
     return fitted(model, vocabulary, vllm_config.device_config.device)
 
@@ -80,6 +107,7 @@ def load_beside(
     name: str,
     additional: dict[str, Any],
     others: Sequence[ModelConfig],
+    load_format: str | None = None,
 ) -> nn.Module:
     """Load a model beside the engine's own.
 
@@ -87,33 +115,50 @@ def load_beside(
         name: keeps the model's compiled graphs apart, and is the prefix of its attention layers.
         additional: see `loading_config`.
         others: the models of the same engine that come before it.
+        load_format: as vLLM has it. None: the engine's.
     """
     config = loading_config(vllm_config, model_config, additional)
+    load_config = vllm_config.load_config
+    if load_format is not None:
+        load_config = replace(load_config, load_format=load_format)
     layers = vllm_config.compilation_config.static_forward_context
     known = set(layers)
     with set_model_tag(name):
-        model = get_model(vllm_config=config, model_config=model_config, prefix=name)
+        model = get_model(
+            vllm_config=config, model_config=model_config, prefix=name, load_config=load_config
+        )
     own = [layer for layer_name, layer in layers.items() if layer_name not in known]
     use_own_metadata(own, model_config, others)
     return model
 
 
-def _member_model_config(vllm_config: VllmConfig, path: str) -> ModelConfig:
+def _member_model_config(vllm_config: VllmConfig, source: MemberSource) -> ModelConfig:
     first = vllm_config.model_config
     # Use the quantization that the user asked for, not one that the first checkpoint brings.
     from_checkpoint = getattr(first.hf_config, "quantization_config", None) is not None
-    return ModelConfig(
-        quantization=None if from_checkpoint else first.quantization,
-        model=path,
-        tokenizer=path,
-        trust_remote_code=first.trust_remote_code,
-        dtype=first.dtype,
-        seed=first.seed,
-        enforce_eager=first.enforce_eager,
-        skip_tokenizer_init=first.skip_tokenizer_init,
-        language_model_only=True,
+    options = {
+        "quantization": None if from_checkpoint else first.quantization,
+        "trust_remote_code": first.trust_remote_code,
+        "dtype": first.dtype,
         **_asked_for(first),
-    )
+        **source.options,
+    }
+    # It belongs to the loader.
+    options.pop("load_format", None)
+    try:
+        return ModelConfig(
+            model=source.model,
+            tokenizer=source.model,
+            seed=first.seed,
+            enforce_eager=first.enforce_eager,
+            skip_tokenizer_init=first.skip_tokenizer_init,
+            language_model_only=True,
+            **options,
+        )
+    except (ValueError, OSError) as error:  # OSError: files of a model that are missing
+        raise ConfigFieldError(
+            "ensemble.extra_model", f"'{source.model}': {reason(error)}"
+        ) from error
 
 
 def _asked_for(first: ModelConfig) -> dict[str, Any]:
@@ -150,9 +195,6 @@ def _check_engine(vllm_config: VllmConfig) -> None:
         ),
         ("--return-sampling-mask", "sampling masks"): (
             vllm_config.model_config.return_sampling_mask
-        ),
-        ("--hf-overrides", "overrides of one model's config"): bool(
-            vllm_config.model_config.hf_overrides
         ),
         ("--watermark-config", "watermarks"): vllm_config.watermark_config is not None,
         ("--enable-trace-replay", "replay of traces under speculation"): (

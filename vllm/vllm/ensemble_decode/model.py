@@ -4,8 +4,9 @@ vLLM sees one module, whose hidden states are the members' side by side. vLLM's 
 prefix caching, preemption and CUDA graphs therefore cover all members at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ MAX_NUM_DIMS = 4  # of a position in an image, in any of vLLM's models
 class MemberGroup(nn.Module):
     """Members that run together on the same input. Each is a vLLM text-generation model.
 
-    Their hidden states stand side by side. Their logits do too.
+    Their hidden states stand side by side, in the widest dtype of any member. Their logits do too.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class MemberGroup(nn.Module):
         # [num_members], set by the first forward pass. Some architectures project their last hidden
         # state, so the config does not tell its width.
         self.hidden_sizes: list[int] = []
+        self.hidden_dtypes: list[torch.dtype] = []
 
     @property
     def num_members(self) -> int:
@@ -94,7 +96,9 @@ class MemberGroup(nn.Module):
         for member, size in zip(self.members, self.hidden_sizes, strict=True):
             output = run_member(member, input_ids, positions)
             if hidden_states is None:
-                hidden_states = output.new_empty(output.shape[0], sum(self.hidden_sizes))
+                hidden_states = output.new_empty(
+                    output.shape[0], sum(self.hidden_sizes), dtype=widest(self.hidden_dtypes)
+                )
             # Copy before the next member runs. In piecewise CUDA graphs the members share one
             # memory pool, and the next member's graphs overwrite this member's output.
             hidden_states[:, start : start + size] = output
@@ -106,6 +110,7 @@ class MemberGroup(nn.Module):
         # graph.
         outputs = [run_member(member, input_ids, positions) for member in self.members]
         self.hidden_sizes = [output.shape[-1] for output in outputs]
+        self.hidden_dtypes = [output.dtype for output in outputs]
         return torch.cat(outputs, dim=-1)
 
     def compute_member_logits(
@@ -114,8 +119,8 @@ class MemberGroup(nn.Module):
     ) -> list[torch.Tensor]:  # num_members x [num_rows, vocab_size]
         split = hidden_states.split(self.hidden_sizes, dim=-1)
         return [
-            member.compute_logits(hidden.contiguous())
-            for member, hidden in zip(self.members, split, strict=True)
+            member.compute_logits(hidden.to(dtype).contiguous())
+            for member, hidden, dtype in zip(self.members, split, self.hidden_dtypes, strict=True)
         ]
 
     def compute_logits(
@@ -205,6 +210,11 @@ class EnsembleModel(MemberGroup):
 
     def get_model_state_cls(self) -> type[ModelState]:
         return self.model_state_cls
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that holds the values of all."""
+    return reduce(torch.promote_types, dtypes)
 
 
 def run_member(

@@ -105,7 +105,7 @@ class EnsembleRunner(MemberRunner):
         config, members = self.ensemble_config, self.member_configs
         has_recurrent = any(member.is_hybrid for member in members)
         return EnsembleModel(
-            members=load_members(self.vllm_config, members),
+            members=load_members(self.vllm_config, config, members),
             function=self.coefficients.function,
             samples_members=config.samples_members,
             combines_probs=config.combines_probs,
