@@ -50,7 +50,7 @@ def ensemble(models: dict[str, str], other: str) -> dict:
     return dict(extra_model=[models[other]], ensemble_fn="mean", ensemble_target="logits")
 
 
-@pytest.mark.parametrize("chef", quick(POLICIES, POLICIES[0]))
+@pytest.mark.parametrize("chef", quick(POLICIES))
 def test_depth_may_change_at_every_step_that_is_scheduled_ahead(models, chef):
     settings = ensemble(models, "like")
     with engine(models["first"], settings) as llm:

@@ -145,7 +145,7 @@ def check_greedy(case, models, references, **arguments):
     assert any(m.name == "vllm:prefix_cache_hits" and m.value > 0 for m in hits)
 
 
-@pytest.mark.parametrize("case", quick(GREEDY_CASES, "cd", "weighted-probs-2"))
+@pytest.mark.parametrize("case", quick(GREEDY_CASES, "weighted-probs-2"))
 def test_greedy_tokens_equal_a_transformers_loop(case, models, references):
     check_greedy(case, models, references)
 

@@ -188,7 +188,7 @@ LOGPROBS_CASES = [
 
 
 @pytest.mark.parametrize("mode", quick(["raw_logprobs", "processed_logprobs"], "raw_logprobs"))
-@pytest.mark.parametrize("case", quick(LOGPROBS_CASES, "turns probs"))
+@pytest.mark.parametrize("case", quick(LOGPROBS_CASES))
 def test_logprobs_are_of_the_requests_own_parameters(case, mode, models, references):
     """Of sampled tokens and of prompts, which are read in chunks."""
     model, settings, turns = settings_of(case, models)
@@ -292,7 +292,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("case", quick(["plain probs", "turns probs"], "turns probs"))
+@pytest.mark.parametrize("case", quick(["plain probs", "turns probs"]))
 def test_a_bad_value_ends_its_request_only(case, models, references):
     model, settings, turns = settings_of(case, models)
     prompt, asked = PROMPTS[0], [0.3, 0.7]

@@ -222,6 +222,7 @@ def text_models(policy: str, tmp_path_factory: pytest.TempPathFactory) -> list[s
 
 
 @pytest.mark.parametrize("target", quick(["raw-logits", "probs"], "probs"))
+@pytest.mark.slow
 def test_text_parameters(target, policy, text_models):
     """Parameters that need a tokenizer: stop strings, bad words and structured outputs."""
     check_text_parameters(target, policy, text_models)

@@ -78,11 +78,13 @@ print(json.dumps([HAS_TRITON, os.environ.get("TRITON_INTERPRET"), type(kernel)._
 
 
 @on_cpu_build
+@pytest.mark.slow
 def test_what_the_user_set_stays(tmp_path):
     report = run(REPORT_BACKEND, tmp_path, TRITON_INTERPRET="0")
     assert report == {"active": ["cpu"], "interpret": "0", "found": True}
 
 
+@pytest.mark.slow
 def test_asleep_beside_the_cuda_build(tmp_path):
     report = run(PRETEND_CUDA_BUILD + REPORT_BACKEND, tmp_path)
     assert report["found"]
@@ -139,6 +141,7 @@ def test_a_triton_with_more_abstract_methods(monkeypatch, half, base):
 
 
 @on_cpu_build
+@pytest.mark.slow
 def test_compiling_says_what_is_wrong(tmp_path):
     """A user who turns the interpreter off must learn that this caused the failure."""
     code = """

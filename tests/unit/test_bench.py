@@ -293,7 +293,7 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize(("gammas", "rates"), quick(TURNS, TURNS[1]))
+@pytest.mark.parametrize(("gammas", "rates"), quick(TURNS))
 def test_formulas_agree_with_the_reference(gammas, rates):
     turns = [Turn((member,), gamma) for member, gamma in enumerate(gammas)]
     args = Namespace(sequences=5, num_tokens=2000)

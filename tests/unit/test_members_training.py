@@ -289,6 +289,7 @@ def test_the_same_run_gives_the_same_weights(scripts, root, base, trained, tmp_p
         )
 
 
+@pytest.mark.slow
 def test_cards_tell_what_was_measured(scripts, root, base, trained):
     corpus = scripts.training_text.collect([root])
     for name in ("smollm2-python", "smollm2-amateur"):

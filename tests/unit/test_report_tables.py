@@ -145,6 +145,7 @@ def test_report_names_runs_that_failed(study):
     assert r"a\|b is no model" in text and "method=cd" in text
 
 
+@pytest.mark.slow
 def test_csv_has_all_runs_and_all_columns(study):
     assert main([str(study)]) == 0
     table = pd.read_csv(study / "report/report.csv").set_index("run")
@@ -156,6 +157,7 @@ def test_csv_has_all_runs_and_all_columns(study):
     assert table.loc["failed", "error"] == "a|b is no model"
 
 
+@pytest.mark.slow
 def test_figures_are_pictures_in_both_themes(study):
     assert main([str(study)]) == 0
     text = (study / "report/report.md").read_text()
