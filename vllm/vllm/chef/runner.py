@@ -67,6 +67,9 @@ class ChefRunner(MemberRunner):
             self.num_tokens_to_propose = self.execute_model_state.num_spec_tokens_to_schedule
         return super().sample_tokens(*args, **kwargs)
 
+    def kept_scores_bytes(self) -> dict[int, int]:
+        return self.speculator.kept_scores_bytes()
+
     def make_model(self) -> MemberGroup:
         loaded: dict[int, nn.Module] = {}
         for member in self.turns[0].members:

@@ -34,13 +34,14 @@ from vllm.chef.sampling import (
     draw_proposals,
     reserve_buffers,
 )
-from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle
+from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle, num_kept_values
 from vllm.chef.stats import TurnStats
 from vllm.chef.step import CycleStep, uniform_step_len
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores, Verifier
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.members import load_member
+from vllm.ensemble_decode.memory import out_of_memory
 from vllm.ensemble_decode.model import MemberGroup, widest
 from vllm.ensemble_decode.request_args import SlotCoefficients
 
@@ -118,15 +119,29 @@ class ChefSpeculator(StandaloneARSpeculator):
 
         vLLM measures this memory as part of the models' memory.
         """
-        self.state = ProposalState(
-            self.turns,
-            self.max_num_reqs,
-            self.max_model_len,
-            self.vocab_size,
-            widest(config.head_dtype for config in self.member_configs),
-            self.device,
-        )
-        self.all_cycle = make_cycle(self.state, self.max_num_reqs)
+        with out_of_memory(
+            f"what turns keep of {self.max_num_reqs} requests",
+            "lower --max-num-seqs or chef.gamma",
+        ):
+            self.state = ProposalState(
+                self.turns,
+                self.max_num_reqs,
+                self.max_model_len,
+                self.vocab_size,
+                self._scores_dtype,
+                self.device,
+            )
+            self.all_cycle = make_cycle(self.state, self.max_num_reqs)
+
+    @property
+    def _scores_dtype(self) -> torch.dtype:
+        return widest(config.head_dtype for config in self.member_configs)
+
+    def kept_scores_bytes(self) -> dict[int, int]:
+        """By member of the turns after the first, bytes of its scores in `ProposalState`."""
+        num_values = num_kept_values(self.turns, self.max_num_reqs, self.vocab_size)
+        num_bytes = num_values * self._scores_dtype.itemsize
+        return {turn.members[0]: num_bytes for turn in self.turns.sequence[1:]}
 
     def set_sampler(self, sampler: Sampler, coefficients: SlotCoefficients) -> None:
         """Build the objects that need vLLM's sampler. vLLM makes it after the members."""

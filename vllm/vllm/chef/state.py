@@ -17,6 +17,20 @@ from vllm.chef.turns import Turns
 NO_TOP_K = 2**31 - 1
 
 
+def num_positions(turns: Turns) -> int:
+    """Positions whose scores are in use at the same time, at most.
+
+    They are the step's window, the first turn's proposal, the window of the next step, and the
+    position past its end.
+    """
+    return 2 * turns.window + 2
+
+
+def num_kept_values(turns: Turns, max_num_reqs: int, vocab_size: int) -> int:
+    """The size of `ProposalState.scores` of one turn."""
+    return (max_num_reqs + 1) * (num_positions(turns) + 1) * vocab_size
+
+
 class ProposalState:
     """State that is kept from step to step, per slot of a request.
 
@@ -37,9 +51,7 @@ class ProposalState:
         self.turns = turns
         self.max_model_len = max_model_len
         num_turns, num_slots = len(turns), max_num_reqs + 1
-        # Positions in use at the same time, at most: the step's window, the first turn's proposal,
-        # the window of the next step, and the position past its end.
-        self.ring_size = 2 * turns.window + 2
+        self.ring_size = num_positions(turns)
         self.lengths = torch.zeros(num_slots, num_turns, dtype=torch.int64, device=device)
         """[num_slots, num_turns] length of each turn's segment in the window"""
         self.scored = torch.zeros(num_slots, num_turns, dtype=torch.int64, device=device)

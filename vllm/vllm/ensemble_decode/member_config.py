@@ -84,6 +84,13 @@ def cache_dtype(vllm_config: VllmConfig, member: ModelConfig) -> str:
     return resolve_kv_cache_dtype_string("auto" if given == of_the_first else given, member)
 
 
+def entry_size(vllm_config: VllmConfig, member: ModelConfig) -> int:
+    """The number of values that a layer's KV cache holds per token."""
+    keys_and_values = 1 if member.use_mla else 2
+    num_kv_heads = member.get_num_kv_heads(vllm_config.parallel_config)
+    return keys_and_values * num_kv_heads * member.get_head_size()
+
+
 def use_own_metadata(
     layers: Sequence[nn.Module],
     member: ModelConfig,

@@ -16,7 +16,8 @@ from vllm.model_executor.model_loader import get_model
 
 from vllm.ensemble_decode.config import EnsembleConfig, MemberSource
 from vllm.ensemble_decode.errors import ConfigFieldError, reason
-from vllm.ensemble_decode.member_config import loading_config, use_own_metadata
+from vllm.ensemble_decode.member_config import entry_size, loading_config, use_own_metadata
+from vllm.ensemble_decode.memory import out_of_memory
 from vllm.ensemble_decode.ops import combine
 from vllm.ensemble_decode.recurrent import check_recurrent
 from vllm.ensemble_decode.shared_weights import has_same_weights, keep_once
@@ -82,17 +83,22 @@ def load_member(
     """
     formats = [vllm_config.load_config.load_format]
     formats += [source.load_format or formats[0] for source in ensemble.extra_model]
-    if index == 0:
-        model = get_model(vllm_config=vllm_config)
-    else:
-        model = load_beside(
-            vllm_config,
-            members[index],
-            f"member_{index}",
-            {"member": index},
-            members[:index],
-            formats[index],
-        )
+    with out_of_memory(
+        f"member {index} (counted from 0), '{members[index].model}',",
+        "take a smaller or a quantized one, raise --gpu-memory-utilization, or spread all members "
+        "over more GPUs with --tensor-parallel-size",
+    ):
+        if index == 0:
+            model = get_model(vllm_config=vllm_config)
+        else:
+            model = load_beside(
+                vllm_config,
+                members[index],
+                f"member_{index}",
+                {"member": index},
+                members[:index],
+                formats[index],
+            )
     for other, same in loaded.items():
         if formats[other] == formats[index] and has_same_weights(members[other], members[index]):
             keep_once(same, model)
@@ -301,12 +307,12 @@ def check_attention(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
             f"attention window, and the members have {sorted(windows)}; leave it out",
         )
     block_size = vllm_config.cache_config.block_size
-    largest = max(_entry_size(vllm_config, member) for member in members)
+    largest = max(entry_size(vllm_config, member) for member in members)
     for member in members:
-        chunk_size, entry_size = member.attention_chunk_size, _entry_size(vllm_config, member)
+        chunk_size, size = member.attention_chunk_size, entry_size(vllm_config, member)
         # vLLM gives layers with smaller entries larger blocks, so that all blocks have the same
         # size in bytes.
-        ratio = largest // entry_size if largest % entry_size == 0 else 1
+        ratio = largest // size if largest % size == 0 else 1
         if chunk_size is not None and chunk_size % (block_size * ratio) != 0:
             raise ConfigFieldError(
                 "--block-size",
@@ -321,13 +327,6 @@ def _window(member: ModelConfig) -> int | None:
     if member.attention_chunk_size is not None:
         return member.attention_chunk_size
     return None if member.disable_sliding_window else member.get_sliding_window()
-
-
-def _entry_size(vllm_config: VllmConfig, member: ModelConfig) -> int:
-    """The number of values that a layer's KV cache holds per token."""
-    keys_and_values = 1 if member.use_mla else 2
-    num_kv_heads = member.get_num_kv_heads(vllm_config.parallel_config)
-    return keys_and_values * num_kv_heads * member.get_head_size()
 
 
 def _check_experts(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> None:

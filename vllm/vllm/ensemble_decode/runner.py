@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -14,6 +15,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.members import check_ensemble, load_members
+from vllm.ensemble_decode.memory import available_bytes, member_memory, memory_table
 from vllm.ensemble_decode.model import EnsembleModel, MemberGroup
 from vllm.ensemble_decode.outside import OutsideSpeculator
 from vllm.ensemble_decode.recurrent import align_blocks
@@ -29,6 +31,9 @@ if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunner
 else:
     from vllm.v1.worker.cpu.model_runner import CPUModelRunner as ModelRunner
+
+
+logger = init_logger(__name__)
 
 
 class MemberRunner(ModelRunner):
@@ -55,6 +60,12 @@ class MemberRunner(ModelRunner):
     def load_model(self, load_dummy_weights: bool = False) -> None:
         if load_dummy_weights:
             self.load_config.load_format = "dummy"
+        kept = self.kept_scores_bytes()
+        rows = [
+            member_memory(self.vllm_config, member, kept.get(index, 0))
+            for index, member in enumerate(self.member_configs)
+        ]
+        logger.info_once(memory_table(rows, available_bytes(self.vllm_config)))
         function = self.ensemble_config.make_function()
         self.coefficients = SlotCoefficients(function, self.max_num_reqs, self.device)
         with DeviceMemoryProfiler() as profiler:
@@ -68,6 +79,10 @@ class MemberRunner(ModelRunner):
     def make_model(self) -> MemberGroup:
         """Load the members that vLLM calls as its model."""
         raise NotImplementedError
+
+    def kept_scores_bytes(self) -> dict[int, int]:
+        """By member, bytes of the logits that are kept between its passes."""
+        return {}
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         align_blocks(self.vllm_config, self.member_configs)
