@@ -70,18 +70,18 @@ def memory_table(members: Sequence[MemberMemory], available: int | None) -> str:
     """A line per member, and what is left of `available` bytes for the KV cache. None: unknown."""
     lines = ["Memory on each device:"]
     for index, member in enumerate(members):
-        weights = "unknown" if member.weights is None else _gib(member.weights)
+        weights = "unknown" if member.weights is None else _shown(member.weights)
         line = (
-            f"  member {index}: weights {weights}, KV cache {_gib(member.cache)} per 1,000 tokens"
+            f"  member {index}: weights {weights}, KV cache {_shown(member.cache)} per 1,000 tokens"
         )
         if member.kept_scores:
-            line += f", kept scores {_gib(member.kept_scores)}"
+            line += f", kept scores {_shown(member.kept_scores)}"
         lines.append(f"{line} ('{member.model}')")
     if available is not None and all(member.weights is not None for member in members):
         left = available - sum(member.weights + member.kept_scores for member in members)
         tokens = max(0, left) * NUM_TOKENS // max(1, sum(member.cache for member in members))
         lines.append(
-            f"  left of {_gib(available)}: about {_gib(left)}, or {tokens:,} tokens of all members"
+            f"  left of {_shown(available)}: about {_shown(left)}, or {tokens:,} tokens of all members"
         )
     return "\n".join(lines)
 
@@ -103,5 +103,6 @@ def out_of_memory(what: str, remedy: str) -> Iterator[None]:
         raise RuntimeError(f"out of memory: {what} does not fit; {remedy}") from error
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"
+def _shown(num_bytes: int) -> str:
+    gib = num_bytes / GIB
+    return f"{gib:.2f} GiB" if abs(gib) >= 1 else f"{gib * 1024:.1f} MiB"
