@@ -81,7 +81,8 @@ def memory_table(members: Sequence[MemberMemory], available: int | None) -> str:
         left = available - sum(member.weights + member.kept_scores for member in members)
         tokens = max(0, left) * NUM_TOKENS // max(1, sum(member.cache for member in members))
         lines.append(
-            f"  left of {_shown(available)}: about {_shown(left)}, or {tokens:,} tokens of all members"
+            f"  left of {_shown(available)}: about {_shown(left)}, "
+            f"or {tokens:,} tokens of all members"
         )
     return "\n".join(lines)
 
