@@ -234,7 +234,8 @@ def _context(method: Mapping[str, Any], model: str, draft_model: str) -> dict[st
 
     with _errors_of_keys(method):
         target = model_config(model, "--model", method["llm"])
-        draft = model_config(draft_model, "draft_model", method["llm"])
+        shared = {"trust_remote_code": method["llm"].get("trust_remote_code")}
+        draft = model_config(draft_model, "draft_model", shared)
     longest, is_shortened = common_context([target], [draft])
     if is_shortened:
         logger.warning(context_warning(longest, draft_model))

@@ -130,3 +130,9 @@ def test_what_differs_is_kept_apart(second, models):
     with engine(models[0], ensemble, **TABLE) as llm:
         one, other = map(addresses, members_of(llm))
         assert not one & other and one and other
+
+
+def test_dummy_weights_stand_for_different_models(models):
+    with engine(models[0], dict(extra_model=models[:1]), load_format="dummy") as llm:
+        one, other = map(addresses, members_of(llm))
+        assert not one & other and one and other

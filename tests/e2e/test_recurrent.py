@@ -80,12 +80,10 @@ def test_prompts_in_chunks(swapped, models, tables):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("by_turns", [False, True])
-@pytest.mark.parametrize("swapped", [False, True])
+# A recurrent member must open the cycle, so it cannot come second by turns.
+@pytest.mark.parametrize(("swapped", "by_turns"), [(False, False), (False, True), (True, False)])
 def test_cached_prefixes(swapped, by_turns, long_models):
     """Blocks of a prompt are in the cache, with the recurrent state behind them."""
-    if swapped and by_turns:
-        pytest.skip("a recurrent member must open the cycle")
     first, other = reversed(long_models) if swapped else long_models
     ensemble = dict(extra_model=[other], ensemble_fn="mean")
     prefix = [(7 * i + 3) % VOCAB_SIZE for i in range(280)]

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -113,6 +114,18 @@ def test_ensemble_of_a_list_keeps_its_order(root):
     ensemble = result.engine_args["additional_config"]["ensemble"]
     assert ensemble["extra_model"] == expected[1:]
     assert "weights" not in ensemble
+
+
+def test_options_of_the_target_are_not_the_drafts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "vllm.chef.arguments.model_config",
+        lambda path, field, args: seen.append((field, args)) or SimpleNamespace(max_model_len=64),
+    )
+    overrides = "method.model=other method.draft_model=small +method.llm.revision=x"
+    spec("sd", *overrides.split(), "+method.llm.hf_overrides={a:1}")
+    (_, of_target), (_, of_draft) = seen
+    assert of_target["revision"] == "x" and not {"revision", "hf_overrides"} & of_draft.keys()
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,8 @@ def load_member(
                 members[:index],
                 formats[index],
             )
-    for other, same in loaded.items():
+    # Dummy weights are all equal, and stand for models that are not.
+    for other, same in loaded.items() if formats[index] != "dummy" else ():
         if formats[other] == formats[index] and has_same_weights(members[other], members[index]):
             keep_once(same, model)
             break
