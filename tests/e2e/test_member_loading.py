@@ -41,10 +41,14 @@ def alone(model: str, **options: Any) -> list[torch.Tensor]:
         return logits(llm)
 
 
-def assert_mean(found: Sequence[torch.Tensor], members: Sequence[Sequence[torch.Tensor]]) -> None:
+def assert_mean(
+    found: Sequence[torch.Tensor],
+    members: Sequence[Sequence[torch.Tensor]],
+    tolerance: float = 2e-3,
+) -> None:
     for rows, *of_members in zip(found, *members, strict=True):
         expected = sum(of_members) / len(of_members)
-        torch.testing.assert_close(rows, expected, rtol=0, atol=2e-3)
+        torch.testing.assert_close(rows, expected, rtol=0, atol=tolerance)
 
 
 def members_of(llm: LLM) -> list[nn.Module]:
