@@ -20,7 +20,7 @@ from tiny_models import (
     save_noisy_copy,
 )
 
-from vllm.chef import speculator
+from vllm.chef import graphs
 from vllm.ensemble_decode.functions import make_function
 from vllm.ensemble_decode.ops.eager import combine
 
@@ -89,7 +89,7 @@ def test_the_function_decides(name, policy, models, references):
 def test_in_cuda_graphs(name, models, references, monkeypatch):
     replays, lines = counted_replays(monkeypatch), []
     monkeypatch.setattr(
-        speculator.logger, "warning_once", lambda line, *args: lines.append(line % args)
+        graphs.logger, "warning_once", lambda line, *args: lines.append(line % args)
     )
     arguments = dict(enforce_eager=False, when_started=replays.clear)
     check(name, models, references, **arguments, **TURNS)

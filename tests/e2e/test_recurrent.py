@@ -17,6 +17,7 @@ from tiny_models import VOCAB_SIZE
 from vllm import LLM
 from vllm.model_executor.layers.mamba import mamba_mixer2
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import CPUSSUBackend
+from vllm.platforms import current_platform
 
 from vllm.ensemble_decode import ConfigFieldError, recurrent
 
@@ -101,11 +102,12 @@ def test_cached_prefixes(swapped, by_turns, long_models):
 def test_requests_that_are_preempted_resume(swapped, long_models):
     first, other = reversed(long_models) if swapped else long_models
     ensemble = dict(extra_model=[other], ensemble_fn="mean")
-    # A block has 128 tokens on a CPU, and requests grow past the end of one.
+    # Requests grow past the end of a block. It has 128 tokens on a CPU, and 16 on a GPU.
+    num_blocks = 14 if current_platform.is_cpu() else 60
     prompts, params = [[n + 1] * 110 for n in range(6)], greedy(40)
     with engine(first, ensemble, max_model_len=400) as llm:
         expected = [o.token_ids for o in generate(llm, prompts, params)]
-    with engine(first, ensemble, max_model_len=400, num_gpu_blocks_override=14) as llm:
+    with engine(first, ensemble, max_model_len=400, num_gpu_blocks_override=num_blocks) as llm:
         assert [o.token_ids for o in generate(llm, prompts, params)] == expected
         assert metric(llm, "vllm:num_preemptions") > 0
 

@@ -23,8 +23,8 @@ class MemberSource:
     Args:
         model: a path or hub id.
         dtype, load_format, trust_remote_code: as vLLM has them. None: the first member's.
-        quantization: as vLLM has it. None: what the checkpoint says, or else the user's
-            `--quantization`.
+        quantization: as vLLM has it. None: what the checkpoint says. vLLM's `--quantization` is the
+            first member's alone.
         revision, tokenizer_revision, hf_overrides: as vLLM has them. None: vLLM's defaults.
     """
 

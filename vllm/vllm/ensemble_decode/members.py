@@ -141,10 +141,7 @@ def load_beside(
 
 def _member_model_config(vllm_config: VllmConfig, source: MemberSource) -> ModelConfig:
     first = vllm_config.model_config
-    # Use the quantization that the user asked for, not one that the first checkpoint brings.
-    from_checkpoint = getattr(first.hf_config, "quantization_config", None) is not None
     options = {
-        "quantization": None if from_checkpoint else first.quantization,
         "trust_remote_code": first.trust_remote_code,
         "dtype": first.dtype,
         **_asked_for(first),
