@@ -208,7 +208,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [first] + [save_noisy_copy(root / str(s), first, s, 0.01 * s) for s in (1, 2)]
 
 
-@pytest.mark.parametrize("case", quick(CASES, "two"))
+@pytest.mark.parametrize("case", quick(CASES))
 def test_replayed_passes_emit_what_eager_ones_emit(models, case, monkeypatch):
     num_members, chef, window = CASES[case]
     target = "raw-logits" if case == "sd" else "logits"

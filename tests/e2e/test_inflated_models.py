@@ -40,6 +40,7 @@ def models(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_inflated_members_gives_the_sources_tokens(models):
     references = [load_reference(str(models / name)) for name in ("expert", "amateur")]
     ensemble = dict(

@@ -6,7 +6,7 @@ from quick import quick
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
 
-@pytest.mark.parametrize("vocab_size", quick([5, 1025], 5))
+@pytest.mark.parametrize("vocab_size", quick([5, 1025]))
 def test_draws_over_seeds_and_positions(compare, vocab_size):
     """With noise and without logits, the draw is the noise; 150 draws must be the same."""
     generator = torch.Generator().manual_seed(1)

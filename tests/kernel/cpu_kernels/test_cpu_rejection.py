@@ -88,7 +88,7 @@ def test_rejection_kernels(compare, log1p, vocab_size, dtype):
     compare(REJECTION_KERNELS, lambda: reject(vocab_size, dtype, **options))
 
 
-@pytest.mark.parametrize("use_block_verification", [False, True])
+@pytest.mark.parametrize("use_block_verification", quick([False, True], False))
 @pytest.mark.parametrize("with_draft_logits", quick([False, True], True))
 def test_rejection_sampling(compare, log1p, use_block_verification, with_draft_logits):
     """The same tokens in the end, over many seeds and for every number of accepted drafts."""
