@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 
 from vllm.chef import ensemble_args
 from vllm.chef.config import AUTO
-from vllm.chef.step import CycleStep
+from vllm.chef.step import CycleStep, ReplayedDecisions, ReplayedReadings
 
 # Far below any level at which a sound sampler fails in the suite's lifetime, far above what a
 # biased one reaches with thousands of draws.
@@ -129,8 +129,8 @@ def counted_replays(monkeypatch: Any) -> Counter[str]:
 
     def counted_run(step: CycleStep) -> Any:
         counts["steps"] += 1
-        counts["decisions"] += step.step_graphs.decisions is not None
-        counts["readings"] += step.step_graphs.readings is not None
+        counts["decisions"] += isinstance(step.decisions, ReplayedDecisions)
+        counts["readings"] += isinstance(step.readings, ReplayedReadings)
         return run(step)
 
     monkeypatch.setattr(CycleStep, "run", counted_run)

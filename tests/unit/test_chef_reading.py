@@ -14,14 +14,14 @@ from quick import quick
 
 from vllm.chef.cycle import EngineStep, Reading, TokenReading, TurnRunner
 from vllm.chef.gammas import StepGammas
-from vllm.chef.graphs import CycleGraphs, StepGraphs
+from vllm.chef.graphs import CycleGraphs
 from vllm.chef.ops import eager as ops
 from vllm.chef.passes import reading_query_start_loc
 from vllm.chef.prompt_logprobs import at_step_tokens
 from vllm.chef.sampling import DeviceParams, Processing
 from vllm.chef.state import Cycle, Outputs, ProposalState, SlotStates, make_cycle
 from vllm.chef.stats import TurnStats
-from vllm.chef.step import CycleStep
+from vllm.chef.step import CycleStep, EagerDecisions, EagerReadings
 from vllm.chef.turns import Turns, chef_turns, sd_turns
 from vllm.chef.verifier import StepScores
 
@@ -137,15 +137,16 @@ class World:
         shallower = self.rng.random() < 0.3
         window = self.turns.window
         self.gammas.set_depth(self.rng.randint(0, window) if shallower else window)
+        passes = CachePasses(self, step)
         cycle_step = CycleStep(
             self.cycle,
             step,
             self.turn_runner,
-            CachePasses(self, step),
+            EagerDecisions(self.turn_runner, self.cycle, step),
+            EagerReadings(passes, self.cycle),
+            passes,
             self.gammas,
             CycleGraphs(None, DEVICE),
-            StepGraphs(),
-            None,
         )
         self.commit(queries, cycle_step.run(), cycle_step.finish(self.stats))
 

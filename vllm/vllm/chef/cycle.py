@@ -78,11 +78,11 @@ class Parts(Protocol):
     def open(self) -> None:
         """`TurnRunner.open`"""
 
-    def read(self, turn: int) -> None:
+    def read(self, turn: int) -> Reading:
         """`Passes.read`"""
 
-    def judge(self, turn: int) -> None:
-        """`TurnRunner.judge`, with the latest reading"""
+    def judge(self, turn: int, reading: Reading) -> None:
+        """`TurnRunner.judge`"""
 
     def propose_more(self, turn: int) -> None:
         """`TurnRunner.propose_more`"""
@@ -130,8 +130,7 @@ class TurnRunner:
         parts.open()
         last = len(self.turns) - 1
         for turn in range(1, last + 1):
-            parts.read(turn)
-            parts.judge(turn)
+            parts.judge(turn, parts.read(turn))
             if turn < last:
                 parts.propose_more(turn)
         return self.ops.outputs(cycle, self.turns.window + 1)

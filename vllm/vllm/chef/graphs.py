@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
@@ -106,15 +106,6 @@ def offer_every_length(manager: CudaGraphManager) -> None:
         manager._candidates[num_tokens, num_loras] = [*smallest.values(), *others]
 
 
-class StepGraphs(NamedTuple):
-    """The graphs that fit a step."""
-
-    decisions: list[Replay] | None = None
-    """[num_turns] the first is `TurnRunner.open`. None if they run without graphs."""
-    readings: list[Replay] | None = None
-    """[num_turns - 1]. None if no full graphs fit: they run in pieces, or without graphs."""
-
-
 class CycleGraphs:
     """The graphs of a cycle. A `CycleGraphs` that nothing was added to holds none.
 
@@ -199,7 +190,10 @@ class CycleGraphs:
     def find_decisions(
         self, num_turns: int, num_reqs: int, processing: Processing
     ) -> list[Replay] | None:
-        """Calls that replay all decisions of a cycle. None if there is no graph."""
+        """Calls that replay the decisions of each turn. None if there is no graph.
+
+        The first is `TurnRunner.open`.
+        """
         keys = [("decide", turn, processing) for turn in range(num_turns)]
         return self._find(keys, num_reqs, [1] * num_turns)
 

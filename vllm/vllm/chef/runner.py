@@ -126,7 +126,7 @@ class ChefRunner(MemberRunner):
     def _output(
         self, step: CycleStep, outputs: Outputs, batch: InputBatch
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        self.prompt_logprobs_worker.take_up(step.readings, step.cycle, batch)
+        self.prompt_logprobs_worker.take_up(step.readings.kept, step.cycle, batch)
         dims = self.sampler.get_logprobs_dims(batch.idx_mapping_np)
         logprobs = None if dims is None else self.speculator.logprobs(step, dims)
         return sampler_output(outputs, logprobs)

@@ -21,7 +21,7 @@ from vllm.chef.captured import GraphFunctions, ReadingBuffers, StepInputs
 from vllm.chef.cycle import EngineStep, TurnRunner
 from vllm.chef.gammas import StepGammas
 from vllm.chef.grammar import forbidden_tokens
-from vllm.chef.graphs import CycleGraphs, StepGraphs, graphs_to_capture
+from vllm.chef.graphs import CycleGraphs, graphs_to_capture
 from vllm.chef.ops import ops_for
 from vllm.chef.passes import EagerPasses, MemberCaller
 from vllm.chef.prompt_logprobs import LogitsFn
@@ -36,7 +36,18 @@ from vllm.chef.sampling import (
 )
 from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle, num_kept_values
 from vllm.chef.stats import TurnStats
-from vllm.chef.step import CycleStep, uniform_step_len
+from vllm.chef.step import (
+    CycleStep,
+    Decisions,
+    EagerDecisions,
+    EagerReadings,
+    KeptReadings,
+    LoadedReadings,
+    Readings,
+    ReplayedDecisions,
+    ReplayedReadings,
+    uniform_step_len,
+)
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores, Verifier
 from vllm.ensemble_decode.config import EnsembleConfig
@@ -234,36 +245,51 @@ class ChefSpeculator(StandaloneARSpeculator):
 
         Args:
             processing: what the requests ask for.
-            keeps_readings: see `CycleStep`. Full graphs cannot keep them.
+            keeps_readings: `CycleStep.readings` is a `KeptReadings`. Full graphs cannot keep them.
         """
         self.gammas.set_depth(depth)
         if self.graphs.managers:
             self._refresh_block_tables()
-        found = self._find_graphs(batch, processing, keeps_readings)
-        if found.decisions is not None:
-            self.captured.inputs.load(engine_step, processing)
+        cycle = self._load_cycle(batch)
+        passes = EagerPasses(self.caller, batch, self.graphs.mixed_size)
+        decisions = self._decisions(cycle, engine_step, processing)
+        readings = self._replayed_readings(batch) if not keeps_readings else None
+        if readings is None:
+            readings = EagerReadings(passes, cycle)
+            if isinstance(decisions, ReplayedDecisions):
+                readings = LoadedReadings(readings, self.captured.readings)
+            if keeps_readings:
+                readings = KeptReadings(readings)
         self.step = CycleStep(
-            self._load_cycle(batch),
+            cycle,
             engine_step,
             self.turn_runner,
-            EagerPasses(self.caller, batch, self.graphs.mixed_size),
+            decisions,
+            readings,
+            passes,
             self.gammas,
             self.graphs,
-            found,
-            self.captured,
-            keeps_readings,
         )
         return self.step
 
-    def _find_graphs(
-        self, batch: InputBatch, processing: Processing, keeps_readings: bool
-    ) -> StepGraphs:
-        num_turns, step_len = len(self.turns), uniform_step_len(batch)
-        decisions = self.graphs.find_decisions(num_turns, batch.num_reqs, processing)
-        readings = None
-        if step_len is not None and not keeps_readings:
-            readings = self.graphs.find_readings(num_turns, batch.num_reqs, step_len)
-        return StepGraphs(decisions, readings)
+    def _decisions(
+        self, cycle: Cycle, engine_step: EngineStep, processing: Processing
+    ) -> Decisions:
+        replays = self.graphs.find_decisions(len(self.turns), cycle.num_reqs, processing)
+        if replays is None:
+            return EagerDecisions(self.turn_runner, cycle, engine_step)
+        self.captured.inputs.load(engine_step, processing)
+        return ReplayedDecisions(replays)
+
+    def _replayed_readings(self, batch: InputBatch) -> Readings | None:
+        """None if no full graphs fit the batch."""
+        step_len = uniform_step_len(batch)
+        if step_len is None:
+            return None
+        replays = self.graphs.find_readings(len(self.turns), batch.num_reqs, step_len)
+        if replays is None:
+            return None
+        return ReplayedReadings(replays, self.captured.readings, batch.num_reqs)
 
     def _load_cycle(self, batch: InputBatch) -> Cycle:
         # Copy to memory where CUDA graphs find them, because vLLM's own tensors move.

@@ -1,54 +1,146 @@
 """The cycle of one engine step, in CUDA graphs where they fit. vLLM's own pass has run before.
 
-This module knows the batch and which graphs fit it. `cycle.py` knows the order of a cycle.
+A step's decisions and its readings each have an implementation without graphs and one that replays
+them. They are chosen once, before the cycle runs. `cycle.py` knows the order of a cycle.
 """
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm.chef.captured import GraphFunctions
+from vllm.chef.captured import ReadingBuffers
 from vllm.chef.cycle import EngineStep, Parts, Passes, Reading, TurnRunner
 from vllm.chef.gammas import StepGammas
-from vllm.chef.graphs import CycleGraphs, StepGraphs
+from vllm.chef.graphs import CycleGraphs, Replay
 from vllm.chef.state import Cycle, Outputs
 from vllm.chef.stats import TurnStats
+
+
+class Decisions(Protocol):
+    """The decisions of one cycle."""
+
+    def open(self) -> None:
+        """`TurnRunner.open`"""
+
+    def judge(self, turn: int, reading: Reading) -> None:
+        """`TurnRunner.judge`"""
+
+
+class EagerDecisions(Decisions):
+    def __init__(self, turn_runner: TurnRunner, cycle: Cycle, engine_step: EngineStep) -> None:
+        self.turn_runner, self.cycle, self.engine_step = turn_runner, cycle, engine_step
+
+    def open(self) -> None:
+        self.turn_runner.open(self.cycle, self.engine_step)
+
+    def judge(self, turn: int, reading: Reading) -> None:
+        self.turn_runner.judge(turn, self.cycle, self.engine_step, reading)
+
+
+class ReplayedDecisions(Decisions):
+    """The graphs find the engine step and each reading in buffers: `StepInputs`, `ReadingBuffers`.
+
+    Args:
+        replays: `[num_turns]`
+    """
+
+    def __init__(self, replays: list[Replay]) -> None:
+        self.replays = replays
+
+    def open(self) -> None:
+        self.replays[0]()
+
+    def judge(self, turn: int, reading: Reading) -> None:
+        self.replays[turn]()
+
+
+class Readings(Protocol):
+    """The readings of one cycle."""
+
+    kept: Sequence[Reading] = ()
+    """By turn after the first. Empty, except in `KeptReadings`."""
+
+    def read(self, turn: int) -> Reading:
+        """`Passes.read`"""
+
+
+class EagerReadings(Readings):
+    def __init__(self, passes: Passes, cycle: Cycle) -> None:
+        self.passes, self.cycle = passes, cycle
+
+    def read(self, turn: int) -> Reading:
+        return self.passes.read(turn, self.cycle)
+
+
+class LoadedReadings(Readings):
+    """Readings without graphs, copied to where the graphs of decisions find them."""
+
+    def __init__(self, readings: Readings, buffers: ReadingBuffers) -> None:
+        self.readings, self.buffers = readings, buffers
+
+    def read(self, turn: int) -> Reading:
+        reading = self.readings.read(turn)
+        self.buffers.load(turn, reading)
+        return reading
+
+
+class ReplayedReadings(Readings):
+    """The graphs leave each reading in buffers.
+
+    Args:
+        replays: `[num_turns - 1]`
+    """
+
+    def __init__(self, replays: list[Replay], buffers: ReadingBuffers, num_reqs: int) -> None:
+        self.replays, self.buffers, self.num_reqs = replays, buffers, num_reqs
+
+    def read(self, turn: int) -> Reading:
+        self.replays[turn - 1]()
+        return self.buffers.of_turn(turn, self.num_reqs)
+
+
+class KeptReadings(Readings):
+    """Readings without graphs that stay until the step ends."""
+
+    def __init__(self, readings: Readings) -> None:
+        self.readings = readings
+        self.kept: list[Reading] = []
+
+    def read(self, turn: int) -> Reading:
+        reading = self.readings.read(turn)
+        # The graphs of other members overwrite what piecewise graphs return.
+        self.kept.append(reading._replace(hidden_states=reading.hidden_states.clone()))
+        return reading
 
 
 class CycleStep(Parts):
     """The cycle of one step. Call `run`, then `finish`.
 
-    Each part of the cycle is replayed if a graph holds it. Otherwise it runs without a graph.
-
     Args:
         engine_step: what vLLM has run.
-        passes: the passes that no graph holds.
-        step_graphs: the graphs of this step's decisions, and of its readings.
-        captured: what graphs hold. None if the engine has no graphs.
-        keeps_readings: whether `run` keeps all readings in `readings`.
+        passes: the passes of one token that no graph holds.
+        graphs: those of passes of one token.
     """
-
-    reading: Reading  # the latest one that no full graph made
 
     def __init__(
         self,
         cycle: Cycle,
         engine_step: EngineStep,
         turn_runner: TurnRunner,
+        decisions: Decisions,
+        readings: Readings,
         passes: Passes,
         gammas: StepGammas,
         graphs: CycleGraphs,
-        step_graphs: StepGraphs,
-        captured: GraphFunctions | None,
-        keeps_readings: bool = False,
     ) -> None:
         self.cycle, self.engine_step = cycle, engine_step
-        self.turn_runner, self.passes = turn_runner, passes
+        self.turn_runner = turn_runner
+        self.decisions, self.readings, self.passes = decisions, readings, passes
         self.gammas, self.graphs = gammas, graphs
-        self.step_graphs, self.captured = step_graphs, captured
-        self.keeps_readings = keeps_readings
-        self.readings: list[Reading] = []
-        """By turn after the first. Empty unless `keeps_readings`."""
 
     def run(self) -> Outputs:
         """The cycle, except for the last turn's passes of one token."""
@@ -61,40 +153,19 @@ class CycleStep(Parts):
     # The parts of the cycle
 
     def open(self) -> None:
-        if self.step_graphs.decisions is not None:
-            self.step_graphs.decisions[0]()
-        else:
-            self.turn_runner.open(self.cycle, self.engine_step)
+        self.decisions.open()
 
-    def read(self, turn: int) -> None:
-        if self.step_graphs.readings is not None:
-            self.step_graphs.readings[turn - 1]()
-            return
-        self.reading = reading = self.passes.read(turn, self.cycle)
-        if self.keeps_readings:
-            # The graphs of other members overwrite what piecewise graphs return.
-            hidden_states = reading.hidden_states.clone()
-            self.readings.append(reading._replace(hidden_states=hidden_states))
-        if self.step_graphs.decisions is not None:
-            self.captured.readings.load(turn, reading)
+    def read(self, turn: int) -> Reading:
+        return self.readings.read(turn)
 
-    def judge(self, turn: int) -> None:
-        if self.step_graphs.decisions is not None:
-            self.step_graphs.decisions[turn]()
-            return
-        if self.step_graphs.readings is not None:
-            reading = self.captured.readings.of_turn(turn, self.cycle.num_reqs)
-        else:
-            reading = self.reading
-        self.turn_runner.judge(turn, self.cycle, self.engine_step, reading)
+    def judge(self, turn: int, reading: Reading) -> None:
+        self.decisions.judge(turn, reading)
 
     def propose_more(self, turn: int) -> None:
         num_passes = self.gammas.num_passes(turn)
-        replay = self.graphs.find_passes(turn, num_passes, self.cycle.num_reqs)
-        if replay is not None:
-            replay()
-        else:
-            self.turn_runner.propose_more(turn, num_passes, self.cycle, self.passes)
+        eager = partial(self.turn_runner.propose_more, turn, num_passes, self.cycle, self.passes)
+        propose = self.graphs.find_passes(turn, num_passes, self.cycle.num_reqs) or eager
+        propose()
 
 
 def uniform_step_len(batch: InputBatch) -> int | None:
