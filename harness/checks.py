@@ -11,6 +11,8 @@ from typing import Any
 
 from harness.errors import ConfigError
 
+MAX_SEED = 2**31
+
 
 def check_known(plain: Mapping[str, Any], known: Collection[str]) -> None:
     for key in plain:
@@ -35,6 +37,11 @@ def check_flags(plain: Mapping[str, Any], keys: Iterable[str]) -> None:
 def check_path(plain: Mapping[str, Any], key: str) -> None:
     if not isinstance(plain[key], str) or not plain[key]:
         raise ConfigError(f"{key}: {plain[key]!r} must be a path")
+
+
+def check_seed(seed: object) -> None:
+    if type(seed) is not int or not 0 <= seed < MAX_SEED:
+        raise ConfigError(f"seed: {seed!r} must be an integer from 0 to {MAX_SEED - 1}")
 
 
 def check_writable(folder: Path) -> None:

@@ -14,14 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness.checks import check_flags, check_groups, check_known, check_path, check_writable
+from harness.checks import (
+    check_flags,
+    check_groups,
+    check_known,
+    check_path,
+    check_seed,
+    check_writable,
+)
 from harness.engine import Engine, configure_process
 from harness.engine_config import check_sampling_params
 from harness.errors import ConfigError, one_line
 from harness.methods import MethodSpec
 from harness.proposals import fields, rows
 from harness.results import table
-from harness.run import MAX_SEED, device_name, versions
+from harness.run import device_name, versions
 from harness.session import Session
 
 if TYPE_CHECKING:
@@ -100,7 +107,7 @@ def _check(plain: Mapping[str, Any]) -> None:
 
 def _check_numbers(plain: Mapping[str, Any]) -> None:
     optional = ("num_fewshot", "batch_size")
-    lowest = {"num_fewshot": 0, "batch_size": 1, "bootstrap_iters": 0, "seed": 0}
+    lowest = {"num_fewshot": 0, "batch_size": 1, "bootstrap_iters": 0}
     for key, least in lowest.items():
         value = plain[key]
         if value is None and key in optional:
@@ -108,8 +115,7 @@ def _check_numbers(plain: Mapping[str, Any]) -> None:
         if type(value) is not int or value < least:
             or_null = ", or null" if key in optional else ""
             raise ConfigError(f"{key}: {value!r} must be an integer from {least}{or_null}")
-    if plain["seed"] >= MAX_SEED:
-        raise ConfigError(f"seed: {plain['seed']} must be below {MAX_SEED}")
+    check_seed(plain["seed"])
     limit = plain["limit"]
     if limit is None:
         return

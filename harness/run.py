@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from harness.checks import check_flags, check_groups, check_known, check_path
+from harness.checks import check_flags, check_groups, check_known, check_path, check_seed
 from harness.engine import Completion, Engine, Request
 from harness.errors import ConfigError, one_line
 from harness.methods import MethodSpec
@@ -32,7 +32,6 @@ KEYS = ("method", "dataset", "task", "evaluate", "seed", "batch_size", "save_pat
 GROUPS = ("method", "dataset", "task", "evaluate", "method.generate", "method.llm")
 FLAGS = ("dataset.use_fewshot", "dataset.chat", "evaluate.execute_code", "verbose")
 # Both torch and numpy take seeds below this limit; each example adds its index to the seed.
-MAX_SEED = 2**31
 # Seconds between two writes of the progress, and between two updates of the progress bar's postfix.
 PROGRESS_EVERY_S, SHOW_EVERY_S = 2, 0.5
 
@@ -173,9 +172,8 @@ def _check_run(plain: Mapping[str, Any]) -> None:
     check_groups(plain, GROUPS)
     check_flags(plain, FLAGS)
     check_path(plain, "save_path")
-    seed, batch_size = plain["seed"], plain["batch_size"]
-    if type(seed) is not int or not 0 <= seed < MAX_SEED:
-        raise ConfigError(f"seed: {seed!r} must be an integer from 0 to {MAX_SEED - 1}")
+    check_seed(plain["seed"])
+    batch_size = plain["batch_size"]
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ConfigError(
             f"batch_size: {batch_size!r} must be 1 or more, or null for all requests at once"

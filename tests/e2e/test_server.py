@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server with members that take turns, started from its command line."""
+"""vLLM's OpenAI-compatible server with members that take turns, started by `scripts/serve.py`."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tiny_models import llama_config, save_byte_tokenizer, save_model, save_noisy_copy
 
-from vllm.chef import ensemble_args
+from repository import ROOT
 
 START_S = 240
 PROMPT = [5, 6, 7, 8]
@@ -37,20 +37,18 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found = ensemble_args(
-        first, other, ensemble_fn="contrastive", alpha=0.3, gamma=3, dtype="float32",
-        max_num_seqs=4, kv_cache_memory_bytes=32 << 20, gpu_memory_utilization=0.05,
-    )  # fmt: skip
-    flags = [
-        word
-        for name, value in found.items()
-        for word in (
-            f"--{name.replace('_', '-')}",
-            json.dumps(value) if isinstance(value, dict) else str(value),
-        )
+    keys = [
+        "method=cd_chef",
+        f"method.model={first}",
+        f"method.amateur_model={other}",
+        "method.alpha=0.3",
+        "method.gamma=3",
+        "method.llm.kv_cache_memory_bytes=33554432",
+        "served_model_name=tiny",
     ]
-    module = ["-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
-    command = [sys.executable, *module, "--port", str(port), "--enforce-eager", *flags]
+    server_args = ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "4"]
+    server_args += ["--gpu-memory-utilization", "0.05"]
+    command = [sys.executable, str(ROOT / "scripts/serve.py"), *keys, "--", *server_args]
     log = root / "log"
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as output:
@@ -110,3 +108,8 @@ def test_the_server_takes_the_sampling_parameters_that_vllm_refuses(url):
     assert likeliest == greedy
     assert len(greedy) == 8
     assert biased == [97] * 8 != greedy
+
+
+def test_the_server_says_what_it_serves(url):
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
+        assert [model["id"] for model in json.load(answer)["data"]] == ["tiny"]

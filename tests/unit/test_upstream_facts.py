@@ -4,6 +4,7 @@
 """
 
 import ast
+import importlib
 import inspect
 import re
 import sys
@@ -31,7 +32,9 @@ from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backe
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -43,6 +46,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import cudagraph_utils a
 
 from repository import ROOT
 from vllm.chef.graphs import for_the_same_batches, offer_every_length
+from vllm.ensemble_decode import frontend
 from vllm.ensemble_decode.model import MemberGroup
 from vllm.ensemble_decode.runner import MemberRunner
 
@@ -324,6 +328,20 @@ def test_a_request_is_checked_before_the_engine_gets_it(fact, monkeypatch) -> No
     with suppress(AttributeError), pytest.raises(VLLMValidationError, match="refused"):
         processor.process_inputs("0", "text", params, ("generate",))
     assert seen == [params], fact
+
+
+def test_the_input_processor_is_made_before_the_engine(fact) -> None:
+    for front_end, starts in ((LLMEngine, "make_client"), (AsyncLLM, "make_async_mp_client")):
+        source = inspect.getsource(front_end.__init__)
+        engine = source.index(f"EngineCoreClient.{starts}(")
+        assert source.index("InputProcessor(") < engine, (front_end, fact)
+
+
+def test_the_server_is_the_module_that_we_look_for(fact) -> None:
+    # `vllm serve` and the older module start the same server.
+    for command in ("vllm.entrypoints.cli.serve", "vllm.entrypoints.openai.api_server"):
+        module = importlib.import_module(command)
+        assert module.run_server.__module__ == frontend.SERVER, (command, fact)
 
 
 def test_only_three_refusals_need_the_speculative_config(fact) -> None:

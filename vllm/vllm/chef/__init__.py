@@ -25,8 +25,8 @@ def register() -> None:
 
     - On a CPU, it replaces Triton kernels that the interpreter runs slowly with torch and NumPy
       code.
-    - In a process that may be a front end, it lifts a refusal of sampling parameters for ensembles,
-      and checks what requests override.
+    - In a process that may be a front end, it checks ensembles and what requests override, and
+      lifts a refusal of sampling parameters.
     """
     from vllm.cpu_kernels import register_cpu_kernels
     from vllm.ensemble_decode.frontend import allow_all_sampling_params

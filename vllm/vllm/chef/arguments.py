@@ -405,11 +405,22 @@ def _with_limits(arguments: dict[str, Any], turns: Turns | None) -> dict[str, An
         default = "speculative_config" if is_speculative else "model"
         name = named_argument(error, arguments) or default
         raise ConfigFieldError(f"--{name.replace('_', '-')}", reason(error)) from error
+    return arguments | step_limits(arguments, config, turns)
+
+
+def step_limits(
+    arguments: Mapping[str, Any], config: VllmConfig, turns: Turns | None
+) -> dict[str, Any]:
+    """The engine arguments that limit a step, where turns need a limit and `arguments` have none.
+
+    Args:
+        config: the configuration that `arguments` give (`engine_config`).
+    """
     is_open = arguments.get("max_num_scheduled_tokens") is None
     if turns is None or not is_open or turns.num_new(len(turns) - 1) <= 1:
-        return arguments
+        return {}
     names = ("max_num_seqs", "max_num_batched_tokens", "max_num_scheduled_tokens")
-    return arguments | {name: getattr(config.scheduler_config, name) for name in names}
+    return {name: getattr(config.scheduler_config, name) for name in names}
 
 
 def engine_config(engine_args: EngineArgs, turns: Turns | None) -> VllmConfig:

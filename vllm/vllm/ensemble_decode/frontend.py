@@ -1,5 +1,6 @@
 """What an engine's front end must know about ensembles under speculation."""
 
+import sys
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
@@ -8,25 +9,55 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
-# Packages with workers that make an engine an ensemble.
-OUR_PACKAGES = ("vllm.ensemble_decode.", "vllm.chef.")
+# Packages with workers that make an engine an ensemble, and what checks their configuration.
+CHECKS = {
+    "vllm.ensemble_decode.": "vllm.ensemble_decode.members.check_ensemble",
+    "vllm.chef.": "vllm.chef.config.check_chef",
+}
+SERVER = "vllm.entrypoints.launchers.api_server.entry"
 
 
 def is_ensemble(vllm_config: "VllmConfig") -> bool:
     """Whether the engine runs an ensemble. Its worker decides that."""
-    return vllm_config.parallel_config.worker_cls.startswith(OUR_PACKAGES)
+    return vllm_config.parallel_config.worker_cls.startswith(tuple(CHECKS))
+
+
+def check_engine(vllm_config: "VllmConfig") -> None:
+    """Check an ensemble's configuration in the front end, before it starts an engine.
+
+    The worker makes the same check. But it runs in a process of its own, and its errors reach the
+    user between two tracebacks.
+
+    Raises:
+        ConfigFieldError: what the worker would refuse.
+        SystemExit: the same in vLLM's server, which then ends with this line and no traceback.
+    """
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm.ensemble_decode.errors import ConfigFieldError
+
+    worker = vllm_config.parallel_config.worker_cls
+    (check,) = (check for package, check in CHECKS.items() if worker.startswith(package))
+    try:
+        resolve_obj_by_qualname(check)(vllm_config)
+    except ConfigFieldError as error:
+        if SERVER in sys.modules:
+            raise SystemExit(f"error: {error}") from error
+        raise
 
 
 @cache
 def allow_all_sampling_params() -> None:
-    """Make front ends accept `min_p` and `logit_bias` beside speculation, for ensembles only.
+    """Make front ends check ensembles, and accept `min_p` and `logit_bias` beside speculation.
 
     vLLM refuses both, because older model runners could not apply them. The sampler of Model Runner
     V2 applies both at every verified position. vLLM's input processor refuses them if it has a
     `speculative_config`, and there is no hook. So an ensemble's input processor has none. It needs
     the configuration for one other check only, of replayed traces, which `check_ensemble` makes.
 
-    The same front ends check what a request overrides of its ensemble (`request_args.py`).
+    An input processor is made in every front end, before the engine starts. So the configuration is
+    checked there as well (`check_engine`), and so is what a request overrides of its ensemble
+    (`request_args.py`).
 
     Our plugin calls this function in each process, before an engine is made.
     """
@@ -38,6 +69,8 @@ def allow_all_sampling_params() -> None:
     def init_with_all_params(
         self: InputProcessor, vllm_config: "VllmConfig", *args: Any, **kwargs: Any
     ) -> None:
+        if is_ensemble(vllm_config):
+            check_engine(vllm_config)
         init(self, vllm_config, *args, **kwargs)
         if is_ensemble(vllm_config):
             self.speculative_config = None
