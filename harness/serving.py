@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from harness.checks import check_groups, check_known, check_seed
 from harness.engine import configure_process
 from harness.engine_config import make_engine_config
-from harness.errors import ConfigError
+from harness.errors import ConfigError, one_line
 from harness.methods import MethodSpec, make_spec
 from triton_cpu_interpreter import is_cpu_build
 
@@ -111,7 +111,7 @@ def given_engine_args(server_args: Sequence[str]) -> dict[str, Any]:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ConfigError(f"arguments of vLLM's server: {message}")
+    raise ConfigError(f"arguments of vLLM's server: {one_line(ValueError(message))}")
 
 
 @contextlib.contextmanager

@@ -139,6 +139,7 @@ BAD = {
     "method=ensemble_chef method.llm.max_num_batched_tokens=3": "method.llm.max_num_batched_",
     "method=ensemble_chef -- --pipeline-parallel-size 2": "--pipeline-parallel-size: ",
     "method=cd -- --tool-call-parser": "arguments of vLLM's server: argument --tool-call-parser",
+    'method=cd -- --structured-outputs-config {"x":1}': "arguments of vLLM's server: argument ",
     "method=cd -- --enable-auto-tool-choice": "arguments of vLLM's server: ",
 }
 
