@@ -9,6 +9,7 @@ from collections import defaultdict
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import recorder
 import torch
 from absl import logging as absl_logging
 
@@ -22,6 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="K/N",
         help="of the tests marked slow, run the K-th of N parts only (K from 1)",
     )
+    recorder.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    recorder.start(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

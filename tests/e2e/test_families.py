@@ -33,6 +33,7 @@ KINDS = ["llama", "llama_wide", "mistral_16", "gemma2", "gpt_oss", "mixtral", "b
 ALL = [name for name in FAMILIES if name != "llama4"]
 # As first members these add no kind of setting. Each takes one more engine of 39 members.
 OTHERS = [name for name in ALL if name not in KINDS]
+RECURRENT = ("granitemoehybrid", "falcon_h1", "nemotron_h")
 only_on_demand = pytest.mark.skipif(
     not os.environ.get("ALL_FAMILIES"), reason="set ALL_FAMILIES=1 to put every family first"
 )
@@ -105,6 +106,33 @@ def test_every_family_computes_the_same_beside_all_others(first, models, tables)
     assert_mean_of(tables, names, run(models, names))
 
 
+@pytest.mark.parametrize(
+    "family",
+    [*KINDS, *(pytest.param(n, marks=only_on_demand) for n in FAMILIES if n not in KINDS)],
+)
+@pytest.mark.parametrize("role", ["alone", "plain", "opens", "follows", "proposes"])
+def test_a_family_in_a_role(role, family, models, tables):
+    """The rows of the first table in docs/compatibility.md."""
+    if family in RECURRENT and role not in ("alone", "plain"):
+        pytest.skip("test_recurrent.py has what recurrent layers allow")
+    other = "llama_wide" if family == "llama" else "llama"
+    by_turns = dict(gamma=[1, 2], turn_order=[0, 1])
+    if role == "alone":
+        params = greedy(NUM_TOKENS, logprobs=VOCAB_SIZE, allowed_token_ids=[FORCED])
+        arguments = dict(max_logprobs=VOCAB_SIZE, logprobs_mode="raw_logits")
+        arguments["language_model_only"] = True
+        with engine(models[family], **arguments) as llm:
+            assert_mean_of(tables, [family], generate(llm, PROMPTS, params))
+    elif role == "plain":
+        for names in ([family, other], [other, family]):
+            assert_mean_of(tables, names, run(models, names))
+    elif role == "proposes":
+        check_outside_proposer(family, models)
+    else:
+        names = [family, other] if role == "opens" else [other, family]
+        assert_mean_of(tables, names, run(models, names, by_turns, 2))
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_pairs_compute_the_same_plain_and_by_turns(pair, swapped, models, tables):
@@ -140,6 +168,10 @@ def test_pairs_emit_the_same_in_cuda_graphs(pair, swapped, compiled, models, tab
 
 @pytest.mark.parametrize("draft", ["mistral_16", "mixtral", "llama_wide", "phi", "qwen2_5_vl"])
 def test_a_proposer_outside_keeps_its_own_settings(draft, models):
+    check_outside_proposer(draft, models)
+
+
+def check_outside_proposer(draft: str, models: dict[str, str]) -> None:
     """One member decides alone; the ensemble accepts everything that the same model proposes."""
     ensemble = dict(
         extra_model=[models[draft]],
