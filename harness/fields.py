@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vllm.ensemble_decode import ConfigFieldError
 
 # Keys under method.llm that belong to the ensemble and not to vLLM.
-ENSEMBLE_KEYS = ("ensemble_fn", "ensemble_target", "ensemble_args")
+ENSEMBLE_KEYS = ("ensemble_fn", "ensemble_target", "ensemble_args", "read_as")
 _METHOD_KEYS = ("alpha", "weights", "gamma", "max_gamma", "turn_order")
 
 

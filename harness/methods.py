@@ -223,6 +223,8 @@ def _recorded(method: Mapping[str, Any]) -> dict[str, Any]:
     parameters = {key: method[key] for key in ("alpha", "weights") if method.get(key) is not None}
     parameters |= {key: method["llm"].get(key) for key in ENSEMBLE_KEYS}
     parameters["ensemble_args"] = parameters["ensemble_args"] or {}
+    if parameters["read_as"] is None:
+        del parameters["read_as"]
     return parameters
 
 

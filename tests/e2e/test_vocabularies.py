@@ -115,6 +115,19 @@ def greedy_tokens(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chef", [None, dict(gamma=[1, 2], turn_order=[0, 1])])
+def test_the_token_that_is_read_in_place_of_a_missing_one_can_be_named(chef, models, references):
+    pair, prompt, read = ("tuned", "exact"), PROMPTS[2], 1  # the byte "!"
+    settings, combine = FUNCTIONS["weighted"]
+    in_place = {"tuned": prompt, "exact": [read if t == PAD else t for t in prompt]}
+    scores = [member_logits(references, name, in_place[name], PADDED - 1) for name in pair]
+    first, ensemble = arguments(models, pair, {**settings, "read_as": [None, "!"]})
+    with engine(first, ensemble, chef, 2, skip_tokenizer_init=False) as llm:
+        (output,) = generate(llm, [prompt], greedy(1))
+    assert list(output.token_ids) == [int(combine(scores).argmax())]
+
+
+@pytest.mark.slow
 def test_an_added_token_can_be_emitted_and_draws_keep_the_distribution(models, references):
     pair, temperature, num_draws = ("tuned", "exact"), 2.0, 4000
     first, ensemble = arguments(models, pair, dict(ensemble_fn="weighted", ensemble_target="probs"))

@@ -9,6 +9,7 @@ from tiny_models import llama_config, save_byte_tokenizer
 from tokenizers import Tokenizer
 from vllm.config import ModelConfig
 
+from vllm.ensemble_decode import ConfigFieldError, vocabulary
 from vllm.ensemble_decode.vocabulary import (
     FittedMember,
     MemberVocabulary,
@@ -69,6 +70,31 @@ def test_without_tokenizers_the_smallest_number_of_rows_is_all_that_is_known(roo
     members = configs(root, "padded", "tuned", skip_tokenizer_init=True)
     expected = list(range(260, 320))
     assert lacking(member_vocabularies(members)) == [expected, expected]
+
+
+def test_what_is_read_in_place_of_a_token_can_be_named(root):
+    members = configs(root, "tuned", "padded")
+    named = member_vocabularies(members, read_as=(None, "!"))
+    assert [member.read_as for member in named] == [EOS, 1]
+    with pytest.raises(
+        ConfigFieldError, match=r"^ensemble\.read_as: '.*' has no token '<no>'"
+    ):
+        member_vocabularies(members, read_as=("<chat>", "<no>"))
+    members = configs(root, "tuned", "padded", skip_tokenizer_init=True)
+    with pytest.raises(ConfigFieldError, match=r"^ensemble\.read_as: .* needs tokenizers"):
+        member_vocabularies(members, read_as=("!", "!"))
+
+
+def test_the_log_says_once_what_is_read_in_place_of_what(root, monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        vocabulary.logger, "info_once", lambda line, *args: lines.append(line % args)
+    )
+    for names in (("padded", "exact"), ("tuned", "padded")):
+        members = configs(root, *names)
+        vocabulary.log_what_is_read(members, member_vocabularies(members, read_as=("!", "!")))
+    (line,) = lines  # nobody has a token in padded rows
+    assert "padded' lacks 2 tokens of the ensemble, such as 257. It reads token 1" in line
 
 
 def swapped(root: Path) -> None:

@@ -69,6 +69,7 @@ def ensemble_args(
     alpha: float | None = None,
     weights: Sequence[float] | None = None,
     ensemble_args: Mapping[str, Any] | None = None,
+    read_as: str | Sequence[str | None] | None = None,
     policy: str | None = None,
     gamma: int | Sequence[int] | str | None = None,
     max_gamma: int | Sequence[int] | None = None,
@@ -82,7 +83,7 @@ def ensemble_args(
         model: the first member, a path or hub id.
         extra_model: the other members, one or a list. Each is a path, a hub id, or a mapping of the
             arguments of `MemberSource`: `{"model": ..., "dtype": ..., "quantization": ...}`.
-        ensemble_fn, alpha, weights, ensemble_args: as `EnsembleConfig` has them.
+        ensemble_fn, alpha, weights, ensemble_args, read_as: as `EnsembleConfig` has them.
         ensemble_target: as `EnsembleConfig` has it. None: `raw-logits` for functions that
             subtract, else `probs`.
         policy: `plain`, all members run on every token; `chef`, members take turns to propose;
@@ -122,6 +123,7 @@ def ensemble_args(
         else:
             _check_no_turns(asked)
         parameters = {"alpha": alpha, "weights": weights, "ensemble_args": ensemble_args or {}}
+        parameters["read_as"] = read_as
         target = ensemble_target or _default_target(ensemble_fn)
         ensemble = EnsembleConfig(extra_model, ensemble_fn, target, **parameters)
         resolved = resolve_ensemble(model, ensemble, chef, draft, engine_args)

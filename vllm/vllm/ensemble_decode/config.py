@@ -6,6 +6,7 @@ of the hash of vLLM's compile cache. This module knows no model and loads nothin
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import Any, ClassVar, Self
 
 from vllm.ensemble_decode.errors import ConfigFieldError
@@ -84,6 +85,9 @@ class EnsembleConfig(PlainData):
             the softmax of these logits.
         alpha, weights: parameters of `ensemble_fn`. None: its default.
         ensemble_args: its other parameters, by name.
+        read_as: the text of the token that a member reads in place of a token that it lacks: one
+            text for all members, or one for each. None: the member's unknown token, or else its end
+            token.
 
     Raises:
         ConfigFieldError: one line that names the field, for any value that is out of range.
@@ -101,6 +105,7 @@ class EnsembleConfig(PlainData):
     alpha: float | None = None
     weights: tuple[float, ...] | None = None
     ensemble_args: Mapping[str, Any] = field(default_factory=dict)
+    read_as: str | tuple[str | None, ...] | None = None
 
     def __post_init__(self) -> None:
         extra = self.extra_model
@@ -117,7 +122,24 @@ class EnsembleConfig(PlainData):
                 f"unknown target '{self.ensemble_target}'; "
                 f"choose one of {', '.join(ENSEMBLE_TARGETS)}",
             )
+        if self.read_as is not None and not isinstance(self.read_as, str):
+            object.__setattr__(self, "read_as", self._texts(self.read_as))
         self.make_function()
+
+    def _texts(self, read_as: Any) -> tuple[str | None, ...]:
+        is_list = isinstance(read_as, (list, tuple)) and len(read_as) == self.num_members
+        if not is_list or not all(isinstance(text, (str, NoneType)) for text in read_as):
+            raise ConfigFieldError(
+                "ensemble.read_as",
+                f"{read_as!r} is no text and no list of {self.num_members} texts; give a token, or "
+                "one (or null) for each member",
+            )
+        return tuple(read_as)
+
+    @property
+    def read_as_of_members(self) -> tuple[str | None, ...]:
+        is_one = self.read_as is None or isinstance(self.read_as, str)
+        return (self.read_as,) * self.num_members if is_one else self.read_as
 
     @property
     def num_members(self) -> int:

@@ -21,7 +21,12 @@ from vllm.ensemble_decode.memory import out_of_memory
 from vllm.ensemble_decode.ops import combine
 from vllm.ensemble_decode.recurrent import check_recurrent
 from vllm.ensemble_decode.shared_weights import has_same_weights, keep_once
-from vllm.ensemble_decode.vocabulary import check_tokenizers, fitted, member_vocabularies
+from vllm.ensemble_decode.vocabulary import (
+    check_tokenizers,
+    fitted,
+    log_what_is_read,
+    member_vocabularies,
+)
 
 # Speculative methods of Model Runner V2 that need only the target's logits.
 LOGITS_ONLY_SPECULATION = ("draft_model", "ngram")
@@ -43,7 +48,10 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
         _check_supported(member)
     check_tokenizers(members)
     # A contrast can never emit a token that the first member lacks, whatever the others say.
-    member_vocabularies(members, union_needed=not ensemble.make_function().subtracts)
+    vocabularies = member_vocabularies(
+        members, not ensemble.make_function().subtracts, ensemble.read_as_of_members
+    )
+    log_what_is_read(members, vocabularies)
     _check_max_model_len(members)
     check_draft_model(vllm_config)
     check_attention(vllm_config, members)
@@ -104,7 +112,8 @@ def load_member(
         if formats[other] == formats[index] and has_same_weights(members[other], members[index]):
             keep_once(same, model)
             break
-    vocabulary = member_vocabularies(members, union_needed=False)[index]
+    vocabularies = member_vocabularies(members, False, ensemble.read_as_of_members)
+    vocabulary = vocabularies[index]
     return fitted(model, vocabulary, vllm_config.device_config.device)
 
 

@@ -72,7 +72,9 @@ def check_tokenizers(members: Sequence[ModelConfig], field: str = FIELD) -> None
 
 
 def member_vocabularies(
-    members: Sequence[ModelConfig], union_needed: bool = True
+    members: Sequence[ModelConfig],
+    union_needed: bool = True,
+    read_as: Sequence[str | None] | None = None,
 ) -> list[MemberVocabulary]:
     """What each of `members` has of the first member's rows.
 
@@ -80,15 +82,22 @@ def member_vocabularies(
 
     Args:
         union_needed: whether a token that the first member lacks may be emitted at all.
+        read_as: by member, the text of the token that stands for those that it lacks. None: its
+            unknown token, or else its end token.
 
     Raises:
         ConfigFieldError: one line that names the field and the remedy, if `union_needed` and the
-            first member has no row for a token.
+            first member has no row for a token, or if a member has no token with the text.
     """
     first = members[0]
     vocab_size = first.get_vocab_size()
     nums_rows = [member.get_vocab_size() for member in members]
+    texts = read_as or [None] * len(members)
     if first.skip_tokenizer_init:
+        if any(text is not None for text in texts):
+            raise ConfigFieldError(
+                "ensemble.read_as", "it names a token, so it needs tokenizers; leave it out"
+            )
         has = [set(range(min(nums_rows)))] * len(members)
         reads = [0] * len(members)
     else:
@@ -96,7 +105,7 @@ def member_vocabularies(
             {token for token in _ids(member) if token < num_rows}
             for member, num_rows in zip(members, nums_rows, strict=True)
         ]
-        reads = [_read_as(member) for member in members]
+        reads = [_read_as(*pair) for pair in zip(members, texts, strict=True)]
     for member, tokens in zip(members, has, strict=True):
         _check_beyond(first, member, tokens, union_needed)
     everything = range(vocab_size)
@@ -175,9 +184,34 @@ def _ids(member: ModelConfig) -> set[int]:
     return set(cached_tokenizer_from_config(member).get_vocab().values())
 
 
-def _read_as(member: ModelConfig) -> int:
-    """The unknown token, or else the end token."""
+def log_what_is_read(
+    members: Sequence[ModelConfig], vocabularies: Sequence[MemberVocabulary]
+) -> None:
+    """Say once which members read other tokens than the text has. Padding is in no text."""
+    emitted = set().union(*({*range(v.vocab_size)} - {*v.lacking} for v in vocabularies))
+    for member, vocabulary in zip(members, vocabularies, strict=True):
+        lacks = [token for token in vocabulary.lacking if token in emitted]
+        if lacks:
+            logger.info_once(
+                "'%s' lacks %d tokens of the ensemble, such as %d. It reads token %d in place of "
+                "each (ensemble.read_as).",
+                member.model,
+                len(lacks),
+                lacks[0],
+                vocabulary.read_as,
+            )
+
+
+def _read_as(member: ModelConfig, text: str | None) -> int:
+    """The token with this text. None: the unknown token, or else the end token."""
     tokenizer = cached_tokenizer_from_config(member)
+    if text is not None:
+        token = tokenizer.get_vocab().get(text)
+        if token is None:
+            raise ConfigFieldError(
+                "ensemble.read_as", f"'{member.model}' has no token {text!r}; name one that it has"
+            )
+        return token
     known = [getattr(tokenizer, name, None) for name in ("unk_token_id", "eos_token_id")]
     return next((token for token in known if token is not None), 0)
 
