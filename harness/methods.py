@@ -92,12 +92,15 @@ def _sd(method: Mapping[str, Any]) -> MethodSpec:
     draft_model = resolve_model(method["draft_model"], "method.draft_model")
     gamma = _check_gamma(method["gamma"])
 
-    from vllm.chef.arguments import speculation
+    from vllm.chef.arguments import check_gamma_fits, speculation
 
     engine_args = {
         "speculative_config": speculation(draft_model, gamma),
         **_context(method, model, draft_model),
     }
+    longest = engine_args.get("max_model_len", method["llm"].get("max_model_len"))
+    with _errors_of_keys(method):
+        check_gamma_fits(gamma, longest, "chef.gamma")
     return _spec(method, (model,), engine_args, {"draft_model": draft_model, "gamma": gamma})
 
 

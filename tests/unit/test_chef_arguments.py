@@ -265,6 +265,20 @@ def test_the_arguments_are_plain_data_and_the_callers_are_left_alone(made):
         ),
         (dict(kv_cache_dtype="x"), "kv_cache_dtype: Input should be"),
         (dict(pipeline_parallel_size=2, gamma=1), "pipeline_parallel_size: "),
+        # What no context and no memory holds.
+        (dict(gamma=500, max_model_len=64), "gamma: 500 tokens do not fit into the context of 64"),
+        (
+            dict(gamma="auto", max_gamma=500, max_model_len=64),
+            "max_gamma: 500 tokens do not fit into the context of 64",
+        ),
+        (
+            dict(gamma=500, draft_model="small", max_model_len=64),
+            "gamma: 500 tokens do not fit into the context of 64",
+        ),
+        (
+            dict(gamma=50, max_num_seqs=10_000_000, max_num_batched_tokens=10_000_000),
+            "gamma: turns would keep ",
+        ),
     ],
 )
 def test_bad_input_is_told_in_one_line(made, asked, line):

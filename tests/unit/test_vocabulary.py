@@ -76,9 +76,7 @@ def test_what_is_read_in_place_of_a_token_can_be_named(root):
     members = configs(root, "tuned", "padded")
     named = member_vocabularies(members, read_as=(None, "!"))
     assert [member.read_as for member in named] == [EOS, 1]
-    with pytest.raises(
-        ConfigFieldError, match=r"^ensemble\.read_as: '.*' has no token '<no>'"
-    ):
+    with pytest.raises(ConfigFieldError, match=r"^ensemble\.read_as: '.*' has no token '<no>'"):
         member_vocabularies(members, read_as=("<chat>", "<no>"))
     members = configs(root, "tuned", "padded", skip_tokenizer_init=True)
     with pytest.raises(ConfigFieldError, match=r"^ensemble\.read_as: .* needs tokenizers"):

@@ -189,6 +189,14 @@ def resolve_ensemble(
     is_shortened = False
     if engine_args.get("max_model_len") is None:
         own_args["max_model_len"], is_shortened = common_context(configs, drafts)
+    longest = engine_args.get("max_model_len") or own_args["max_model_len"]
+    if speculative is not None:
+        is_adaptive = chef is not None and chef.is_adaptive
+        check_gamma_fits(
+            speculative["num_speculative_tokens"],
+            longest,
+            "chef.max_gamma" if is_adaptive else "chef.gamma",
+        )
     return ResolvedEnsemble(own_args, chef, turns, is_shortened)
 
 
@@ -247,6 +255,20 @@ def common_context(
     of_members = min(config.max_model_len for config in configs)
     longest = min([of_members, *(config.max_model_len for config in drafts)])
     return longest, longest < of_members
+
+
+def check_gamma_fits(num_tokens: int, max_model_len: object, field: str) -> None:
+    """Refuse more proposed tokens than a context holds.
+
+    Raises:
+        ConfigFieldError: one line that names `field` and the remedy.
+    """
+    if isinstance(max_model_len, int) and num_tokens >= max_model_len:
+        raise ConfigFieldError(
+            field,
+            f"{num_tokens} tokens do not fit into the context of {max_model_len} tokens; "
+            "choose fewer",
+        )
 
 
 def context_warning(max_model_len: int, draft_model: str) -> str:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from vllm.config import ModelConfig, VllmConfig
+from vllm.platforms import current_platform
 
+from vllm.chef.state import num_kept_values
 from vllm.chef.synthetic import common_rate
 from vllm.chef.turns import Turns, chef_turns, default_order, sd_turns, spread_gamma
 from vllm.ensemble_decode.config import EnsembleConfig
@@ -186,6 +188,7 @@ def check_chef(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelConfi
     ensemble, members = check_ensemble(vllm_config)
     config = ChefConfig.from_additional_config(vllm_config.additional_config)
     config, turns = resolve_turns(config, ensemble, members)
+    _check_kept_scores(vllm_config, turns, members)
     _check_carrier(vllm_config, turns, config.is_adaptive)
     _check_parallel(vllm_config, members)
     _check_states(members, turns)
@@ -261,6 +264,23 @@ def depth_schedule(turns: Turns) -> list[list[int]]:
     """
     depths = list(reversed(range(turns.window + 1)))
     return [[size, size, depth] for size, depth in enumerate(depths, start=1)]
+
+
+def _check_kept_scores(
+    vllm_config: VllmConfig, turns: Turns, members: Sequence[ModelConfig]
+) -> None:
+    """Refuse gammas whose scores the device's memory cannot hold."""
+    max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+    num_values = num_kept_values(turns, max_num_reqs, members[0].get_vocab_size())
+    itemsize = max(member.head_dtype.itemsize for member in members)
+    kept = (len(turns) - 1) * num_values * itemsize
+    total = current_platform.get_device_total_memory()
+    if kept >= total:
+        raise ConfigFieldError(
+            "chef.gamma",
+            f"turns would keep {kept >> 30} GiB of scores of {max_num_reqs} requests, and the "
+            f"device has {total >> 30} GiB; choose fewer tokens, or lower --max-num-seqs",
+        )
 
 
 def _check_carrier(vllm_config: VllmConfig, turns: Turns, is_adaptive: bool) -> None:

@@ -282,7 +282,8 @@ def check_draft_model(vllm_config: VllmConfig) -> None:
     """Refuse a draft model that vLLM would run wrongly, or in vain.
 
     With another tokenizer, the proposed ids would mean other text and never be accepted. With a
-    context that is shorter than the engine's, vLLM would read past its end.
+    context that is shorter than the engine's, vLLM would read past its end. More proposals than a
+    context holds could never all be used.
 
     Raises:
         ConfigFieldError: one line that names the field and the remedy.
@@ -291,6 +292,12 @@ def check_draft_model(vllm_config: VllmConfig) -> None:
     if speculative is None or speculative.method != "draft_model":
         return
     model, draft = vllm_config.model_config, speculative.draft_model_config
+    if speculative.num_speculative_tokens >= model.max_model_len:
+        raise ConfigFieldError(
+            "--speculative-config.num_speculative_tokens",
+            f"{speculative.num_speculative_tokens} tokens do not fit into the context of "
+            f"{model.max_model_len} tokens; choose fewer",
+        )
     check_tokenizers([model, draft], "--speculative-config.model")
     if draft.max_model_len < model.max_model_len:
         raise ConfigFieldError(
