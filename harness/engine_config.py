@@ -35,7 +35,7 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
     from vllm.chef.arguments import engine_config
     from vllm.ensemble_decode import ConfigFieldError
     from vllm.ensemble_decode.frontend import is_ensemble
-    from vllm.ensemble_decode.members import check_draft_model
+    from vllm.ensemble_decode.members import check_draft_model, check_drafts_alone
     from vllm.ensemble_decode.recurrent import check_speculation
 
     arguments = {"use_tqdm_on_load": False, **spec.engine_args, "seed": seed}
@@ -50,6 +50,8 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
             engine_args.max_num_seqs = max(num_slots, _num_depths(arguments))
         config = engine_config(engine_args, spec.turns)
         if not is_ensemble(config) and config.speculative_config is not None:
+            if arguments["speculative_config"].get("method") == "draft_model":
+                check_drafts_alone(config)
             check_draft_model(config)
             check_speculation(config, [config.model_config], "--model")
             _check_stock_draft(config, _keys(spec).of_field(PROPOSER))

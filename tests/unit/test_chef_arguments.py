@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import FAMILIES
 from tiny_models import llama_config, save_byte_tokenizer
 from transformers import LlavaConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -315,6 +316,34 @@ def test_a_member_that_vllm_cannot_import_is_told_in_one_line(root, monkeypatch,
         f"{'model' if members[0] == 'sees' else 'extra_model'}: '{root / 'sees'}' is multimodal, "
         "for which vLLM needs torchvision; install it"
     )
+
+
+@pytest.fixture(scope="module")
+def predictor(root) -> str:
+    """Of an architecture that vLLM takes for layers of another model, as a draft model."""
+    path = root / "predictor"
+    config = FAMILIES["glm4_moe"].config()
+    config.architectures = ["Glm4MoeForCausalLM"]
+    config.save_pretrained(path)
+    return str(path)
+
+
+def test_another_member_carries_the_window_if_vllm_would_change_the_last_one(root, predictor):
+    for members in (("small", predictor), (predictor, "small")):
+        paths = [str(root / name) for name in members]
+        found = ensemble_args(*paths, gamma=1, turn_order=[0, 1], skip_tokenizer_init=True)
+        assert found["speculative_config"]["model"] == str(root / "small")
+        assert found["speculative_config"]["method"] == "draft_model"
+    with pytest.raises(ConfigFieldError, match="^model/extra_model: turns need a member that vLLM"):
+        ensemble_args(predictor, predictor, gamma=1, skip_tokenizer_init=True)
+
+
+def test_a_draft_model_that_vllm_would_change_is_told_in_one_line(root, predictor):
+    with pytest.raises(ConfigFieldError, match="^draft_model: vLLM takes '.*predictor' for layers"):
+        ensemble_args(
+            str(root / "small"), str(root / "small"), draft_model=predictor, gamma=1,
+            skip_tokenizer_init=True,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("others", [[], ["nope"]])

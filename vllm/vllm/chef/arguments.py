@@ -33,7 +33,7 @@ from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.errors import ConfigFieldError, reason
 from vllm.ensemble_decode.frontend import is_ensemble
 from vllm.ensemble_decode.functions import ENSEMBLE_FUNCTIONS
-from vllm.ensemble_decode.members import check_ensemble
+from vllm.ensemble_decode.members import check_ensemble, drafts_alone
 
 logger = init_logger(__name__)
 
@@ -365,18 +365,33 @@ def _carrier(
     model: str, ensemble: EnsembleConfig, configs: Sequence[ModelConfig], turns: Turns
 ) -> dict[str, Any]:
     """How vLLM carries the tokens that are pending from step to step."""
-    # vLLM requires the draft model to have as many rows as the target, and knows no options of it.
-    # It loads neither here.
-    carrier = turns[-1].members[0]
-    name = model
-    if carrier > 0 and configs[carrier].get_vocab_size() == configs[0].get_vocab_size():
-        source = ensemble.extra_model[carrier - 1]
-        name = model if source.options else source.model
-    found = speculation(name, turns.window)
+    found = speculation(_carrying_model(model, ensemble, configs, turns), turns.window)
     if any(turns.max_tokens(turns.decidable(turn)) > 1 for turn in range(len(turns))):
         # At temperatures above 0, more is accepted if tokens are judged together.
         found["rejection_sample_method"] = "block"
     return found
+
+
+def _carrying_model(
+    model: str, ensemble: EnsembleConfig, configs: Sequence[ModelConfig], turns: Turns
+) -> str:
+    """A member that vLLM can take for a draft model: the last one, if possible.
+
+    vLLM requires that the draft model has as many rows as the target. vLLM knows no options of it,
+    and does not load it here.
+    """
+    names = [model, *(None if s.options else s.model for s in ensemble.extra_model)]
+    last, rows = turns[-1].members[0], configs[0].get_vocab_size()
+    for member in (last, *range(len(configs))):
+        config = configs[member]
+        if names[member] and config.get_vocab_size() == rows and drafts_alone(config):
+            return names[member]
+    raise ConfigFieldError(
+        "--model/ensemble.extra_model",
+        "turns need a member that vLLM can take for a draft model, with as many rows as the first "
+        f"member; vLLM takes '{model}' for layers that predict several tokens; add a member of "
+        "another architecture, or use a plain ensemble",
+    )
 
 
 def _additional_config(engine_args: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ prefix. Their attention layers therefore get their own KV caches from vLLM, like
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig, replace
 from vllm.model_executor.model_loader import get_model
 
 from vllm.ensemble_decode.config import EnsembleConfig, MemberSource
@@ -225,6 +226,7 @@ def _check_engine(vllm_config: VllmConfig) -> None:
                 option, f"{what} cannot be combined with an ensemble; leave the option out"
             )
     speculative = vllm_config.speculative_config
+    check_drafts_alone(vllm_config)
     if speculative is not None and speculative.method not in LOGITS_ONLY_SPECULATION:
         raise ConfigFieldError(
             "--speculative-config.method",
@@ -276,6 +278,34 @@ def _check_max_model_len(members: list[ModelConfig]) -> None:
         )
     for member in members[1:]:
         member.max_model_len = max_model_len
+
+
+def drafts_alone(model: ModelConfig) -> bool:
+    """Whether vLLM can take the model for a draft model.
+
+    For some architectures vLLM takes every draft for layers of the target that predict several
+    tokens (MTP). It then changes the draft's config, and the method.
+    """
+    config = deepcopy(model.hf_config)
+    return SpeculativeConfig.hf_config_override(config).model_type == model.hf_config.model_type
+
+
+def check_drafts_alone(vllm_config: VllmConfig) -> None:
+    """Refuse a draft model that vLLM takes for layers of the target (`drafts_alone`).
+
+    Raises:
+        ConfigFieldError: one line that names the field and the remedy.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method != "mtp":
+        return
+    if speculative.draft_model_config.model == vllm_config.model_config.model:
+        return
+    raise ConfigFieldError(
+        "--speculative-config.model",
+        f"vLLM takes '{speculative.draft_model_config.model}' for layers of another model that "
+        "predict several tokens, because of its architecture; choose a draft model of another one",
+    )
 
 
 def check_draft_model(vllm_config: VllmConfig) -> None:

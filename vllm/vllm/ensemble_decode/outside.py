@@ -26,6 +26,9 @@ class OutsideSpeculator(StandaloneARSpeculator):
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> nn.Module:
+        # vLLM does not pass this on, and some models ask for a tokenizer as they load.
+        skips = self.vllm_config.model_config.skip_tokenizer_init
+        self.draft_model_config.skip_tokenizer_init = skips
         if self.draft_model_config.multimodal_config is not None:
             self.draft_model_config.multimodal_config.language_model_only = True
         draft = load_beside(
