@@ -31,6 +31,8 @@ RECORD = {
         (Cell(("a::on_cpu", "a::on_gpu*")), NOT_RUN),
         (Cell(("a::on_cpu", "a::elsewhere")), NOT_RUN),
         (Cell(("a::on_gpu",)), NOT_RUN),
+        (Cell(("a::on_both",), needs_gpu=True), GPU),
+        (Cell(("a::on_cpu",), needs_gpu=True), NOT_RUN),
         (Cell(("a::on_cpu",), is_refusal=True), REFUSED),
         (Cell(("a::elsewhere",), is_refusal=True), NOT_RUN),
     ],
