@@ -133,6 +133,7 @@ FAMILIES = {
         mamba_d_state=16,
         mamba_chunk_size=16,
     ),
+    "gemma": _family("GemmaConfig", head_dim=32, tie_word_embeddings=True),
     "gemma2": _family(
         "Gemma2Config",
         head_dim=32,
