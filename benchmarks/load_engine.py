@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks import loads
-from benchmarks.bench_engine import (
+from benchmarks.engine_setup import (
     LEAST_KV_CACHE,
     in_blocks,
     in_child,

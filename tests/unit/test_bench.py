@@ -26,9 +26,9 @@ from benchmarks.bench_engine import (
     kv_cache_bytes,
     max_model_len,
     merged,
-    sampling_params,
     summary,
 )
+from benchmarks.engine_setup import sampling_params
 from benchmarks.inflate import Shape
 from benchmarks.plans import PRESETS, Plan, Run, Target
 from benchmarks.ratios import complete
