@@ -337,6 +337,7 @@ def test_the_input_processor_is_made_before_the_engine(fact) -> None:
         assert source.index("InputProcessor(") < engine, (front_end, fact)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the older module
 def test_the_server_is_the_module_that_we_look_for(fact) -> None:
     # `vllm serve` and the older module start the same server.
     for command in ("vllm.entrypoints.cli.serve", "vllm.entrypoints.openai.api_server"):
