@@ -217,7 +217,7 @@ def steps(turns: Turns) -> list[tuple[str, Callable[[World], None]]]:
     parts = SimpleNamespace(
         open=lambda: runner.open(anything, step),
         read=lambda turn: recorder.read(turn, anything),
-        judge=lambda turn: runner.judge(turn, anything, step, anything),
+        judge=lambda turn, _: runner.judge(turn, anything, step, anything),
         # One pass more than the turn has room for.
         propose_more=lambda turn: runner.propose_more(
             turn, turns.num_passes(turn, turns[turn].gamma) + 1, anything, recorder
