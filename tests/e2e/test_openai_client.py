@@ -5,10 +5,6 @@ At temperature 0, both must give the same answer to every request.
 
 import concurrent.futures
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,10 +14,8 @@ from typing import Any
 import httpx
 import pytest
 from openai import APIStatusError, OpenAI
-from test_server import wait_for
+from servers import serving
 from tiny_models import llama_config, save_byte_tokenizer, save_model, save_noisy_copy
-
-from repository import ROOT
 
 PROMPT = "def f("
 MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -39,7 +33,15 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA, "str
 GRAMMARS = {"backend": "xgrammar", "disable_any_whitespace": True}
 # A random model would write spaces without end, where a grammar lets it.
 NO_SPACES = {str(189 + byte): -100.0 for byte in b" \t\n\r"}
-METHODS = {"plain": "ensemble", "turns": "ensemble_chef"}
+METHODS = {
+    "plain": ["method=ensemble"],
+    "turns": ["method=ensemble_chef", "method.gamma=[1,3]"],
+}
+SERVER_ARGS = [
+    *("--max-num-seqs", "8", "--return-tokens-as-token-ids"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    *("--structured-outputs-config", json.dumps(GRAMMARS)),
+]
 
 pytestmark = pytest.mark.slow
 
@@ -52,43 +54,18 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     for folder in (first, other):
         save_byte_tokenizer(folder)
         (Path(folder) / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    servers, urls = [], {}
-    try:
-        for name, method in METHODS.items():
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            words = [
-                f"method={method}",
-                f"method.model={first}",
-                f"method.extra_model={other}",
-                *(["method.gamma=[1,3]"] if name == "turns" else []),
-                # Under this target, the likeliest token is the only one with a min_p of 1.
-                "method.llm.ensemble_target=raw-logits",
-                "method.llm.kv_cache_memory_bytes=33554432",
-                "served_model_name=tiny",
-                "--",
-                *("--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8"),
-                *("--gpu-memory-utilization", "0.05", "--return-tokens-as-token-ids"),
-                *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-                *("--structured-outputs-config", json.dumps(GRAMMARS)),
-            ]
-            log = root / f"{name}.log"
-            environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-            command = [sys.executable, str(ROOT / "scripts/serve.py"), *words]
-            with log.open("w") as output:
-                servers.append(
-                    subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-                )
-            urls[name] = f"http://127.0.0.1:{port}"
-        for name, server in zip(METHODS, servers, strict=True):
-            wait_for(server, f"{urls[name]}/health", root / f"{name}.log")
+    keys = [
+        f"method.model={first}",
+        f"method.extra_model={other}",
+        # Under this target, the likeliest token is the only one with a min_p of 1.
+        "method.llm.ensemble_target=raw-logits",
+        "method.llm.kv_cache_memory_bytes=33554432",
+        "served_model_name=tiny",
+    ]
+    with serving(
+        {name: ([*own, *keys], SERVER_ARGS) for name, own in METHODS.items()}, root
+    ) as urls:
         yield urls
-    finally:
-        for server in servers:
-            server.terminate()
-        for server in servers:
-            server.wait(60)
 
 
 def client(url: str) -> OpenAI:

@@ -1,22 +1,15 @@
 """vLLM's OpenAI-compatible server with members that take turns, started by `scripts/serve.py`."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from servers import serving
 from tiny_models import llama_config, save_byte_tokenizer, save_model, save_noisy_copy
 
-from repository import ROOT
-
-START_S = 240
 PROMPT = [5, 6, 7, 8]
 # One after another: greedy, then the two that vLLM refuses beside speculation. A min_p of 1 leaves
 # the likeliest token only.
@@ -34,9 +27,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     other = save_noisy_copy(root / "1", first, 1, 0.02)
     for folder in (first, other):
         save_byte_tokenizer(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     keys = [
         "method=cd_chef",
         f"method.model={first}",
@@ -46,32 +36,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "method.llm.kv_cache_memory_bytes=33554432",
         "served_model_name=tiny",
     ]
-    server_args = ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "4"]
-    server_args += ["--gpu-memory-utilization", "0.05"]
-    command = [sys.executable, str(ROOT / "scripts/serve.py"), *keys, "--", *server_args]
-    log = root / "log"
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(server, f"{url}/health", log)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def wait_for(server: subprocess.Popen, url: str, log: Any) -> None:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end:
-        assert server.poll() is None, log.read_text()[-4000:]
-        try:
-            urllib.request.urlopen(url, timeout=5)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise AssertionError(log.read_text()[-4000:])
+    with serving({"turns": (keys, ("--max-num-seqs", "4"))}, root) as urls:
+        yield urls["turns"]
 
 
 def complete(url: str, **params: Any) -> list[int]:
