@@ -11,6 +11,7 @@ from typing import Any
 
 from harness.errors import ConfigError
 
+# Both torch and numpy take seeds below this limit; each example adds its index to the seed.
 MAX_SEED = 2**31
 
 

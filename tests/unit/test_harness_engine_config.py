@@ -145,6 +145,13 @@ def test_a_draft_model_of_a_shorter_context_is_refused():
     assert config("sd", draft_model="brief", gamma=2).model_config.max_model_len == 64
 
 
+@pytest.mark.parametrize("asked", [{}, {"max_model_len": 64}])
+def test_stock_speculation_refuses_more_tokens_than_a_context_holds(asked):
+    message = r"^method\.gamma: 500 tokens do not fit into the context of (64|128) tokens; choose"
+    with pytest.raises(ConfigError, match=message):
+        config("sd", draft_model="small", gamma=500, llm=asked)
+
+
 def test_stock_speculation_refuses_a_draft_model_that_it_cannot_prepare():
     message = r"^method\.draft_model: '.*experts' has experts, .*; choose a draft model without"
     with pytest.raises(ConfigError, match=message):

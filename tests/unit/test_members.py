@@ -12,8 +12,9 @@ from transformers import PretrainedConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.member_config import attention_settings, loading_config
-from vllm.ensemble_decode.members import check_ensemble
+from vllm.ensemble_decode.members import check_ensemble, member_configs
 from vllm.ensemble_decode.worker import with_experts
 
 
@@ -78,6 +79,14 @@ def test_sliding_windows_are_off_for_all_members_only_if_the_user_asks(root):
     off = engine_config(save(root, "llama"), windowed, disable_sliding_window=True, max_model_len=8)
     _, members = check_ensemble(off)
     assert members[1].disable_sliding_window
+
+
+def test_the_first_members_quantization_is_no_other_members(root):
+    config = engine_config(save(root, "llama"), save(root, "mistral"))
+    # What `--quantization fp8` leaves there. A CPU cannot load such weights.
+    config.model_config.quantization = "fp8"
+    first, second = member_configs(config, EnsembleConfig(save(root, "mistral")))
+    assert (first.quantization, second.quantization) == ("fp8", None)
 
 
 def test_experts_are_looked_for_in_every_member(root):

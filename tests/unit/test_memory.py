@@ -5,7 +5,7 @@ import torch
 from tiny_models import llama_config, save_model
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm.chef.state import ProposalState, num_kept_values
+from vllm.chef.state import ProposalState, kept_scores_bytes
 from vllm.chef.turns import chef_turns
 from vllm.ensemble_decode import members as members_module
 from vllm.ensemble_decode.config import EnsembleConfig
@@ -63,7 +63,8 @@ def test_table():
 def test_kept_scores_are_those_of_the_state():
     turns = chef_turns([1, 1, 5], [9, 5, 1], (True,) * 3)
     state = ProposalState(turns, 4, 32, 64, torch.float32, torch.device("cpu"))
-    assert state.scores[0].numel() == num_kept_values(turns, 4, 64)
+    by_member = kept_scores_bytes(turns, 4, 64, torch.float32)
+    assert by_member == {turn.members[0]: state.scores[0].nbytes for turn in turns.sequence[1:]}
 
 
 @pytest.mark.parametrize("index", [0, 1])

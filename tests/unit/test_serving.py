@@ -18,7 +18,7 @@ from harness.errors import ConfigError
 from harness.serving import Server, given_engine_args, to_words
 from repository import ROOT
 from scripts import serve
-from vllm.ensemble_decode import ConfigFieldError, frontend
+from vllm.ensemble_decode import frontend
 
 
 @pytest.fixture(scope="module")
@@ -189,20 +189,3 @@ def test_the_front_end_makes_the_workers_check(package, monkeypatch):
     config = engine_with(f"{package}worker.Worker")
     frontend.check_engine(config)
     assert checked == [config]
-
-
-@pytest.mark.parametrize(
-    ("is_server", "kind", "line"),
-    [
-        (False, ConfigFieldError, "ensemble.alpha: wrong"),
-        (True, SystemExit, "error: ensemble.alpha: wrong"),
-    ],
-)
-def test_the_front_end_refuses_in_one_line(is_server, kind, line, monkeypatch):
-    def refuse(config: Any) -> None:
-        raise ConfigFieldError("ensemble.alpha", "wrong")
-
-    monkeypatch.setattr("vllm.ensemble_decode.members.check_ensemble", refuse)
-    monkeypatch.setattr(frontend, "SERVER", "sys" if is_server else "no.such.module")
-    with pytest.raises(kind, match=f"^{line}$"):
-        frontend.check_engine(engine_with("vllm.ensemble_decode.worker.EnsembleDecodeWorker"))

@@ -5,6 +5,8 @@
 
 import ast
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import re
 import sys
@@ -46,7 +48,6 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import cudagraph_utils a
 
 from repository import ROOT
 from vllm.chef.graphs import for_the_same_batches, offer_every_length
-from vllm.ensemble_decode import frontend
 from vllm.ensemble_decode.model import MemberGroup
 from vllm.ensemble_decode.runner import MemberRunner
 
@@ -337,12 +338,11 @@ def test_the_input_processor_is_made_before_the_engine(fact) -> None:
         assert source.index("InputProcessor(") < engine, (front_end, fact)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the older module
-def test_the_server_is_the_module_that_we_look_for(fact) -> None:
-    # `vllm serve` and the older module start the same server.
-    for command in ("vllm.entrypoints.cli.serve", "vllm.entrypoints.openai.api_server"):
-        module = importlib.import_module(command)
-        assert module.run_server.__module__ == frontend.SERVER, (command, fact)
+def test_vllms_programs_are_its_command_and_its_entry_points(fact) -> None:
+    # vLLM's CPU build is a distribution of another name.
+    commands = importlib.metadata.entry_points(group="console_scripts")
+    assert {c.name for c in commands if c.module.startswith("vllm.")} == {"vllm"}, fact
+    assert importlib.util.find_spec("vllm.entrypoints.openai.api_server"), fact
 
 
 def test_only_three_refusals_need_the_speculative_config(fact) -> None:

@@ -90,7 +90,7 @@ def test_the_log_says_once_what_is_read_in_place_of_what(root, monkeypatch):
     )
     for names in (("padded", "exact"), ("tuned", "padded")):
         members = configs(root, *names)
-        vocabulary.log_what_is_read(members, member_vocabularies(members, read_as=("!", "!")))
+        vocabulary.log_what_is_read(members, ("!", "!"))
     (line,) = lines  # nobody has a token in padded rows
     assert "padded' lacks 2 tokens of the ensemble, such as 257. It reads token 1" in line
 

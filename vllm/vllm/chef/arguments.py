@@ -33,7 +33,7 @@ from vllm.ensemble_decode.config import EnsembleConfig
 from vllm.ensemble_decode.errors import ConfigFieldError, reason
 from vllm.ensemble_decode.frontend import is_ensemble
 from vllm.ensemble_decode.functions import ENSEMBLE_FUNCTIONS
-from vllm.ensemble_decode.members import check_ensemble, drafts_alone
+from vllm.ensemble_decode.members import check_ensemble, check_gamma_fits, drafts_alone
 
 logger = init_logger(__name__)
 
@@ -255,20 +255,6 @@ def common_context(
     of_members = min(config.max_model_len for config in configs)
     longest = min([of_members, *(config.max_model_len for config in drafts)])
     return longest, longest < of_members
-
-
-def check_gamma_fits(num_tokens: int, max_model_len: object, field: str) -> None:
-    """Refuse more proposed tokens than a context holds.
-
-    Raises:
-        ConfigFieldError: one line that names `field` and the remedy.
-    """
-    if isinstance(max_model_len, int) and num_tokens >= max_model_len:
-        raise ConfigFieldError(
-            field,
-            f"{num_tokens} tokens do not fit into the context of {max_model_len} tokens; "
-            "choose fewer",
-        )
 
 
 def context_warning(max_model_len: int, draft_model: str) -> str:

@@ -108,6 +108,7 @@ class ReadingBuffers:
         self.hidden_states = torch.zeros(
             num_tokens + 1, max(hidden_sizes), dtype=dtype, device=device
         )
+        self._views: dict[tuple[int, int], Reading] = {}
 
     def load(self, turn: int, reading: Reading) -> None:
         num_reqs, num_tokens = len(reading.read_start), len(reading.hidden_states)
@@ -117,11 +118,14 @@ class ReadingBuffers:
         self.hidden_states[:num_tokens, : self.hidden_sizes[turn - 1]] = reading.hidden_states
 
     def of_turn(self, turn: int, num_reqs: int) -> Reading:
-        return Reading(
-            self.query_start_loc[: num_reqs + 1],
-            self.read_start[:num_reqs],
-            self.hidden_states[:, : self.hidden_sizes[turn - 1]],
-        )
+        """Views of the buffers. They are made once for each batch size, since a step needs them."""
+        if (turn, num_reqs) not in self._views:
+            self._views[turn, num_reqs] = Reading(
+                self.query_start_loc[: num_reqs + 1],
+                self.read_start[:num_reqs],
+                self.hidden_states[:, : self.hidden_sizes[turn - 1]],
+            )
+        return self._views[turn, num_reqs]
 
 
 class GraphFunctions:

@@ -7,10 +7,11 @@ from typing import ClassVar, Self
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from vllm.chef.state import num_kept_values
+from vllm.chef.state import kept_scores_bytes
 from vllm.chef.synthetic import common_rate
 from vllm.chef.turns import Turns, chef_turns, default_order, sd_turns, spread_gamma
 from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.dtypes import widest
 from vllm.ensemble_decode.errors import ConfigFieldError
 from vllm.ensemble_decode.members import check_ensemble, member_configs
 from vllm.ensemble_decode.plain_data import PlainData
@@ -271,9 +272,9 @@ def _check_kept_scores(
 ) -> None:
     """Refuse gammas whose scores the device's memory cannot hold."""
     max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-    num_values = num_kept_values(turns, max_num_reqs, members[0].get_vocab_size())
-    itemsize = max(member.head_dtype.itemsize for member in members)
-    kept = (len(turns) - 1) * num_values * itemsize
+    dtype = widest(member.head_dtype for member in members)
+    by_member = kept_scores_bytes(turns, max_num_reqs, members[0].get_vocab_size(), dtype)
+    kept = sum(by_member.values())
     total = current_platform.get_device_total_memory()
     if kept >= total:
         raise ConfigFieldError(

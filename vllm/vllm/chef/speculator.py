@@ -34,7 +34,7 @@ from vllm.chef.sampling import (
     draw_proposals,
     reserve_buffers,
 )
-from vllm.chef.state import Cycle, ProposalState, SlotStates, make_cycle, num_kept_values
+from vllm.chef.state import Cycle, ProposalState, SlotStates, kept_scores_bytes, make_cycle
 from vllm.chef.stats import TurnStats
 from vllm.chef.step import (
     CycleStep,
@@ -51,9 +51,10 @@ from vllm.chef.step import (
 from vllm.chef.turns import Turns
 from vllm.chef.verifier import StepScores, Verifier
 from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.dtypes import widest
 from vllm.ensemble_decode.members import load_member
 from vllm.ensemble_decode.memory import out_of_memory
-from vllm.ensemble_decode.model import MemberGroup, widest
+from vllm.ensemble_decode.model import MemberGroup
 from vllm.ensemble_decode.request_args import SlotCoefficients
 
 
@@ -149,10 +150,8 @@ class ChefSpeculator(StandaloneARSpeculator):
         return widest(config.head_dtype for config in self.member_configs)
 
     def kept_scores_bytes(self) -> dict[int, int]:
-        """By member of the turns after the first, bytes of its scores in `ProposalState`."""
-        num_values = num_kept_values(self.turns, self.max_num_reqs, self.vocab_size)
-        num_bytes = num_values * self._scores_dtype.itemsize
-        return {turn.members[0]: num_bytes for turn in self.turns.sequence[1:]}
+        """See `state.kept_scores_bytes`."""
+        return kept_scores_bytes(self.turns, self.max_num_reqs, self.vocab_size, self._scores_dtype)
 
     def set_sampler(self, sampler: Sampler, coefficients: SlotCoefficients) -> None:
         """Build the objects that need vLLM's sampler. vLLM makes it after the members."""

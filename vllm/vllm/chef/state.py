@@ -26,9 +26,12 @@ def num_positions(turns: Turns) -> int:
     return 2 * turns.window + 2
 
 
-def num_kept_values(turns: Turns, max_num_reqs: int, vocab_size: int) -> int:
-    """The size of `ProposalState.scores` of one turn."""
-    return (max_num_reqs + 1) * (num_positions(turns) + 1) * vocab_size
+def kept_scores_bytes(
+    turns: Turns, max_num_reqs: int, vocab_size: int, dtype: torch.dtype
+) -> dict[int, int]:
+    """By member of the turns after the first, bytes of its scores in `ProposalState`."""
+    num_values = (max_num_reqs + 1) * (num_positions(turns) + 1) * vocab_size
+    return {turn.members[0]: num_values * dtype.itemsize for turn in turns.sequence[1:]}
 
 
 class ProposalState:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import cache, wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ CHECKS = {
     "vllm.ensemble_decode.": "vllm.ensemble_decode.members.check_ensemble",
     "vllm.chef.": "vllm.chef.config.check_chef",
 }
-SERVER = "vllm.entrypoints.launchers.api_server.entry"
 
 
 def is_ensemble(vllm_config: "VllmConfig") -> bool:
@@ -30,7 +30,8 @@ def check_engine(vllm_config: "VllmConfig") -> None:
 
     Raises:
         ConfigFieldError: what the worker would refuse.
-        SystemExit: the same in vLLM's server, which then ends with this line and no traceback.
+        SystemExit: the same in vLLM's own programs, such as its server. They then end with this
+            line and no traceback.
     """
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -41,9 +42,18 @@ def check_engine(vllm_config: "VllmConfig") -> None:
     try:
         resolve_obj_by_qualname(check)(vllm_config)
     except ConfigFieldError as error:
-        if SERVER in sys.modules:
+        if is_vllms_program():
             raise SystemExit(f"error: {error}") from error
         raise
+
+
+def is_vllms_program() -> bool:
+    """Whether the process runs the command `vllm`, or one of vLLM's modules (`python -m`)."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if spec is not None:
+        return spec.name.startswith("vllm.entrypoints.")
+    return file is not None and Path(file).name == "vllm"
 
 
 @cache

@@ -25,7 +25,6 @@ from vllm.ensemble_decode.shared_weights import has_same_weights, keep_once
 from vllm.ensemble_decode.vocabulary import (
     check_tokenizers,
     fitted,
-    log_what_is_read,
     member_vocabularies,
 )
 
@@ -49,10 +48,9 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
         _check_supported(member)
     check_tokenizers(members)
     # A contrast can never emit a token that the first member lacks, whatever the others say.
-    vocabularies = member_vocabularies(
+    member_vocabularies(
         members, not ensemble.make_function().subtracts, ensemble.read_as_of_members
     )
-    log_what_is_read(members, vocabularies)
     _check_max_model_len(members)
     check_draft_model(vllm_config)
     check_attention(vllm_config, members)
@@ -322,18 +320,35 @@ def check_draft_model(vllm_config: VllmConfig) -> None:
     if speculative is None or speculative.method != "draft_model":
         return
     model, draft = vllm_config.model_config, speculative.draft_model_config
-    if speculative.num_speculative_tokens >= model.max_model_len:
-        raise ConfigFieldError(
-            "--speculative-config.num_speculative_tokens",
-            f"{speculative.num_speculative_tokens} tokens do not fit into the context of "
-            f"{model.max_model_len} tokens; choose fewer",
-        )
+    check_gamma_fits(
+        speculative.num_speculative_tokens,
+        model.max_model_len,
+        "--speculative-config.num_speculative_tokens",
+    )
     check_tokenizers([model, draft], "--speculative-config.model")
     if draft.max_model_len < model.max_model_len:
         raise ConfigFieldError(
             "--max-model-len",
             f"{model.max_model_len} is beyond the draft model '{draft.model}', "
             f"whose longest context is {draft.max_model_len}; set it to that or less",
+        )
+
+
+def check_gamma_fits(num_tokens: int, max_model_len: object, field: str) -> None:
+    """Refuse more proposed tokens than a context holds.
+
+    Args:
+        max_model_len: as the user may give it. A text such as `4k` is not judged here, but by the
+            engine, once vLLM has read it.
+
+    Raises:
+        ConfigFieldError: one line that names `field` and the remedy.
+    """
+    if isinstance(max_model_len, int) and num_tokens >= max_model_len:
+        raise ConfigFieldError(
+            field,
+            f"{num_tokens} tokens do not fit into the context of {max_model_len} tokens; "
+            "choose fewer",
         )
 
 

@@ -4,9 +4,8 @@ vLLM sees one module, whose hidden states are the members' side by side. vLLM's 
 prefix caching, preemption and CUDA graphs therefore cover all members at once.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
+from vllm.ensemble_decode.dtypes import widest
 from vllm.ensemble_decode.functions import EnsembleFunction
 from vllm.ensemble_decode.ops import combine
 from vllm.ensemble_decode.recurrent import recurrent_layers
@@ -210,11 +210,6 @@ class EnsembleModel(MemberGroup):
 
     def get_model_state_cls(self) -> type[ModelState]:
         return self.model_state_cls
-
-
-def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The dtype that holds the values of all."""
-    return reduce(torch.promote_types, dtypes)
 
 
 def run_member(

@@ -26,6 +26,7 @@ from vllm.ensemble_decode.sampler import (
     EnsembleStructuredOutputsWorker,
     RecurrentModelState,
 )
+from vllm.ensemble_decode.vocabulary import log_what_is_read
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunner
@@ -66,6 +67,7 @@ class MemberRunner(ModelRunner):
             for index, member in enumerate(self.member_configs)
         ]
         logger.info_once(memory_table(rows, available_bytes(self.vllm_config)))
+        log_what_is_read(self.member_configs, self.ensemble_config.read_as_of_members)
         function = self.ensemble_config.make_function()
         self.coefficients = SlotCoefficients(function, self.max_num_reqs, self.device)
         with DeviceMemoryProfiler() as profiler:

@@ -184,10 +184,13 @@ def _ids(member: ModelConfig) -> set[int]:
     return set(cached_tokenizer_from_config(member).get_vocab().values())
 
 
-def log_what_is_read(
-    members: Sequence[ModelConfig], vocabularies: Sequence[MemberVocabulary]
-) -> None:
-    """Say once which members read other tokens than the text has. Padding is in no text."""
+def log_what_is_read(members: Sequence[ModelConfig], read_as: Sequence[str | None] | None) -> None:
+    """Say once which members read other tokens than the text has. Padding is in no text.
+
+    Args:
+        members, read_as: as `member_vocabularies` has them.
+    """
+    vocabularies = member_vocabularies(members, False, read_as)
     emitted = set().union(*({*range(v.vocab_size)} - {*v.lacking} for v in vocabularies))
     for member, vocabulary in zip(members, vocabularies, strict=True):
         lacks = [token for token in vocabulary.lacking if token in emitted]

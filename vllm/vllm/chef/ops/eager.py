@@ -4,7 +4,6 @@ Most operations change `state` and `cycle` in place. None waits for the host.
 """
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 
@@ -21,6 +20,7 @@ from vllm.chef.state import (
     SlotStates,
 )
 from vllm.chef.stats import TurnStats
+from vllm.ensemble_decode.dtypes import widest
 
 NO_POSITION = torch.iinfo(torch.int64).max
 
@@ -149,8 +149,8 @@ def gather_scores(
     exactly the logits from which it was drawn. At temperature 0 only the proposed token matters,
     and the proposer's logits may be anything.
     """
-    widest = reduce(torch.promote_types, (source.dtype for source in sources))
-    raw = [source[at].to(widest) for source, at in zip(sources, rows, strict=True)]
+    own_dtype = widest(source.dtype for source in sources)
+    raw = [source[at].to(own_dtype) for source, at in zip(sources, rows, strict=True)]
     proposal = raw[proposers[0]]
     for at, member in enumerate(proposers[1:], start=1):
         proposal = torch.where((segment == at)[:, :, None], raw[member], proposal)

@@ -7,7 +7,6 @@ run both on the same cycles. One program handles one request, except in `gather_
 """
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from vllm.triton_utils import tl, triton
@@ -25,6 +24,7 @@ from vllm.chef.state import (
     SlotStates,
 )
 from vllm.chef.stats import TurnStats
+from vllm.ensemble_decode.dtypes import widest
 
 # Tokens of a request that a program reads at a time.
 TOKEN_BLOCK = 256
@@ -380,9 +380,9 @@ def gather_scores(
 ) -> GatheredScores:
     """See `eager.gather_scores`."""
     num_columns, vocab_size = segment.shape[1], sources[0].shape[1]
-    widest = reduce(torch.promote_types, (source.dtype for source in sources))
     members = sources[0].new_empty(len(sources), *segment.shape, vocab_size, dtype=dtype)
-    proposal = sources[0].new_empty(*segment.shape, vocab_size, dtype=widest)
+    own_dtype = widest(source.dtype for source in sources)
+    proposal = sources[0].new_empty(*segment.shape, vocab_size, dtype=own_dtype)
     _gather_scores_kernel[(segment.numel(), triton.cdiv(vocab_size, VOCAB_BLOCK))](
         tuple(sources),
         tuple(source.stride(0) for source in sources),
