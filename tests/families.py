@@ -109,6 +109,9 @@ def _multimodal(config_class: str, vision: Mapping[str, Any], **text: Any) -> Fa
     return Family(config_class, options, sizes={})
 
 
+# vLLM takes such a draft model for layers of the target.
+NO_DRAFT = ("glm4_moe",)
+RECURRENT = ("granitemoehybrid", "falcon_h1", "nemotron_h")
 FAMILIES = {
     "llama": _family("LlamaConfig"),
     "llama_wide": _family(

@@ -43,9 +43,14 @@ class Recorder:
 
 
 def merged(known: dict[str, list[str]], outcomes: dict[str, bool], where: str) -> str:
-    """The file's new text: one test a line."""
+    """The file's new text."""
     for name, has_passed in outcomes.items():
         places = {*known.get(name, ())} - {where} | ({where} if has_passed else set())
         known[name] = sorted(places)
-    lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)]
-    return "{\n" + ",\n".join(line for line in lines if not line.endswith("[]")) + "\n}\n"
+    return text_of({name: places for name, places in known.items() if places})
+
+
+def text_of(record: dict[str, list[str]]) -> str:
+    """A record as the file has it: one test a line, in the order of their names."""
+    lines = [f"{json.dumps(name)}: {json.dumps(record[name])}" for name in sorted(record)]
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -72,11 +72,12 @@ def metric(llm: LLM, name: str) -> float:
 
 
 @pytest.mark.slow
-def test_chunks_and_cached_prefixes(models, ensemble, expected):
+@pytest.mark.parametrize("policy", [(None,), (CHEF, WINDOW)], ids=["plain", "turns"])
+def test_chunks_and_cached_prefixes(policy, models, ensemble, expected):
     arguments = dict(
         block_size=32, max_num_batched_tokens=24, max_num_scheduled_tokens=12, max_num_seqs=4
     )
-    with engine(models[0], ensemble, CHEF, WINDOW, **arguments) as llm:
+    with engine(models[0], ensemble, *policy, **arguments) as llm:
         for _ in range(2):
             assert tokens(generate(llm, PROMPTS, greedy(NUM_TOKENS))) == expected
         assert metric(llm, "vllm:prefix_cache_hits") > 0

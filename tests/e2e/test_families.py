@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engines import counted_replays, engine, generate, greedy
-from families import FAMILIES, logits_of, save_family
+from families import FAMILIES, NO_DRAFT, RECURRENT, logits_of, save_family
 from PIL import Image
 from tiny_models import VOCAB_SIZE, assert_same_tokens, greedy_loop, load_reference
 from vllm.engine.arg_utils import EngineArgs
@@ -33,9 +33,8 @@ KINDS = ["llama", "llama_wide", "mistral_16", "gemma2", "gpt_oss", "mixtral", "b
 ALL = [name for name in FAMILIES if name != "llama4"]
 # As first members these add no kind of setting. Each takes one more engine of 39 members.
 OTHERS = [name for name in ALL if name not in KINDS]
-# vLLM takes such a draft model for layers of the target.
-NO_DRAFT = ("glm4_moe",)
-RECURRENT = ("granitemoehybrid", "falcon_h1", "nemotron_h")
+# Turns, and the tokens that their window carries.
+BY_TURNS = (dict(gamma=[1, 2], turn_order=[0, 1]), 2)
 only_on_demand = pytest.mark.skipif(
     not os.environ.get("ALL_FAMILIES"), reason="set ALL_FAMILIES=1 to put every family first"
 )
@@ -122,7 +121,6 @@ def test_a_family_in_a_role(role, family, models, tables):
             check_outside_proposer(family, models)
         return
     other = "llama_wide" if family == "llama" else "llama"
-    by_turns = dict(gamma=[1, 2], turn_order=[0, 1])
     if role == "alone":
         params = greedy(NUM_TOKENS, logprobs=VOCAB_SIZE, allowed_token_ids=[FORCED])
         arguments = dict(max_logprobs=VOCAB_SIZE, logprobs_mode="raw_logits")
@@ -136,7 +134,7 @@ def test_a_family_in_a_role(role, family, models, tables):
         check_outside_proposer(family, models)
     else:
         names = [family, other] if role == "opens" else [other, family]
-        assert_mean_of(tables, names, run(models, names, by_turns, 2))
+        assert_mean_of(tables, names, run(models, names, *BY_TURNS))
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
@@ -144,8 +142,7 @@ def test_a_family_in_a_role(role, family, models, tables):
 def test_pairs_compute_the_same_plain_and_by_turns(pair, swapped, models, tables):
     names = list(reversed(pair)) if swapped else list(pair)
     assert_mean_of(tables, names, run(models, names))
-    chef = dict(gamma=[1, 2], turn_order=[0, 1])
-    assert_mean_of(tables, names, run(models, names, chef, 2))
+    assert_mean_of(tables, names, run(models, names, *BY_TURNS))
 
 
 @pytest.mark.gpu
@@ -162,9 +159,9 @@ def test_pairs_emit_the_same_in_cuda_graphs(pair, swapped, compiled, models, tab
     )
     mode = {} if compiled else {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     replays = counted_replays(monkeypatch)
-    for chef in (None, dict(gamma=[1, 2], turn_order=[0, 1])):
+    for policy in ((None,), BY_TURNS):
         with engine(
-            models[names[0]], ensemble, chef, 2, enforce_eager=False, compilation_config=mode
+            models[names[0]], ensemble, *policy, enforce_eager=False, compilation_config=mode
         ) as llm:
             outputs = generate(llm, PROMPTS, greedy(12))
         for prompt, output, tokens in zip(PROMPTS, outputs, expected, strict=True):
@@ -172,7 +169,9 @@ def test_pairs_emit_the_same_in_cuda_graphs(pair, swapped, compiled, models, tab
     assert replays["readings"] > 0
 
 
-@pytest.mark.parametrize("draft", ["mistral_16", "mixtral", "llama_wide", "phi", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "draft", ["mistral_16", "mixtral", "llama_wide", "phi", "qwen2_5_vl", "qwen3_vl"]
+)
 def test_a_proposer_outside_keeps_its_own_settings(draft, models):
     check_outside_proposer(draft, models)
 
@@ -194,14 +193,21 @@ def check_outside_proposer(draft: str, models: dict[str, str]) -> None:
     assert metrics["vllm:spec_decode_num_accepted_tokens"] > 0.9 * drafted > 0
 
 
-@pytest.mark.parametrize("names", [("llava", "llama"), ("llama", "llava")], ids="+".join)
-def test_a_request_with_an_image_is_refused_alone(names, models):
+@pytest.mark.parametrize(
+    ("names", "policy"),
+    [
+        pytest.param(("llava", "llama"), (None,), id="llava+llama-plain"),
+        pytest.param(("llava", "llama"), BY_TURNS, id="llava+llama-turns"),
+        pytest.param(("llama", "llava"), BY_TURNS, id="llama+llava-turns"),
+    ],
+)
+def test_a_request_with_an_image_is_refused_alone(names, policy, models):
     ensemble = dict(extra_model=[models[names[1]]], ensemble_fn="mean")
     image = {
         "prompt_token_ids": PROMPTS[0],
         "multi_modal_data": {"image": Image.new("RGB", (28, 28))},
     }
-    with engine(models[names[0]], ensemble, dict(gamma=[1, 2], turn_order=[0, 1]), 2) as llm:
+    with engine(models[names[0]], ensemble, *policy) as llm:
         expected = generate(llm, PROMPTS, greedy(NUM_TOKENS))
         with pytest.raises(ValueError, match="(?i)image|multi-?modal"):
             llm.generate(image, greedy(NUM_TOKENS))

@@ -304,6 +304,16 @@ def test_a_member_without_a_tokenizer_is_told_in_one_line(root, tmp_path, member
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("asked", [{}, dict(gamma=1)], ids=["plain", "turns"])
+@pytest.mark.parametrize(
+    ("option", "value"), [("enable_lora", True), ("pipeline_parallel_size", 2)]
+)
+def test_what_no_ensemble_does_is_refused(made, option, value, asked):
+    line = f"^{option}: .* cannot be combined with an ensemble"
+    with pytest.raises(ConfigFieldError, match=line):
+        made("other", **{option: value}, **asked)
+
+
 @pytest.mark.parametrize("members", [("small", "sees"), ("sees", "small")])
 def test_a_member_that_vllm_cannot_import_is_told_in_one_line(root, monkeypatch, members):
     LlavaConfig(text_config=llama_config(257), architectures=["Llava"]).save_pretrained(
