@@ -12,7 +12,7 @@ from pathlib import Path
 from harness.command import call
 from harness.comparison import make_configs
 from harness.engine import forget_closed_engines
-from harness.errors import ConfigError
+from harness.errors import REPORTED
 from harness.run import run
 
 CPU_NOTE = (
@@ -42,7 +42,7 @@ def compare() -> None:
         print("", side_by_side(plain, turns), sep="\n")
         if plain.summary["device"] == "cpu":
             print("", CPU_NOTE, sep="\n")
-    except ConfigError as error:
+    except REPORTED as error:
         sys.exit(f"error: {error}")
 
 

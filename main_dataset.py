@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from harness.command import call
-from harness.errors import ConfigError, one_line
+from harness.errors import REPORTED, one_line
 from harness.run import run
 from harness.sweep import ListJobs, list_jobs
 from harness.sweep import run_job as run_sweep_job
@@ -30,7 +30,7 @@ def run_job(config: DictConfig) -> None:
             run_sweep_job(config, hydra_config.runtime.output_dir, hydra_config.overrides.task)
         else:
             run(config, config.save_path)
-    except ConfigError as error:
+    except REPORTED as error:
         # Exit here and not in `call`: Hydra adds its own lines to an exception that passes through
         # it.
         sys.exit(f"error: {error}")

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from harness.command import call
-from harness.errors import ConfigError
+from harness.errors import REPORTED, ConfigError
 from harness.lm_eval_run import run
 from repository import ROOT
 
@@ -22,7 +22,7 @@ def run_job(config: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise ConfigError("--multirun: sweeps are main_dataset.py's; call this once a run")
         run(config, config.save_path)
-    except ConfigError as error:
+    except REPORTED as error:
         # Exit here and not in `call`: Hydra adds its own lines to an exception that passes through
         # it.
         sys.exit(f"error: {error}")

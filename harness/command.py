@@ -1,5 +1,6 @@
 """What the entry points do around Hydra: they set the environment and show errors in one line."""
 
+import atexit
 import os
 import signal
 import sys
@@ -28,6 +29,9 @@ def call(job: Callable[[], None], interrupted: str) -> None:
     # A cluster or a user may stop the run with SIGTERM. It then ends as with Ctrl-C, so that no
     # process is left running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    lines: list[object] = []
+    # What is registered first is called last.
+    atexit.register(_end_here, lines)
     try:
         job()
     except MissingConfigException as error:
@@ -39,3 +43,17 @@ def call(job: Callable[[], None], interrupted: str) -> None:
     except KeyboardInterrupt:
         print(f"interrupted; {interrupted}", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as error:
+        lines.append(error.code)
+        raise
+
+
+def _end_here(lines: list[object]) -> None:
+    """Keep the line that Python has just printed the last one.
+
+    If an engine has failed, triton would list on some thirty lines what is left of it while Python
+    destroys its modules.
+    """
+    if any(isinstance(line, str) for line in lines):
+        sys.stdout.flush()
+        os._exit(1)

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,13 @@ from triton_cpu_interpreter import is_cpu_build
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.outputs import RequestOutput
+    from vllm.v1.engine.core_client import SyncMPClient
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
 # vLLM kills its processes after five seconds. On a busy machine they then leave things behind.
 SHUTDOWN_TIMEOUT_S = 60
+WATCH_EVERY_S = 0.5
 
 
 def configure_process(verbose: bool) -> None:
@@ -130,6 +133,8 @@ class Engine:
         llm_engine = LLMEngine.from_vllm_config(
             config, UsageContext.LLM_CLASS, disable_log_stats=True
         )
+        if hasattr(llm_engine.engine_core, "resources"):  # the engine has a process of its own
+            threading.Thread(target=_watch, args=[llm_engine.engine_core], daemon=True).start()
         return cls(llm_engine, sampling_params, takes_turns)
 
     def close(self) -> None:
@@ -185,6 +190,18 @@ class Engine:
         prompt = {"prompt_token_ids": request.prompt_token_ids}
         self._llm_engine.add_request(request_id, prompt, SamplingParams(**params | overrides))
         return request_id
+
+
+def _watch(engine_core: "SyncMPClient") -> None:
+    """End what waits for an engine whose process was killed. vLLM (0.32) waits forever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    while not engine_core.resources.engine_dead:
+        time.sleep(WATCH_EVERY_S)
+    engine_core.outputs_queue.put(EngineDeadError())
+    for result in list(engine_core.utility_results.values()):
+        if not result.done():
+            result.set_exception(EngineDeadError())
 
 
 def _completion(request: Request, output: "RequestOutput", latency_s: float) -> Completion:

@@ -1,4 +1,7 @@
-"""Bad input: one clear line that names the key and the remedy, before weights are loaded."""
+"""What a user is told in one clear line.
+
+Bad input is told before weights are loaded, with the key and the remedy.
+"""
 
 import textwrap
 
@@ -7,6 +10,15 @@ MAX_LENGTH = 400
 
 class ConfigError(ValueError):
     """A value of the configuration is not valid. The text is one line."""
+
+
+class RunError(RuntimeError):
+    """Something outside of this program ends a run: its engine died, or a disk is full. The text is
+    one line.
+    """
+
+
+REPORTED = (ConfigError, RunError)
 
 
 def one_line(error: Exception) -> str:

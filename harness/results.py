@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from harness.checks import check_writable
-from harness.errors import ConfigError, one_line
+from harness.errors import ConfigError, RunError, one_line
 from harness.proposals import Counts
 
 # Keys that do not change any result: the parts of a run may differ in them.
@@ -67,7 +67,7 @@ class RunDirectory:
     def _open(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._file = self.samples.open("ab")
+            self._file = self.samples.open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(f"save_path: {one_line(error)}; choose another") from error
         self._lock(self._file)
@@ -84,9 +84,19 @@ class RunDirectory:
             self._file = None
 
     def append_sample(self, sample: Mapping[str, Any]) -> None:
-        """Write one line to disk before the next: a run that dies keeps what it had."""
-        self._file.write(_line(sample).encode())
-        self._file.flush()
+        """Write one line to disk before the next: a run that dies keeps what it had.
+
+        Raises:
+            RunError: the line cannot be written. Then no part of it is in the file.
+        """
+        size = self._size()
+        left = memoryview(_line(sample).encode())
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._file.truncate(size)
+            raise _not_written(self.samples, error) from error
 
     def read_samples(self) -> list[dict[str, Any]]:
         """All whole samples, in the order of the data set.
@@ -179,8 +189,20 @@ class RunDirectory:
 
     def _write(self, name: str, text: str) -> None:
         partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, self.path / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise _not_written(self.path / name, error) from error
+
+
+def _not_written(file: Path, error: OSError) -> RunError:
+    why = error.strerror or error
+    return RunError(
+        f"save_path: '{file}' cannot be written ({why}); what was written before is kept, and the "
+        "same command continues the run"
+    )
 
 
 def _differences(there: Any, here: Any) -> list[str]:

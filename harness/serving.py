@@ -6,11 +6,12 @@ This module knows the command line of vLLM's server.
 import contextlib
 import json
 import re
+import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,6 +26,8 @@ KEYS = ("method", "served_model_name", "seed")
 NAME = "served_model_name"
 # vLLM makes room for its own default, which is smaller.
 MANY = 1 << 16
+# To close what is open, after the time in which vLLM lets requests finish.
+MORE_S = 15
 
 
 class Server:
@@ -55,12 +58,15 @@ class Server:
                 )
         configure_process(verbose=False)
         spec = make_spec(method)
-        given = given_engine_args(server_args)
+        parsed = parse_server_args(server_args)
+        given = parsed.engine_args
         for argument in sorted({"model", *spec.engine_args} & given.keys()):
             if argument not in _MAY_BE_REPLACED:
                 raise ConfigError(f"{_flag(argument)}: the method sets it; leave it out")
+        check_free(parsed.address)
         ours = {NAME: name or default_name(spec), "seed": plain["seed"], **spec.engine_args}
         ours |= _limits(replace(spec, engine_args={**ours, **given}), given)
+        self.seconds_to_end = given.get("shutdown_timeout", 0) + MORE_S
         self.engine_args = {key: value for key, value in ours.items() if key not in given}
         self.server_args = list(server_args)
 
@@ -89,8 +95,20 @@ def _limits(spec: MethodSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     return step_limits(spec.engine_args, config, spec.turns)
 
 
-def given_engine_args(server_args: Sequence[str]) -> dict[str, Any]:
-    """The engine arguments among words of `vllm serve`'s command line, by name.
+class ServerArgs(NamedTuple):
+    """Of the command line of `vllm serve`.
+
+    Args:
+        engine_args: those that are given, by name.
+        address: host and port. None: the server listens at a Unix socket.
+    """
+
+    engine_args: dict[str, Any]
+    address: tuple[str, int] | None
+
+
+def parse_server_args(server_args: Sequence[str]) -> ServerArgs:
+    """Read words of `vllm serve`'s command line.
 
     Raises:
         ConfigError: vLLM's server would refuse the command line.
@@ -108,7 +126,38 @@ def given_engine_args(server_args: Sequence[str]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         _refuse(str(error))
     names = EngineArgs.__dataclass_fields__
-    return {k: v for k, v in vars(parsed).items() if k in names and v != defaults[k]}
+    given = {k: v for k, v in vars(parsed).items() if k in names and v != defaults[k]}
+    return ServerArgs(given, None if parsed.uds else (parsed.host or "", parsed.port))
+
+
+def check_free(address: tuple[str, int] | None) -> None:
+    """Refuse an address at which the server could not listen.
+
+    Raises:
+        ConfigError: one line that names the argument.
+    """
+    if address is None:
+        return
+    host, port = address
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port: {port} is no port; choose one below {1 << 16}")
+    try:
+        family, kind, _, _, found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind) as server:
+            # As vLLM's server does it, so that the port of a server that has just ended is free.
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(found)
+            server.listen()
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"--host: '{host}' is no address of this machine ({error.strerror})"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"--port: {port} cannot be used ({error.strerror}); choose another"
+        ) from error
 
 
 def _refuse(message: str) -> NoReturn:

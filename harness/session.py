@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.engine import Engine, Request, configure_process
 from harness.engine_config import check_sampling_params, make_engine_config
+from harness.errors import RunError, one_line
 from harness.methods import MethodSpec, make_spec
 from harness.prompts import load_tokenizer, make_requests
 from tasks import Example, Task
@@ -27,12 +28,14 @@ class Session:
         engine_config: vLLM's configuration.
         tokenizer: the tokenizer of all members.
         seed: the seed of the run.
+        verbose: whether errors of vLLM are shown with all they say.
     """
 
     spec: MethodSpec
     engine_config: "VllmConfig"
     tokenizer: Any
     seed: int
+    verbose: bool = False
 
     @classmethod
     def prepare(
@@ -52,7 +55,7 @@ class Session:
         engine_config = make_engine_config(spec, seed, num_slots)
         tokenizer = load_tokenizer(engine_config.model_config)
         check_sampling_params(spec.sampling_params, engine_config, tokenizer)
-        return cls(spec, engine_config, tokenizer, seed)
+        return cls(spec, engine_config, tokenizer, seed, verbose)
 
     @property
     def max_model_len(self) -> int:
@@ -63,7 +66,27 @@ class Session:
 
     @contextlib.contextmanager
     def start(self) -> Iterator[Engine]:
+        """The engine, with its weights loaded.
+
+        Raises:
+            RunError: the engine does not start, or its process dies.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         takes_turns = self.spec.turns is not None
-        engine = Engine.start(self.engine_config, self.spec.sampling_params, takes_turns)
+        try:
+            engine = Engine.start(self.engine_config, self.spec.sampling_params, takes_turns)
+        except Exception as error:  # of vLLM, of the device, of a file
+            if self.verbose:
+                raise
+            raise RunError(
+                f"the engine did not start: {one_line(error)} (verbose=true shows more)"
+            ) from error
         with contextlib.closing(engine):
-            yield engine
+            try:
+                yield engine
+            except EngineDeadError as error:
+                raise RunError(
+                    "the engine's process has died; the lines above say why, unless it was "
+                    "killed; run the same command again"
+                ) from error

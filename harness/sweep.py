@@ -23,7 +23,7 @@ from typing import IO, Any, ClassVar, NamedTuple
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from harness.errors import ConfigError
+from harness.errors import REPORTED
 from harness.results import KEYS_WITHOUT_EFFECT
 from repository import read_env, search_path
 
@@ -214,7 +214,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         run(OmegaConf.create(sys.stdin.read()), sys.argv[1])
-    except ConfigError as error:
+    except REPORTED as error:
         sys.exit(f"error: {error}")
 
 

@@ -5,7 +5,8 @@
     python scripts/serve.py method=cd_chef method.gamma=5 served_model_name=cd -- --port 8000
 
 The keys are those of `main_dataset.py`, with `served_model_name` and `seed` (`configs/serve.yaml`).
-The script checks everything, prints the command that it stands for, and becomes this command.
+The script checks everything, prints the command that it stands for, and runs it. It ends with
+status 0 only if it was asked to end (SIGTERM, Ctrl-C).
 """
 
 import os
@@ -53,12 +54,15 @@ def serve() -> None:
         keys, server_args = split(sys.argv[1:])
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             config = compose("serve", keys)
-        command = Server(config, server_args).command()
+        server = Server(config, server_args)
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    command = server.command()
     print(shlex.join(command), flush=True)
-    path = program(command[0])
-    os.execve(path, [path, *command[1:]], environment)
+    # This process has imported much that only the checks needed.
+    supervisor = ["-I", str(ROOT / "harness/supervisor.py"), str(server.seconds_to_end)]
+    words = [sys.executable, *supervisor, program(command[0]), *command[1:]]
+    os.execve(sys.executable, words, environment)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def serving(servers: Mapping[str, tuple[Sequence[str], Sequence[str]]], folder: 
     """
     with contextlib.ExitStack() as stack:
         started = [
-            stack.enter_context(_process(name, keys, server_args, folder / f"{name}.log"))
+            stack.enter_context(starting(name, keys, server_args, folder / f"{name}.log"))
             for name, (keys, server_args) in servers.items()
         ]
         for server in started:
@@ -59,9 +59,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def _process(
+def starting(
     name: str, keys: Sequence[str], server_args: Sequence[str], log: Path
 ) -> Iterator[Server]:
+    """A server that has been started. It is ended at last."""
     port = free_port()
     words = [*keys, "--", *SERVER_ARGS, "--port", str(port), *server_args]
     with log.open("w") as output:

@@ -207,6 +207,16 @@ TABLE = [
         "method.llm.max_num_scheduled_tokens: 9999 is too large for these turns; set it to ",
         None,
     ),
+    (
+        "ensemble",
+        ["other"],
+        {"llm": {"kv_cache_memory_bytes": 20_000}},
+        "--kv-cache-memory-bytes: 20000 bytes hold 39 tokens of all members, and a request may "
+        "have 128; raise it to 65536 or more, or lower --max-model-len",
+        "method.llm.kv_cache_memory_bytes: 20000 bytes hold 19 tokens of all members, and a "
+        "request may have 128; raise it to 131072 or more, or lower method.llm.max_model_len",
+        None,
+    ),
 ]
 
 

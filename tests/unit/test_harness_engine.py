@@ -4,6 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import Future
+from queue import Queue
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +16,9 @@ from vllm.logprobs import Logprob
 from harness import engine as engine_module
 from harness import proposals
 from harness.engine import Engine, Request
-from harness.errors import ConfigError
+from harness.errors import ConfigError, RunError
 from harness.prompts import make_requests
+from harness.session import Session
 from repository import ROOT
 from tasks import Example, Task
 
@@ -151,6 +156,56 @@ def test_warm_up_is_short_and_leaves_no_prefix(fake):
     assert (params.max_tokens, params.min_tokens) == (8, 0)
     assert fake.calls == ["reset_prefix_cache"]
     list(engine.generate(requests(1), None))  # with its own id
+
+
+def test_what_waits_for_an_engine_that_was_killed_is_ended(monkeypatch):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    monkeypatch.setattr(engine_module, "WATCH_EVERY_S", 0.01)
+    core = SimpleNamespace(
+        resources=SimpleNamespace(engine_dead=False),
+        outputs_queue=Queue(),
+        utility_results={1: Future(), 2: Future()},
+    )
+    core.utility_results[2].set_result("done")
+    watch = Thread(target=engine_module._watch, args=[core], daemon=True)
+    watch.start()
+    time.sleep(0.05)
+    assert core.outputs_queue.empty() and not core.utility_results[1].done()
+    core.resources.engine_dead = True
+    assert isinstance(core.outputs_queue.get(timeout=10), EngineDeadError)
+    with pytest.raises(EngineDeadError):
+        core.utility_results[1].result(timeout=10)
+    watch.join(10)
+    assert core.utility_results[2].result() == "done"
+
+
+def session(verbose: bool = False) -> Session:
+    return Session(SimpleNamespace(turns=None, sampling_params={}), None, None, 0, verbose)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_engine_that_does_not_start_is_told_in_one_line(monkeypatch, verbose):
+    def fail(*args):
+        raise ValueError("no memory\nat all")
+
+    monkeypatch.setattr(Engine, "start", fail)
+    line = "no memory\nat all" if verbose else "the engine did not start: no memory at all (verb"
+    with pytest.raises(ValueError if verbose else RunError) as caught, session(verbose).start():
+        pass
+    assert str(caught.value).startswith(line)
+
+
+def test_engine_that_dies_is_told_in_one_line(monkeypatch):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    closed = []
+    engine = SimpleNamespace(close=lambda: closed.append(1))
+    monkeypatch.setattr(Engine, "start", lambda *args: engine)
+    with pytest.raises(RunError, match="^the engine's process has died; ") as caught:
+        with session().start():
+            raise EngineDeadError()
+    assert closed and "\n" not in str(caught.value)
 
 
 def test_device_is_waited_for_in_the_workers(fake):

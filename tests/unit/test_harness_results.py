@@ -2,17 +2,18 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from harness.errors import MAX_LENGTH, ConfigError, one_line
+from harness.errors import MAX_LENGTH, ConfigError, RunError, one_line
 from harness.results import Progress, RunDirectory, table
 
 TEXT = 'é "quoted"\r\nline 🙂\u2028 and half a character \ud83d'
@@ -173,6 +174,40 @@ def test_damaged_line_is_named(directory, line):
         directory.read_samples()
 
 
+@contextmanager
+def full_after(num_bytes: int) -> Iterator[None]:
+    """No file may grow beyond `num_bytes`, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk_keeps_whole_samples_alone_and_the_run_goes_on_later(directory):
+    sample = {"index": 0, "prompt": "p", "elapsed_s": 1.0, "completion": "c" * 1000}
+    directory.open()
+    directory.append_sample(sample)
+    size = directory.samples.stat().st_size
+    with full_after(size + 500), pytest.raises(RunError) as caught:
+        directory.append_sample({**sample, "index": 1})
+    line = f"save_path: '{directory.samples}' cannot be written (File too large); what was"
+    assert str(caught.value).startswith(line)
+    assert directory.samples.stat().st_size == size
+    directory.append_sample({**sample, "index": 2})
+    assert [found["index"] for found in directory.read_samples()] == [0, 2]
+
+
+def test_full_disk_leaves_no_part_of_a_summary(directory):
+    directory.open()
+    directory.write_summary({"score": 1})
+    with full_after(500), pytest.raises(RunError, match="summary.json' cannot be written"):
+        directory.write_summary({"score": "x" * 1000})
+    assert directory.read_summary() == {"score": 1}
+    assert not [*directory.path.glob(".*.partial")]
+
+
 def test_damaged_summary_is_named(directory):
     (directory.path / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match=r"^save_path: '.*summary.json' is damaged; remove it"):
@@ -209,7 +244,7 @@ def test_scores_replace_the_samples_at_once_or_not_at_all(directory, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", replace)
-        with pytest.raises(OSError, match="power cut"):
+        with pytest.raises(RunError, match="power cut"):
             directory.write_scores([scored])
     assert seen == [(scored, SAMPLE)]
     assert directory.read_samples() == [SAMPLE]

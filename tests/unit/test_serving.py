@@ -1,8 +1,10 @@
 """The command of `scripts/serve.py`, and what is refused before a server starts."""
 
 import os
+import socket
 import sys
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from harness import serving
 from harness.errors import ConfigError
-from harness.serving import Server, given_engine_args, to_words
+from harness.serving import Server, check_free, parse_server_args, to_words
 from repository import ROOT
 from scripts import serve
 from vllm.ensemble_decode import frontend
@@ -32,6 +34,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(autouse=True)
 def environment(root: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_PATH", str(root))
+    # Whatever else runs on this machine.
+    monkeypatch.setattr(serving, "check_free", lambda address: None)
 
 
 def server(*words: str) -> Server:
@@ -113,7 +117,7 @@ def test_engine_arguments_become_words_that_vllm_reads():
             "quantization": None,
         }
     )
-    found = given_engine_args(words)
+    found = parse_server_args(words).engine_args
     assert found == {
         "enforce_eager": True,
         "enable_prefix_caching": False,
@@ -159,7 +163,7 @@ def test_bad_input_is_one_line_that_names_what_was_typed(words, message):
 
 
 @pytest.mark.parametrize("is_cpu", [False, True])
-def test_the_script_prints_the_command_and_becomes_it(is_cpu, monkeypatch, capsys):
+def test_the_script_prints_the_command_and_runs_it(is_cpu, monkeypatch, capsys):
     monkeypatch.setattr(serving, "is_cpu_build", lambda: is_cpu)
     monkeypatch.setattr(sys, "argv", ["serve.py", *TURNS, "method.extra_model=second"])
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -170,8 +174,42 @@ def test_the_script_prints_the_command_and_becomes_it(is_cpu, monkeypatch, capsy
     printed = capsys.readouterr().out
     first = "python -m vllm.entrypoints.openai.api_server --model " if is_cpu else "vllm serve "
     assert printed.startswith(first)
-    assert path == words[0] and path.startswith(os.path.dirname(sys.executable))
+    assert path == words[0] == sys.executable
+    at = words.index(str(ROOT / "harness/supervisor.py"))
+    seconds, program = words[at + 1 : at + 3]
+    assert int(seconds) == serving.MORE_S
+    assert program == (sys.executable if is_cpu else str(Path(sys.executable).with_name("vllm")))
     assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+
+
+def test_the_server_gets_the_time_that_its_requests_get():
+    made = server(*TURNS, "method.extra_model=second", "--", "--shutdown-timeout", "12")
+    assert made.seconds_to_end == 12 + serving.MORE_S
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ("--port {taken}", "--port: {taken} cannot be used (Address already in use); choose"),
+        ("--port 70000", "--port: 70000 is no port; choose one below 65536"),
+        ("--port 0 --host 192.0.2.77", "--port: 0 cannot be used (Cannot assign requested"),
+        ("--port 0 --host no.such.host.invalid", "--host: 'no.such.host.invalid' is no address"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_told_in_one_line(asked, line, monkeypatch):
+    monkeypatch.undo()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        words = asked.format(taken=taken).split()
+        with pytest.raises(ConfigError) as caught:
+            check_free(parse_server_args(["--host", "127.0.0.1", *words]).address)
+    assert str(caught.value).startswith(line.format(taken=taken))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_socket_of_the_file_system_is_no_port():
+    assert parse_server_args(["--uds", "/tmp/none"]).address is None
+    check_free(None)
 
 
 # The front end of `vllm serve` and of `LLM`

@@ -74,6 +74,13 @@ def sliding_window(member: ModelConfig) -> int | None:
     return None
 
 
+def attention_window(member: ModelConfig) -> int | None:
+    """The window of the layers that do not attend to all earlier tokens. None if there is none."""
+    if member.attention_chunk_size is not None:
+        return member.attention_chunk_size
+    return None if member.disable_sliding_window else member.get_sliding_window()
+
+
 def cache_dtype(vllm_config: VllmConfig, member: ModelConfig) -> str:
     """The dtype of a member's KV cache: the user's, or else the one that its own checkpoint
     names.

@@ -17,8 +17,13 @@ from vllm.model_executor.model_loader import get_model
 
 from vllm.ensemble_decode.config import EnsembleConfig, MemberSource
 from vllm.ensemble_decode.errors import ConfigFieldError, reason
-from vllm.ensemble_decode.member_config import entry_size, loading_config, use_own_metadata
-from vllm.ensemble_decode.memory import out_of_memory
+from vllm.ensemble_decode.member_config import (
+    attention_window,
+    entry_size,
+    loading_config,
+    use_own_metadata,
+)
+from vllm.ensemble_decode.memory import check_cache, out_of_memory
 from vllm.ensemble_decode.ops import combine
 from vllm.ensemble_decode.recurrent import check_recurrent
 from vllm.ensemble_decode.shared_weights import has_same_weights, keep_once
@@ -55,6 +60,7 @@ def check_ensemble(vllm_config: VllmConfig) -> tuple[EnsembleConfig, list[ModelC
     check_draft_model(vllm_config)
     check_attention(vllm_config, members)
     check_recurrent(vllm_config, members)
+    check_cache(vllm_config, members)
     _check_experts(vllm_config, members)
     _check_function(ensemble, members[0].get_vocab_size())
     return ensemble, members
@@ -358,7 +364,7 @@ def check_attention(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
     Raises:
         ConfigFieldError: one line that names the field and the remedy.
     """
-    windows = {window for member in members if (window := _window(member)) is not None}
+    windows = {window for member in members if (window := attention_window(member)) is not None}
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and len(windows) > 1:
         raise ConfigFieldError(
             "--disable-hybrid-kv-cache-manager",
@@ -379,13 +385,6 @@ def check_attention(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
                 f"tokens, which blocks of {block_size * ratio} tokens do not divide; set it to a "
                 f"divisor of {chunk_size // ratio}",
             )
-
-
-def _window(member: ModelConfig) -> int | None:
-    """The window of the layers that do not attend to all earlier tokens. None if there is none."""
-    if member.attention_chunk_size is not None:
-        return member.attention_chunk_size
-    return None if member.disable_sliding_window else member.get_sliding_window()
 
 
 def _check_experts(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> None:

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from vllm.config import ModelConfig, VllmConfig
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from vllm.ensemble_decode.member_config import cache_dtype, entry_size
+from vllm.ensemble_decode.errors import ConfigFieldError
+from vllm.ensemble_decode.member_config import attention_window, cache_dtype, entry_size
 
 GIB = 1 << 30
 NUM_TOKENS = 1000
@@ -36,17 +37,46 @@ class MemberMemory:
 def member_memory(
     vllm_config: VllmConfig, member: ModelConfig, kept_scores: int = 0
 ) -> MemberMemory:
-    parallel = vllm_config.parallel_config
     weights = weight_bytes(member)
-    dtype = cache_dtype(vllm_config, member)
-    value_size = (member.dtype if dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[dtype]).itemsize
-    num_layers = member.get_num_layers_by_block_type(parallel, "attention")
     return MemberMemory(
         member.model,
-        None if weights is None else weights // parallel.tensor_parallel_size,
-        NUM_TOKENS * num_layers * entry_size(vllm_config, member) * value_size,
+        None if weights is None else weights // vllm_config.parallel_config.tensor_parallel_size,
+        NUM_TOKENS * bytes_per_token(vllm_config, member),
         kept_scores,
     )
+
+
+def bytes_per_token(vllm_config: VllmConfig, member: ModelConfig) -> int:
+    """Bytes of a member's KV cache on each device."""
+    dtype = cache_dtype(vllm_config, member)
+    value_size = (member.dtype if dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[dtype]).itemsize
+    num_layers = member.get_num_layers_by_block_type(vllm_config.parallel_config, "attention")
+    # The last layers of some models read what earlier layers keep.
+    num_layers -= getattr(member.hf_text_config, "num_kv_shared_layers", None) or 0
+    return num_layers * entry_size(vllm_config, member) * value_size
+
+
+def check_cache(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> None:
+    """Refuse a KV cache that is too small for one request, if the user gives its size.
+
+    Where layers have windows, the cache may hold more than is told here, and vLLM itself refuses
+    what is too small. It does so after it has loaded the weights.
+
+    Raises:
+        ConfigFieldError: one line that names the field and the remedy.
+    """
+    given = vllm_config.cache_config.kv_cache_memory_bytes
+    if given is None or any(attention_window(member) is not None for member in members):
+        return
+    of_token = sum(bytes_per_token(vllm_config, member) for member in members)
+    max_model_len = vllm_config.model_config.max_model_len
+    if given < of_token * max_model_len:
+        raise ConfigFieldError(
+            "--kv-cache-memory-bytes",
+            f"{given} bytes hold {given // of_token} tokens of all members, and a request may "
+            f"have {max_model_len}; raise it to {of_token * max_model_len} or more, or lower "
+            "--max-model-len",
+        )
 
 
 def weight_bytes(member: ModelConfig) -> int | None:
