@@ -124,7 +124,8 @@ def test_a_cycle_ends_with_what_is_pending():
     tokens, num_decided, num_rejected = ops.outputs(cycle, TURNS.window + 1)
     assert num_decided.tolist() == [4, 2, 1]
     assert num_rejected.tolist() == [0, 2, 2]
-    assert tokens[0].tolist() == [10, 11, 12, 13]
+    # The lengths of the turns' segments, and how many proposals were accepted and judged.
+    assert tokens[0].tolist() == [10, 11, 12, 13, 1, 1, 2, 4, 4]
     # Members 0, 1 (the third turn, two tokens) and 2. All of the first request's proposals were
     # accepted. The second's window began with member 1's proposals, the third's with member 2's.
     assert stats.to_dict() == {

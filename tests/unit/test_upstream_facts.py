@@ -17,9 +17,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, call
 
+import numpy as np
 import pytest
 import torch
 from facts import FACTS
+from prometheus_client import REGISTRY, Counter
 from tiny_models import llama_config, save_model
 from torch import nn
 from vllm import SamplingParams
@@ -34,14 +36,20 @@ from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backe
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.metrics import loggers
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu import attn_utils, cudagraph_utils
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.spec_decode import speculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import cudagraph_utils as of_speculators
@@ -286,11 +294,11 @@ def scheduler(tmp_path) -> Scheduler:
     return scheduler
 
 
-def run(scheduler: Scheduler, step: SchedulerOutput) -> None:
+def run(scheduler: Scheduler, step: SchedulerOutput) -> dict[int, EngineCoreOutputs]:
     """The engine emits a token for each request of the step."""
     places = {name: place for place, name in enumerate(step.num_scheduled_tokens)}
     output = ModelRunnerOutput(list(places), places, sampled_token_ids=[[3]] * len(places))
-    scheduler.update_from_output(step, output)
+    return scheduler.update_from_output(step, output)
 
 
 def test_throttled_prompts_wait(fact, scheduler) -> None:
@@ -306,6 +314,84 @@ def test_the_depth_is_looked_up_by_the_number_of_requests(fact, scheduler) -> No
     lookup.return_value = 7
     step = scheduler.schedule()
     assert lookup.call_args_list == [call(2)] and step.num_spec_tokens_to_schedule == 7, fact
+
+
+# Metrics
+
+
+def test_all_columns_of_the_sampled_tokens_reach_the_host(fact) -> None:
+    assert "async_copy_to_np(sampler_output.sampled_token_ids)" in inspect.getsource(AsyncOutput), (
+        fact
+    )
+    output = MagicMock(spec=AsyncOutput, _has_fault=None, logprobs_tensors=None, num_nans=None)
+    output.copy_event, output.prompt_logprobs_dict = MagicMock(), {}
+    output.prompt_token_id_logprobs_dict, output.pending_aux_output = {}, None
+    output.sampling_mask_tensors = None
+    output.sampled_token_ids = np.array([[5, 6, 7, 8], [9, 1, 2, 3]])
+    output.num_sampled_tokens_np = np.array([2, 1])
+    output.model_runner_output = ModelRunnerOutput(["a", "b"], {"a": 0, "b": 1})
+    assert AsyncOutput.get_output(output).sampled_token_ids == [[5, 6], [9]], fact
+    assert output.sampled_token_ids.tolist() == [[5, 6, 7, 8], [9, 1, 2, 3]], fact
+
+
+def test_counts_of_drafts_may_be_replaced(fact, scheduler) -> None:
+    step = scheduler.schedule(True)
+    step.scheduled_spec_decode_tokens = {"decodes": [-1, -1, -1]}
+    scheduler.make_spec_decoding_stats = MagicMock(return_value=None)
+    scheduler.make_stats = MagicMock(return_value=None)
+    request = scheduler.requests["decodes"]
+    request.spec_decode_metrics = MagicMock()
+    request.max_tokens = request.num_output_tokens + 1
+    before = request.num_computed_tokens
+    (output,) = run(scheduler, step)[0].outputs
+    assert scheduler.make_spec_decoding_stats.call_count == 1, fact
+    assert request.spec_decode_metrics.observe.call_count == 1, fact
+    assert len(request.spec_decode_metrics.mock_calls) == 1, fact
+    assert scheduler.make_stats.call_args.args[0] is None, fact
+    assert request.num_computed_tokens == before - 3, fact
+    assert output.finished and output.spec_decode_metrics is request.spec_decode_metrics, fact
+
+
+def test_numbers_by_name_reach_the_front_end(fact) -> None:
+    stats = SchedulerStats(running_lora_adapters={"a 0": 3})
+    stats.field_of_ours = 5
+    sent = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=stats))
+    received = MsgpackDecoder(EngineCoreOutputs).decode(sent).scheduler_stats
+    assert received.running_lora_adapters == {"a 0": 3}, fact
+    assert not hasattr(received, "field_of_ours"), fact
+    source = inspect.getsource(loggers)
+    _, of_lora = source.split("if self.gauge_lora_info is not None:", 1)
+    of_lora, _ = of_lora.split("if mm_cache_stats is not None:", 1)
+    assert source.count("stats.running_lora_adapters") == 1, fact
+    assert "stats.running_lora_adapters" in of_lora, fact
+
+
+def test_metrics_of_plugins_are_made_last(fact, monkeypatch) -> None:
+    order = []
+
+    class Ours(loggers.AggregateStatLoggerBase):
+        def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
+            order.append("ours")
+
+        def record(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log_engine_initialized(self) -> None:
+            order.append("initialized")
+
+    class Prometheus(Ours):
+        def __init__(self, *args: Any) -> None:
+            order.append("vLLM's")
+
+    assert "unregister_vllm_metrics()" in inspect.getsource(loggers.PrometheusStatLogger.__init__)
+    monkeypatch.setattr(loggers, "PrometheusStatLogger", Prometheus)
+    manager = loggers.StatLoggerManager(MagicMock(), [0], [Ours], enable_default_loggers=False)
+    assert order == ["ours", "vLLM's"], fact
+    manager.log_engine_initialized()
+    assert order[2:] == ["initialized"] * 2, fact
+    Counter("vllm:ours", "A metric of ours.")
+    unregister_vllm_metrics()
+    assert REGISTRY.get_sample_value("vllm:ours_total") is None, fact
 
 
 # Driving an engine

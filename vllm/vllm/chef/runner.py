@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm.chef.config import check_chef
+from vllm.chef.counts import AsyncCountedOutput
 from vllm.chef.cycle import EngineStep
 from vllm.chef.grammar import allowed_tokens
 from vllm.chef.graphs import offer_every_length
@@ -63,9 +64,12 @@ class ChefRunner(MemberRunner):
         )
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        if self.execute_model_state is not None:
-            self.num_tokens_to_propose = self.execute_model_state.num_spec_tokens_to_schedule
-        return super().sample_tokens(*args, **kwargs)
+        if self.execute_model_state is None:
+            return super().sample_tokens(*args, **kwargs)
+        self.num_tokens_to_propose = self.execute_model_state.num_spec_tokens_to_schedule
+        return AsyncCountedOutput(
+            super().sample_tokens(*args, **kwargs), num_tokens=self.turns.window + 1
+        )
 
     def kept_scores_bytes(self) -> dict[int, int]:
         return self.speculator.kept_scores_bytes()

@@ -1,5 +1,6 @@
-"""vLLM's scheduler for members that take turns: prompts share steps, and depths may be chosen.
+"""vLLM's scheduler for members that take turns: what it does besides.
 
+- It replaces vLLM's counts of drafts, and counts proposals by member (`counts.py`).
 - Prompts wait a few steps for others (`PromptGate`). vLLM itself can defer prompts, to balance
   data-parallel ranks.
 - With `gamma: auto` the depth of speculation is chosen at run time. vLLM's own dynamic speculation
@@ -8,6 +9,7 @@
 """
 
 import time
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -16,12 +18,81 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm.chef.config import ChefConfig, engine_turns
+from vllm.chef.counts import CountedOutput, StepCounts, TurnCounts, send
 from vllm.chef.depth import DepthChooser
 from vllm.chef.prompts import ENOUGH_TOKENS, PromptGate
+
+
+class _CountedTurns:
+    """A mixin for vLLM's schedulers.
+
+    vLLM counts the drafts that it schedules. They may be fewer or more than the window that a cycle
+    finds there. So the counts of cycles replace vLLM's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.turn_counts = TurnCounts(engine_turns(self.vllm_config))
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        if request.spec_decode_metrics is not None:
+            request.spec_decode_metrics = WindowMetrics.new(self.num_spec_tokens)
+
+    def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if isinstance(model_runner_output, CountedOutput):  # otherwise nothing was scheduled
+            # A request that has ended is not in `outputs`, even if this step was under way then.
+            decided = [
+                output
+                for of_client in outputs.values()
+                for output in of_client.outputs
+                if output.new_token_ids
+            ]
+            rows = [model_runner_output.req_id_to_index[output.request_id] for output in decided]
+            counts = model_runner_output.counts.of_requests(rows)
+            self._count_requests(decided, counts)
+            for of_client in outputs.values():
+                if of_client.scheduler_stats is not None:
+                    of_client.scheduler_stats.spec_decoding_stats = self.turn_counts.drafts(counts)
+                    send(of_client.scheduler_stats, self.turn_counts.sums(counts))
+        return outputs
+
+    def _count_requests(self, outputs: list[EngineCoreOutput], counts: StepCounts) -> None:
+        level = self.spec_decode_metrics_level
+        if level == "none":
+            return
+        of_requests = counts.num_in_window.tolist(), counts.num_accepted_in_window.tolist()
+        for output, window, num_accepted in zip(outputs, *of_requests, strict=True):
+            # An output has the metrics of its request if the request ends here.
+            metrics = output.spec_decode_metrics
+            if metrics is None:
+                metrics = self.requests[output.request_id].spec_decode_metrics
+            metrics.observe_window(window, num_accepted, level == "detailed")
+
+
+@dataclass
+class WindowMetrics(RequestSpecDecodeMetrics):
+    """Counts the windows that cycles found, instead of what vLLM observes."""
+
+    def observe(self, num_draft_tokens: int, num_accepted: int, detailed: bool = False) -> None:
+        pass
+
+    def observe_window(self, window: int, num_accepted: int, detailed: bool) -> None:
+        """An empty window is no draft."""
+        if window:
+            super().observe(window, num_accepted, detailed)
 
 
 class _SharedPromptSteps:
@@ -66,7 +137,7 @@ class _AdaptiveDepth:
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
-    ) -> Any:
+    ) -> dict[int, EngineCoreOutputs]:
         now = time.perf_counter()
         step = _uniform_step(scheduler_output)
         # If two successive steps are alike, the time between their ends is the time of one step.
@@ -93,11 +164,11 @@ def _uniform_step(output: SchedulerOutput) -> tuple[int, int] | None:
     return num_reqs, depth
 
 
-class ChefScheduler(_SharedPromptSteps, Scheduler):
+class ChefScheduler(_SharedPromptSteps, _CountedTurns, Scheduler):
     pass
 
 
-class AsyncChefScheduler(_SharedPromptSteps, AsyncScheduler):
+class AsyncChefScheduler(_SharedPromptSteps, _CountedTurns, AsyncScheduler):
     pass
 
 

@@ -202,7 +202,11 @@ class ScorePlaces(NamedTuple):
 class Outputs(NamedTuple):
     """What a cycle gives to the engine."""
 
-    tokens: torch.Tensor  # [num_reqs, num_tokens]
+    tokens: torch.Tensor
+    """[num_reqs, num_tokens + num_turns + 2] tokens, and behind them the counts of `StepCounts`
+
+    vLLM reads the decided tokens only. The counts travel to the host with them.
+    """
     num_decided: torch.Tensor  # [num_reqs] int32, how many of `tokens` are decided
     num_rejected: torch.Tensor  # [num_reqs] int32, of the engine step's tokens
 

@@ -367,10 +367,16 @@ def end_cycle(
 
 
 def outputs(cycle: Cycle, num_tokens: int) -> Outputs:
-    """The decided tokens, in memory of their own. The next step reuses the cycle's memory."""
+    """The decided tokens and counts, in memory of their own. The next step reuses the cycle's.
+
+    The last decision has been made.
+    """
     num_decided = (cycle.num_decided * cycle.active).int()
     num_rejected = ((cycle.num_drafts + 1) * cycle.active).int() - num_decided
-    return Outputs(cycle.tokens[:, :num_tokens].clone(), num_decided, num_rejected)
+    num_judged = cycle.num_accepted + cycle.replaced
+    counts = [cycle.lengths, cycle.num_accepted[:, None], num_judged[:, None]]
+    tokens = torch.cat([cycle.tokens[:, :num_tokens], *counts], dim=1)
+    return Outputs(tokens, num_decided, num_rejected)
 
 
 def kept_row(

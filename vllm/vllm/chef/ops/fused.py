@@ -1059,16 +1059,22 @@ def _end_cycle_kernel(
 
 def outputs(cycle: Cycle, num_tokens: int) -> Outputs:
     """See `eager.outputs`."""
-    tokens = cycle.tokens.new_empty(cycle.num_reqs, num_tokens)
+    num_turns = cycle.lengths.shape[1]
+    tokens = cycle.tokens.new_empty(cycle.num_reqs, num_tokens + num_turns + 2)
     counts = tokens.new_empty(2, cycle.num_reqs, dtype=torch.int32)
     _outputs_kernel[(cycle.num_reqs,)](
         cycle.active,
         cycle.tokens,
         cycle.num_drafts,
         cycle.num_decided,
+        cycle.lengths,
+        cycle.num_accepted,
+        cycle.replaced,
         tokens,
         counts,
         counts.stride(0),
+        NUM_TURNS=num_turns,
+        TURN_BLOCK=triton.next_power_of_2(num_turns),
         NUM_TOKENS=num_tokens,
         WIDTH=cycle.tokens.shape[1],
         COLUMN_BLOCK=triton.next_power_of_2(num_tokens),
@@ -1083,9 +1089,14 @@ def _outputs_kernel(
     cycle_tokens_ptr,  # [num_reqs, ring_size]
     num_drafts_ptr,  # [num_reqs]
     num_decided_ptr,  # [num_reqs]
-    tokens_ptr,  # [num_reqs, num_tokens]
+    lengths_ptr,  # [num_reqs, num_turns]
+    num_accepted_ptr,  # [num_reqs]
+    replaced_ptr,  # [num_reqs]
+    tokens_ptr,  # [num_reqs, num_tokens + num_turns + 2]
     counts_ptr,  # [2, num_reqs]
     counts_stride,
+    NUM_TURNS: tl.constexpr,
+    TURN_BLOCK: tl.constexpr,
     NUM_TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
@@ -1093,10 +1104,20 @@ def _outputs_kernel(
     row = tl.program_id(0)
     column = tl.arange(0, COLUMN_BLOCK)
     is_column = column < NUM_TOKENS
+    turn = tl.arange(0, TURN_BLOCK)
+    is_turn = turn < NUM_TURNS
+    # All loads come first: a store delays the loads after it, and each load is slow.
     tokens = tl.load(cycle_tokens_ptr + row * WIDTH + column, mask=is_column, other=0)
-    tl.store(tokens_ptr + row * NUM_TOKENS + column, tokens, mask=is_column)
+    lengths = tl.load(lengths_ptr + row * NUM_TURNS + turn, mask=is_turn, other=0)
+    num_accepted = tl.load(num_accepted_ptr + row)
+    replaced = tl.load(replaced_ptr + row)
     is_active = tl.load(active_ptr + row)
     num_decided = tl.where(is_active, tl.load(num_decided_ptr + row), 0)
     num_rows = tl.where(is_active, tl.load(num_drafts_ptr + row) + 1, 0)
+    out_ptr = tokens_ptr + row * (NUM_TOKENS + NUM_TURNS + 2)
+    tl.store(out_ptr + column, tokens, mask=is_column)
+    tl.store(out_ptr + NUM_TOKENS + turn, lengths, mask=is_turn)
+    tl.store(out_ptr + NUM_TOKENS + NUM_TURNS, num_accepted)
+    tl.store(out_ptr + NUM_TOKENS + NUM_TURNS + 1, num_accepted + tl.where(replaced, 1, 0))
     tl.store(counts_ptr + row, num_decided.to(tl.int32))
     tl.store(counts_ptr + counts_stride + row, (num_rows - num_decided).to(tl.int32))
