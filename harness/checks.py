@@ -16,9 +16,13 @@ MAX_SEED = 2**31
 
 
 def check_known(plain: Mapping[str, Any], known: Collection[str]) -> None:
+    """Check that there are these keys, and no others."""
     for key in plain:
         if key not in known:
             raise ConfigError(f"{key}: unknown key; known are {', '.join(known)}")
+    for key in known:
+        if key not in plain:
+            raise ConfigError(f"{key}: the key is missing; see configs/")
 
 
 def check_groups(plain: Mapping[str, Any], keys: Iterable[str]) -> None:

@@ -4,12 +4,15 @@ import atexit
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 # `call` shows configuration errors in one line. Hydra's own handler cuts the traceback of all other
 # errors, so it is switched off.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
+import hydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -40,6 +43,12 @@ def call(job: Callable[[], None], interrupted: str) -> None:
         sys.exit(f"error: {key}: there is no '{name}'; choose one of {', '.join(options)}")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {one_line(error)}")
+    except AssertionError as error:
+        # Hydra asserts what it makes of some words, such as `+=`.
+        *_, last = traceback.extract_tb(error.__traceback__)
+        if Path(hydra.__file__).parent not in Path(last.filename).parents:
+            raise
+        sys.exit(f"error: {' '.join(sys.argv[1:])}: Hydra cannot read this; write KEY=VALUE")
     except KeyboardInterrupt:
         print(f"interrupted; {interrupted}", file=sys.stderr)
         sys.exit(130)

@@ -32,7 +32,7 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    from vllm.chef.arguments import engine_config
+    from vllm.chef.arguments import check_types, engine_config
     from vllm.ensemble_decode import ConfigFieldError
     from vllm.ensemble_decode.frontend import is_ensemble
     from vllm.ensemble_decode.members import check_draft_model, check_drafts_alone
@@ -43,6 +43,7 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
     if "speculative_config" in arguments and spec.turns is None:
         arguments["per_request_spec_decode_metrics"] = "detailed"
     try:
+        check_types(arguments)
         engine_args = EngineArgs(**arguments)
         if "max_num_seqs" not in arguments:
             _, defaults = EngineArgs.get_batch_defaults(world_size=1)
@@ -57,7 +58,7 @@ def make_engine_config(spec: MethodSpec, seed: int, num_slots: int) -> "VllmConf
             _check_stock_draft(config, _keys(spec).of_field(PROPOSER))
     except ConfigFieldError as error:
         raise ConfigError(shortened(_keys(spec).line(error))) from error
-    except (ValueError, OSError) as error:  # OSError: files of a model are missing
+    except Exception as error:  # vLLM's checks raise what they like
         raise ConfigError(_with_key(error, spec)) from error
     if config.model_config.runner_type != "generate" or config.model_config.is_encoder_decoder:
         raise ConfigError(
@@ -90,8 +91,10 @@ def check_sampling_params(params: Mapping[str, Any], config: "VllmConfig", token
     try:
         check(params)
     except Exception as error:  # vLLM's own errors, and those that a value of a wrong type causes
-        key = f".{culprit}" if (culprit := _culprit(check, params)) else ""
-        raise ConfigError(f"method.generate{key}: {one_line(error)}") from error
+        culprit = _culprit(check, params)
+        key = "" if culprit is None else f".{culprit}"
+        why = one_line(error) or f"vLLM does not take {params.get(culprit)!r}"
+        raise ConfigError(f"method.generate{key}: {why}") from error
 
 
 def _num_depths(arguments: Mapping[str, Any]) -> int:
@@ -131,9 +134,11 @@ def _with_key(error: Exception, spec: MethodSpec) -> str:
     """An error of vLLM in one line that begins with one of our keys; vLLM does not know these."""
     from vllm.chef.arguments import named_argument
 
-    text = one_line(error)
     if isinstance(error, ConfigError):
-        return text
+        return one_line(error)
+    # Errors of values that nobody has checked say little without their kind.
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    text = f"{kind}{one_line(error)}"
     # Otherwise the key comes from the class of the configuration.
     if field := named_argument(error, spec.engine_args):
         return f"method.llm.{field}: {text}"

@@ -24,9 +24,12 @@ REPORTED = (ConfigError, RunError)
 def one_line(error: Exception) -> str:
     """The message of an error as one line of limited length.
 
-    pydantic spreads its errors over several lines; the first line has the reason.
+    pydantic spreads its errors over several lines; the first line has the reason. Python quotes the
+    text of a KeyError.
     """
     text = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
+    if isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])
     return shortened(text.removeprefix("Value error, "))
 
 

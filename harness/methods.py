@@ -69,8 +69,8 @@ def make_spec(method: Mapping[str, Any]) -> MethodSpec:
         ConfigError: one line that names the key and the remedy.
     """
     name = method.get("name")
-    if name not in METHODS:
-        raise ConfigError(f"method: unknown method '{name}'; choose one of {', '.join(METHODS)}")
+    if not isinstance(name, str) or name not in METHODS:
+        raise ConfigError(f"method: unknown method {name!r}; choose one of {', '.join(METHODS)}")
     keys = {"name", *METHODS[name].keys, *COMMON_KEYS}
     for key in method:
         if key not in keys:
@@ -78,8 +78,13 @@ def make_spec(method: Mapping[str, Any]) -> MethodSpec:
                 f"method.{key}: {name} has no such key; it has {', '.join(sorted(keys))}"
             )
     # Checks without vLLM come first: importing vLLM takes longer than all checks.
-    _check_temperature(method["generate"].get("temperature"))
-    return METHODS[name].make_spec(method)
+    try:
+        _check_temperature(method["generate"].get("temperature"))
+        return METHODS[name].make_spec(method)
+    except KeyError as error:
+        if (key := error.args[0]) in keys and key not in method:
+            raise ConfigError(f"method.{key}: the key is missing; see configs/method/") from None
+        raise
 
 
 def _large_model(method: Mapping[str, Any]) -> MethodSpec:

@@ -115,6 +115,7 @@ def parse_server_args(server_args: Sequence[str]) -> ServerArgs:
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser())
@@ -123,7 +124,10 @@ def parse_server_args(server_args: Sequence[str]) -> ServerArgs:
     defaults, parsed = vars(parser.parse_args([])), parser.parse_args(list(server_args))
     try:
         validate_parsed_serve_args(parsed)
-    except (TypeError, ValueError) as error:
+        validate_api_server_args(parsed)
+    except KeyError as error:
+        _refuse(str(error.args[0]))
+    except Exception as error:  # each of vLLM's checks raises what it likes
         _refuse(str(error))
     names = EngineArgs.__dataclass_fields__
     given = {k: v for k, v in vars(parsed).items() if k in names and v != defaults[k]}

@@ -49,11 +49,13 @@ def task_name(name: str) -> str:
     Raises:
         ValueError: there is no such task, or the path leads to no task.
     """
-    return name if name in TASKS else _find_class(name).name
+    return name if isinstance(name, str) and name in TASKS else _find_class(name).name
 
 
 def _find_class(name: str) -> type[Task]:
-    module_name, _, class_name = TASKS.get(name, str(name)).partition(":")
+    module_name, _, class_name = (
+        TASKS.get(name, name) if isinstance(name, str) else str(name)
+    ).partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
         raise ValueError(
             f"dataset.name={name!r} is not a task: known are {', '.join(sorted(TASKS))}, "

@@ -6,9 +6,10 @@ It reads the models' configs for their costs and contexts. It loads no weights a
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, get_args
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -152,6 +153,7 @@ def resolve_ensemble(
     Raises:
         ConfigFieldError: one line that names the field and the remedy.
     """
+    check_types(engine_args)
     configs = [model_config(model, "--model", engine_args)]
     shared = {"trust_remote_code": engine_args.get("trust_remote_code")}
     configs += [
@@ -189,7 +191,7 @@ def resolve_ensemble(
     is_shortened = False
     if engine_args.get("max_model_len") is None:
         own_args["max_model_len"], is_shortened = common_context(configs, drafts)
-    longest = engine_args.get("max_model_len") or own_args["max_model_len"]
+    longest = {**engine_args, **own_args}["max_model_len"]
     if speculative is not None:
         is_adaptive = chef is not None and chef.is_adaptive
         check_gamma_fits(
@@ -198,6 +200,28 @@ def resolve_ensemble(
             "chef.max_gamma" if is_adaptive else "chef.gamma",
         )
     return ResolvedEnsemble(own_args, chef, turns, is_shortened)
+
+
+def check_types(engine_args: Mapping[str, Any]) -> None:
+    """Refuse arguments that are no numbers or mappings where vLLM takes such.
+
+    vLLM checks the types of most arguments itself, but it computes with some of them before.
+
+    Raises:
+        ConfigFieldError: one line that names the argument.
+    """
+    for name in ("additional_config", "speculative_config"):
+        _given_mapping(engine_args, name)
+    for field in fields(EngineArgs):
+        value, kinds = engine_args.get(field.name), {*get_args(field.type)} or {field.type}
+        if value is None or not kinds <= {int, float, bool, type(None)}:
+            continue
+        takes = Real if float in kinds else Integral if int in kinds else bool
+        if not isinstance(value, takes) or (isinstance(value, bool) and bool not in kinds):
+            words = {Real: "a number", Integral: "an integer", bool: "true or false"}[takes]
+            raise ConfigFieldError(
+                f"--{field.name.replace('_', '-')}", f"{value!r} must be {words}"
+            )
 
 
 def _add_cache_of_states(

@@ -350,7 +350,7 @@ def check_gamma_fits(num_tokens: int, max_model_len: object, field: str) -> None
     Raises:
         ConfigFieldError: one line that names `field` and the remedy.
     """
-    if isinstance(max_model_len, int) and num_tokens >= max_model_len:
+    if isinstance(max_model_len, int) and 0 < max_model_len <= num_tokens:
         raise ConfigFieldError(
             field,
             f"{num_tokens} tokens do not fit into the context of {max_model_len} tokens; "
