@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from families import FAMILIES, inspect_here
 from tiny_models import llama_config
-from transformers import PretrainedConfig
+from transformers import DeepseekV2Config, PretrainedConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from vllm.ensemble_decode.config import EnsembleConfig
+from vllm.ensemble_decode.errors import ConfigFieldError
 from vllm.ensemble_decode.member_config import attention_settings, loading_config
 from vllm.ensemble_decode.members import check_ensemble, member_configs
 from vllm.ensemble_decode.worker import with_experts
@@ -142,6 +144,22 @@ def test_what_one_engine_cannot_hold_is_refused(root, names, arguments, message)
     with pytest.raises(ValueError, match=message) as caught:
         check_ensemble(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_latent_attention_beside_other_attention_is_refused_on_a_cpu(root, swapped, monkeypatch):
+    config = DeepseekV2Config(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, first_k_dense_replace=1,
+        num_attention_heads=4, kv_lora_rank=512, qk_rope_head_dim=64, max_position_embeddings=128,
+    )  # fmt: skip
+    names = [save(root, "latent", config), save(root, "llama")]
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: True)
+    message = r"^--model/ensemble\.extra_model: '.*latent' has latent attention \(MLA\), whose"
+    with pytest.raises(ConfigFieldError, match=message):
+        check_ensemble(engine_config(*(reversed(names) if swapped else names)))
+    check_ensemble(engine_config(names[0], names[0]))
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    check_ensemble(engine_config(*names))
 
 
 def test_blocks_that_divide_a_chunk_are_taken(root):

@@ -14,6 +14,7 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig, replace
 from vllm.model_executor.model_loader import get_model
+from vllm.platforms import current_platform
 
 from vllm.ensemble_decode.config import EnsembleConfig, MemberSource
 from vllm.ensemble_decode.errors import ConfigFieldError, reason
@@ -371,6 +372,7 @@ def check_attention(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
             "without that manager all layers need one "
             f"attention window, and the members have {sorted(windows)}; leave it out",
         )
+    _check_latent(members)
     block_size = vllm_config.cache_config.block_size
     largest = max(entry_size(vllm_config, member) for member in members)
     for member in members:
@@ -385,6 +387,17 @@ def check_attention(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> 
                 f"tokens, which blocks of {block_size * ratio} tokens do not divide; set it to a "
                 f"divisor of {chunk_size // ratio}",
             )
+
+
+def _check_latent(members: Sequence[ModelConfig]) -> None:
+    """Refuse latent attention beside other attention, where their kernels share no block size."""
+    latent = [member.model for member in members if member.use_mla]
+    if latent and len(latent) < len(members) and current_platform.is_cpu():
+        raise ConfigFieldError(
+            "--model/ensemble.extra_model",
+            f"'{latent[0]}' has latent attention (MLA), whose kernel on a CPU takes other blocks "
+            "than the attention of other members; use a GPU, or set VLLM_MLA_DISABLE=1",
+        )
 
 
 def _check_experts(vllm_config: VllmConfig, members: Sequence[ModelConfig]) -> None:
