@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, lints, builds the documentation and tests: scripts/run_tests.sh [arguments for pytest]
 #
-# Without arguments it runs all quick tests and a quarter of the slow ones, another quarter after each
+# Without arguments it runs all quick tests and an eighth of the slow ones, another eighth after each
 # commit. `scripts/run_tests.sh tests` runs all.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +18,7 @@ ruff format --check .
 scripts/docs.sh build
 if [[ $# -eq 0 ]]; then
   num_commits=$(git rev-list --count HEAD 2>/dev/null || echo 0)
-  set -- --slow-part "$((num_commits % 4 + 1))/4"
+  set -- --slow-part "$((num_commits % 8 + 1))/8"
 fi
 # Two processes, for two cores. The tests of a file stay together, because they share engines.
 exec python -m pytest -n 2 --dist loadfile "$@"
