@@ -110,7 +110,8 @@ class RequestMaker:
         distinct = rng.randrange(self.num_distinct) if kind == GREEDY else None
         body, features = self.greedy(distinct) if kind == GREEDY else self.sampled(rng)
         leaves_after = None
-        if rng.random() < STREAMED:
+        # vLLM's server refuses streams with log-probabilities of the prompt.
+        if rng.random() < STREAMED and "prompt_logprobs" not in body:
             body["stream"] = True
         if rng.random() < CANCELLED:
             chunks, seconds = rng.randint(0, body["max_tokens"]), rng.uniform(0, LEAVE_S)

@@ -65,7 +65,7 @@ class Settings:
         ):
             raise ConfigError(
                 f"plain_keys: {self.plain_keys!r} is no list of keys of the method with values, "
-                "such as [method.llm.dtype=float32]"
+                "such as plain_keys=['method.llm.dtype=float32']"
             )
 
 
