@@ -85,9 +85,8 @@ class Soak:
             )
             for index in range(self.settings.rounds):
                 self._round(index, crowd, server)
-            first, last = (self.tally.rounds[at].usage for at in (0, -1))
             allowed = self.settings.memory_allowance_mb, self.settings.handles_allowance
-            self.tally.faults += judge(first, last, *allowed)
+            self.tally.faults += judge(*self.tally.usages(), *allowed)
             if not self.tally.num_preemptions:
                 self.tally.faults.append(
                     "no request was preempted; lower method.llm.num_gpu_blocks_override"

@@ -50,7 +50,7 @@ class Settings:
     def __post_init__(self) -> None:
         for key in ("clients", "distinct"):
             _check_number(key, getattr(self, key), int, 1)
-        # The first round is the warm-up.
+        # The first half of the rounds is the warm-up.
         _check_number("rounds", self.rounds, int, 2)
         _check_number("handles_allowance", self.handles_allowance, int, 0)
         if self.num_requests is not None:

@@ -81,6 +81,14 @@ class Tally:
                     of_request = self.greedy.setdefault(request.distinct, {})
                     of_request.setdefault(answer, Greedy(request)).count += 1
 
+    def usages(self) -> tuple[Usage, Usage]:
+        """What the server held after the warm-up, which is the first half of the rounds, and at last.
+
+        Caches of the allocator and of kernels grow with each new shape of a batch. Later they
+        stop. What is leaked does not.
+        """
+        return self.rounds[(len(self.rounds) - 1) // 2].usage, self.rounds[-1].usage
+
     @property
     def num_requests(self) -> int:
         return self.outcomes.total()
@@ -127,7 +135,7 @@ class Tally:
             ("  wrong", f"{self.verdicts[WRONG]}"),
         ]
         if self.rounds:
-            before, after = self.rounds[0].usage, self.rounds[-1].usage
+            before, after = self.usages()
             rows += [
                 ("memory", f"{before.memory_mb:.0f} MiB, then {after.memory_mb:.0f} MiB"),
                 ("file handles", f"{before.handles}, then {after.handles}"),

@@ -413,6 +413,13 @@ def members(tmp_path_factory) -> list[str]:
     return [f"method.model={saved[0]}", f"method.extra_model={saved[1]}"]
 
 
+@pytest.mark.parametrize(("num_rounds", "before"), [(2, 0), (3, 1), (5, 2), (6, 2)])
+def test_the_first_half_of_the_rounds_is_the_warm_up(num_rounds, before):
+    tally = Tally()
+    tally.rounds += [Round(1, 1.0, 0, Usage(n, 1, 1)) for n in range(num_rounds)]
+    assert [usage.memory_mb for usage in tally.usages()] == [before, num_rounds - 1]
+
+
 class TestSettings:
     @pytest.fixture(autouse=True)
     def any_port(self, monkeypatch):
