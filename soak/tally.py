@@ -82,7 +82,7 @@ class Tally:
                     of_request.setdefault(answer, Greedy(request)).count += 1
 
     def usages(self) -> tuple[Usage, Usage]:
-        """What the server held after the warm-up, which is the first half of the rounds, and at last.
+        """What the server held after the warm-up, the first half of the rounds, and at last.
 
         Caches of the allocator and of kernels grow with each new shape of a batch. Later they
         stop. What is leaked does not.

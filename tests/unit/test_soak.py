@@ -4,17 +4,20 @@ import asyncio
 import contextlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from servers import free_port
 from tiny_models import llama_config, save_byte_tokenizer, save_model
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from harness import serving
-from harness.errors import ConfigError
+from harness.errors import ConfigError, RunError
 from soak import resources
 from soak.answers import EQUAL, TIE, WRONG, Answer, PlainAnswer, compare, find_malformed
 from soak.clients import (
@@ -28,6 +31,7 @@ from soak.clients import (
     ask_plain,
     send,
 )
+from soak.process import Process
 from soak.requests import BAD, GREEDY, SAMPLED, SCHEMA, SHARES, Limits, Request, RequestMaker
 from soak.resources import Usage, judge, measure, parse_metrics, wait_for, what_is_left
 from soak.settings import PROCESSED, make_plan, plain_words
@@ -411,6 +415,52 @@ def members(tmp_path_factory) -> list[str]:
     for member in saved:
         save_byte_tokenizer(member)
     return [f"method.model={saved[0]}", f"method.extra_model={saved[1]}"]
+
+
+HEALTHY = """
+import http.server, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+    def log_message(self, *_): pass
+print("it serves", flush=True)
+http.server.HTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
+"""
+
+
+class TestProcess:
+    def start(self, code: str, folder: Path, port: int = 1) -> Process:
+        command = [sys.executable, "-c", code]
+        url = f"http://127.0.0.1:{port}"
+        return Process("plain", command, os.environ, url, folder / "log", 5)
+
+    @pytest.mark.parametrize("status", [0, 3])
+    def test_a_server_answers_and_ends(self, status, tmp_path):
+        port = free_port()
+        code = HEALTHY.replace("PORT", str(port)).replace("STATUS", str(status))
+        with self.start(code, tmp_path, port) as process:
+            process.wait_until_it_answers(30)
+            assert process.is_alive()
+            fault = process.end()
+        assert not process.is_alive()
+        said = f"the plain server ended with status {status}: it serves (all in {process.log})"
+        assert fault == (said if status else None)
+
+    def test_a_server_that_does_not_start(self, tmp_path):
+        with (
+            self.start("print('no weights\\n'); exit(1)", tmp_path) as process,
+            pytest.raises(RunError, match="^the plain server does not start: no weights"),
+        ):
+            process.wait_until_it_answers(30)
+
+    def test_a_server_that_does_not_answer_is_ended(self, tmp_path):
+        with (
+            self.start("import time; time.sleep(60)", tmp_path) as process,
+            pytest.raises(RunError, match="does not answer 1 s after its start; raise start_s"),
+        ):
+            process.wait_until_it_answers(1)
+        assert not process.is_alive()
 
 
 @pytest.mark.parametrize(("num_rounds", "before"), [(2, 0), (3, 1), (5, 2), (6, 2)])
