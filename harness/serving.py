@@ -20,6 +20,7 @@ from harness.engine import configure_process
 from harness.engine_config import make_engine_config
 from harness.errors import ConfigError, one_line
 from harness.methods import MethodSpec, make_spec
+from repository import ROOT
 from triton_cpu_interpreter import is_cpu_build
 
 KEYS = ("method", "served_model_name", "seed")
@@ -69,6 +70,7 @@ class Server:
         self.seconds_to_end = given.get("shutdown_timeout", 0) + MORE_S
         self.engine_args = {key: value for key, value in ours.items() if key not in given}
         self.server_args = list(server_args)
+        self.spec = spec
 
     def command(self) -> list[str]:
         """The command and its arguments; its first word is found beside this Python."""
@@ -80,6 +82,12 @@ class Server:
         else:
             start = ["vllm", "serve", model]
         return [*start, *words, *self.server_args]
+
+    def supervised_command(self) -> list[str]:
+        """The same below a supervisor, which ends the server in bounded time."""
+        supervisor = ["-I", str(ROOT / "harness/supervisor.py"), str(self.seconds_to_end)]
+        first, *others = self.command()
+        return [sys.executable, *supervisor, program(first), *others]
 
 
 # What a method sets as a default for a platform only.

@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 
 from harness.command import call
 from harness.errors import ConfigError
-from harness.serving import Server, program
+from harness.serving import Server
 from repository import ROOT
 
 SEPARATOR = "--"
@@ -57,12 +57,9 @@ def serve() -> None:
         server = Server(config, server_args)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    command = server.command()
-    print(shlex.join(command), flush=True)
+    print(shlex.join(server.command()), flush=True)
     # This process has imported much that only the checks needed.
-    supervisor = ["-I", str(ROOT / "harness/supervisor.py"), str(server.seconds_to_end)]
-    words = [sys.executable, *supervisor, program(command[0]), *command[1:]]
-    os.execve(sys.executable, words, environment)
+    os.execve(sys.executable, server.supervised_command(), environment)
 
 
 if __name__ == "__main__":
