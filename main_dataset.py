@@ -47,7 +47,7 @@ def with_sweep_folder(arguments: list[str]) -> list[str]:
         made.append(argument)
         name, _, value = argument.partition("=")
         if name == FOLDER and is_sweep(arguments):
-            made.append(f"hydra.sweep.dir={value}")
+            made.append(f"hydra.sweep.dir={os.path.expanduser(value)}")
     return made
 
 

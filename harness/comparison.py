@@ -42,7 +42,7 @@ def make_configs(arguments: Sequence[str]) -> tuple[DictConfig, DictConfig]:
     """
     keys = DEFAULTS | _parse(arguments)
     method = keys.pop("method")
-    folder = Path(keys.pop("save_path", time.strftime(FOLDER)))
+    folder = Path(keys.pop("save_path", time.strftime(FOLDER))).expanduser()
     if method not in BY_TURNS:
         choices = ", ".join(BY_TURNS)
         raise ConfigError(

@@ -68,7 +68,7 @@ def run(config: DictConfig, directory: str) -> dict[str, Any]:
     plain = OmegaConf.to_container(config, resolve=True)
     _check(plain)
     plain["gen_kwargs"] = {k: v for k, v in plain["gen_kwargs"].items() if v is not None}
-    folder = Path(directory)
+    folder = Path(directory).expanduser()
     _check_folder(folder)
     # lm-eval imports torch and the hub's client.
     configure_process(plain["verbose"])

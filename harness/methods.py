@@ -69,6 +69,8 @@ def make_spec(method: Mapping[str, Any]) -> MethodSpec:
         ConfigError: one line that names the key and the remedy.
     """
     name = method.get("name")
+    if name is None:  # a configuration that others build on, such as `_cd`
+        raise ConfigError(f"method: this is no method; choose one of {', '.join(METHODS)}")
     if not isinstance(name, str) or name not in METHODS:
         raise ConfigError(f"method: unknown method {name!r}; choose one of {', '.join(METHODS)}")
     keys = {"name", *METHODS[name].keys, *COMMON_KEYS}

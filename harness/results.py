@@ -47,7 +47,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.samples = self.path / "samples.jsonl"
         self._config = config
         self._file: IO[bytes] | None = None

@@ -150,6 +150,7 @@ AMOUNTS = [
         ("cd_chef", {"method.llm.max_model_len": 0}, "method.llm.max_model_len: "),
         ("cd", {"method.llm.speculative_config": 64}, "method.llm.speculative_config: 64 does not"),
         ("cd", {"method.generate.stop": 0}, "method.generate.stop: vLLM does not take 0"),
+        ("cd", {"method.name": None}, "method: this is no method; choose one of large_model"),
         ("ensemble", {"method.name": ["cd"]}, "method: unknown method ['cd']; choose one of"),
         ("ensemble", {"dataset.name": {"a": 1}}, "dataset.name={'a': 1} is not a task: known"),
         (
@@ -164,6 +165,23 @@ def test_what_was_found_stays_found(method, changes, line, runs):
     with pytest.raises(ConfigError) as caught:
         harness.run.run(config, config.save_path)
     assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "method.llm.ensemble_args={plausibility: 0.5}",
+        "+method.llm.ensemble_args={plausibility: 0.5}",
+        "+method.llm.ensemble_args.plausibility=0.5",
+    ],
+)
+def test_parameters_of_a_function_are_set_in_three_ways(word, root):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        words = ["method=cd", "method.model=a", "method.amateur_model=b", word]
+        config = compose("default", [*words, "method.llm.ensemble_fn=contrastive_plausible"])
+    prepared = Session.prepare(OmegaConf.to_container(config.method), 0, 1)
+    ensemble = prepared.engine_config.additional_config["ensemble"]
+    assert ensemble["ensemble_args"] == {"plausibility": 0.5}
 
 
 @pytest.mark.parametrize("key", ["method.amateur_model", "method.llm", "dataset", "seed"])

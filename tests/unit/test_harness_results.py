@@ -208,6 +208,11 @@ def test_full_disk_leaves_no_part_of_a_summary(directory):
     assert not [*directory.path.glob(".*.partial")]
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunDirectory("~/x/run", CONFIG).path == tmp_path / "x" / "run"
+
+
 def test_damaged_summary_is_named(directory):
     (directory.path / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match=r"^save_path: '.*summary.json' is damaged; remove it"):
